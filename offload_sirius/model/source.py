@@ -16,24 +16,31 @@ class AttentionWeights(Protocol):
     @property
     def input_norm(self) -> Tensor:
         """[D]"""
+
     @property
     def qkv(self) -> Tensor:
         """[(H + 2K)E, D]: the rows of q, then k, then v."""
+
     @property
     def qkv_bias(self) -> Tensor | None:
         """[(H + 2K)E]"""
+
     @property
     def q_norm(self) -> Tensor | None:
         """[E]"""
+
     @property
     def k_norm(self) -> Tensor | None:
         """[E]"""
+
     @property
     def output(self) -> Tensor:
         """[D, HE]"""
+
     @property
     def output_bias(self) -> Tensor | None:
         """[D]"""
+
     @property
     def post_norm(self) -> Tensor:
         """[D]"""
@@ -45,9 +52,11 @@ class NeuronWeights(Protocol):
     @property
     def gate(self) -> Tensor:
         """[N, D]"""
+
     @property
     def up(self) -> Tensor:
         """[N, D]"""
+
     @property
     def down(self) -> Tensor:
         """[N, D]: row j is the column j of the down projection, so that a neuron is a row everywhere."""
@@ -63,6 +72,7 @@ class WeightSource(Protocol):
     @property
     def final_norm(self) -> Tensor:
         """[D]"""
+
     @property
     def head(self) -> Tensor:
         """[V, D]"""

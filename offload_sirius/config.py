@@ -1,0 +1,129 @@
+"""Every setting, its default and its range. The command line and the Python API both read them here, and only here."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, get_args
+
+from offload_sirius.errors import ConfigError, NotBuiltError
+from offload_sirius.units import Size, parse_size
+
+DEFAULT_MODEL = "smollm2-135m"
+
+Mode = Literal["full", "sparse", "sirius"]
+MODES: tuple[Mode, ...] = get_args(Mode)
+BUILT_MODES: tuple[Mode, ...] = ("full",)
+
+Dtype = Literal["auto", "bfloat16", "float32"]
+DTYPES: tuple[Dtype, ...] = get_args(Dtype)
+
+
+def help_of(config: type, name: str) -> str:
+    """The help text of a field, which the command line prints."""
+    for each in fields(config):
+        if each.name == name:
+            return str(each.metadata["help"])
+    raise AssertionError(f"{config.__name__} has no field {name}")
+
+
+def default_of(config: type, name: str) -> Any:
+    """The default of a field, which the command line offers."""
+    for each in fields(config):
+        if each.name == name:
+            return each.default
+    raise AssertionError(f"{config.__name__} has no field {name}")
+
+
+def _setting(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+def _require(condition: bool, flag: str, found: object, needed: str) -> None:
+    if not condition:
+        raise ConfigError(f"--{flag} is {found}; it must be {needed}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """What to run and where: decides the plan. Sizes are given as text, `24GiB` or a share such as `0.8`."""
+
+    model: str = _setting(
+        DEFAULT_MODEL, "Alias, hub id, directory, .safetensors or .gguf file, or synthetic:SHAPE (random weights, for timing)."
+    )
+    device: str = _setting("auto", "auto, cuda, cuda:N or cpu.")
+    device_memory: str = _setting("0.9", "Device memory to use: 24GiB, 500MB, or a share of what is free.")
+    host_memory: str = _setting(
+        "0.8", "Host memory for weights: 64GiB, 500MB, or a share of what is free. The rest stays on disk."
+    )
+    link_gbps: float | None = _setting(None, "Emulate a host-to-device link of this many GB/s (1e9 bytes) by pacing real copies.")
+    dtype: Dtype = _setting("auto", "auto (float32 for float32 checkpoints, else bfloat16), bfloat16 or float32.")
+    max_context: int | None = _setting(None, "Positions to plan the KV cache for. Default: prompt and answer, 4096 in Python.")
+    threads: int | None = _setting(None, "CPU threads to compute with. Default: the physical cores of this process.")
+
+    def __post_init__(self) -> None:
+        parts = self.device.split(":")
+        known = parts[0] in ("auto", "cuda", "cpu") and (len(parts) == 1 or (parts[0] == "cuda" and parts[1].isdecimal()))
+        _require(known and len(parts) <= 2, "device", self.device, "auto, cuda, cuda:N or cpu")
+        _require(self.dtype in DTYPES, "dtype", self.dtype, "one of " + ", ".join(DTYPES))
+        _require(bool(self.model.strip()), "model", repr(self.model), "an alias, hub id, path or synthetic:SHAPE")
+        if self.link_gbps is not None:
+            in_range = math.isfinite(self.link_gbps) and self.link_gbps > 0
+            _require(in_range, "link-gbps", self.link_gbps, "a positive number of GB/s")
+        if self.max_context is not None:
+            _require(self.max_context >= 1, "max-context", self.max_context, "at least 1")
+        if self.threads is not None:
+            _require(1 <= self.threads <= 1024, "threads", self.threads, "between 1 and 1024")
+        self.device_size, self.host_size  # noqa: B018  raises where a size cannot be read
+
+    @property
+    def device_size(self) -> Size:
+        """The device budget as given."""
+        return parse_size(self.device_memory)
+
+    @property
+    def host_size(self) -> Size:
+        """The host budget as given."""
+        return parse_size(self.host_memory)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingConfig:
+    """How the next token is drawn. The order of the steps is that of Hugging Face: penalty, temperature, top-k, top-p, min-p."""
+
+    temperature: float = _setting(0.0, "Divides the logits; 0 is greedy.")
+    top_k: int = _setting(0, "Keep the k likeliest tokens; 0 keeps all.")
+    top_p: float = _setting(1.0, "Keep the likeliest tokens whose probabilities reach p together; 1 keeps all.")
+    min_p: float = _setting(0.0, "Drop tokens less likely than this share of the likeliest one; 0 drops none.")
+    repetition_penalty: float = _setting(1.0, "Weakens tokens that already stand in prompt or answer; 1 is none.")
+    seed: int = _setting(0, "The draw at a position depends on the seed and the position, on nothing else.")
+
+    def __post_init__(self) -> None:
+        _require(
+            math.isfinite(self.temperature) and self.temperature >= 0, "temperature", self.temperature, "0 or a positive number"
+        )
+        _require(self.top_k >= 0, "top-k", self.top_k, "0 or a positive number of tokens")
+        _require(0 < self.top_p <= 1, "top-p", self.top_p, "above 0 and at most 1")
+        _require(0 <= self.min_p <= 1, "min-p", self.min_p, "between 0 and 1")
+        positive = math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0
+        _require(positive, "repetition-penalty", self.repetition_penalty, "a positive number")
+        _require(0 <= self.seed < 2**64, "seed", self.seed, "between 0 and 2^64 - 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationConfig:
+    """One request: how it is decoded and when it ends."""
+
+    mode: Mode = _setting("full", "full: the plain model. sparse and sirius are not built yet.")
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    max_new_tokens: int = _setting(256, "Longest answer, in tokens.")
+    stop: tuple[str, ...] = _setting((), "Text that ends the answer and is not part of it; may be given several times.")
+    ignore_eos: bool = _setting(False, "Go on past the model's end tokens (for timing).")
+    chat: bool = _setting(True, "Apply the model's chat template, where it has one.")
+
+    def __post_init__(self) -> None:
+        _require(self.mode in MODES, "mode", self.mode, "one of " + ", ".join(MODES))
+        if self.mode not in BUILT_MODES:
+            raise NotBuiltError(f"--mode {self.mode} is not built yet; use --mode {BUILT_MODES[0]}")
+        _require(1 <= self.max_new_tokens <= 10**7, "max-new-tokens", self.max_new_tokens, "between 1 and 10,000,000")
+        _require(all(self.stop), "stop", repr(""), "a text that is not empty")
