@@ -29,7 +29,7 @@ NUMPY_OF_ELEMENT: dict[Element, type[np.generic]] = {"F32": np.float32, "F16": n
 
 @dataclass(frozen=True, kw_only=True)
 class TensorInfo:
-    """One tensor: what it is and where its bytes are. A matrix is stored row after row, so any range of rows is one range of bytes."""
+    """One tensor: what it is and where its bytes are. A matrix is stored row after row: any range of rows is one of bytes."""
 
     name: str
     """Name in the file."""
@@ -97,7 +97,7 @@ class Checkpoint(ABC):
             try:
                 with info.file.open("rb") as file:
                     file.seek(info.offset)
-                    count = file.readinto(memoryview(raw))
+                    count = file.readinto(raw.data)
             except OSError as error:
                 raise CheckpointError(f"{info.file}: cannot read tensor {info.name}: {error.strerror}") from error
             if count != info.nbytes:
@@ -106,5 +106,5 @@ class Checkpoint(ABC):
                 )
         return self.decode(info, raw, 0, info.num_rows)
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027  most formats hold nothing open
         """Release what opening took. Safe to call twice."""

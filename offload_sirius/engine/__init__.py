@@ -1,0 +1,32 @@
+"""Opening, planning, loading and answering: everything a program needs of this package.
+
+engine = offload_sirius.load("llama-3-70b", device_memory="20GiB")
+print(engine.generate("Why is the sky blue?").text)
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from offload_sirius.config import EngineConfig
+from offload_sirius.engine.building import build
+from offload_sirius.engine.engine import Engine
+from offload_sirius.engine.opened import Model, Prompt, open_model
+from offload_sirius.engine.progress import NoProgress, Progress
+from offload_sirius.errors import ConfigError
+
+__all__ = ["Engine", "Model", "NoProgress", "Progress", "Prompt", "build", "load", "open_model"]
+
+
+def load(model: str | None = None, *, progress: Progress | None = None, **settings: Any) -> Engine:
+    """Open a model, plan, and load it.
+
+    model: alias, hub id, directory, file, or synthetic:SHAPE; settings: the fields of EngineConfig.
+    Raises one of offload_sirius.errors.USER_ERRORS, each with one line that says what to do.
+    """
+    given = settings if model is None else settings | {"model": model}
+    try:
+        config = EngineConfig(**given)
+    except TypeError as error:
+        raise ConfigError(f"a setting is not known: {error}") from error
+    return build(open_model(config.model), config, progress or NoProgress())

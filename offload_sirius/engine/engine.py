@@ -1,0 +1,203 @@
+"""A loaded model that answers. One answer at a time; nothing here is thread-safe."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import asdict, fields, replace
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from offload_sirius import machine
+from offload_sirius.config import EngineConfig, GenerationConfig, SamplingConfig
+from offload_sirius.decode.loop import decode_full
+from offload_sirius.decode.result import Generation, LinkBytes, LinkFigures, MemoryFigures, Passes
+from offload_sirius.decode.sampling import Sampler
+from offload_sirius.decode.stream import Outcome, TextStream
+from offload_sirius.decode.text import Detokenizer, StopMatcher
+from offload_sirius.engine.opened import Model, Prompt
+from offload_sirius.engine.placement import Placement, memory_errors
+from offload_sirius.errors import ConfigError, PromptError
+from offload_sirius.model.transformer import Transformer, activation_nbytes
+from offload_sirius.weights.plan import Plan
+from offload_sirius.weights.streamer import WeightStreamer
+from offload_sirius_loaders.spec import ModelSpec
+
+
+class Engine:
+    """A model with its weights in place. `generate` gives a whole answer, `stream` one as it is written; `close` when done."""
+
+    def __init__(
+        self,
+        *,
+        model: Model,
+        config: EngineConfig,
+        placement: Placement,
+        transformer: Transformer,
+        streamer: WeightStreamer,
+        closing: ExitStack,
+        device_nbytes: int,
+        loaded_nbytes: int,
+        load_seconds: float,
+    ) -> None:
+        """Made by `build`. device_nbytes: all device buffers; closing: gives back everything that was opened."""
+        self.model = model
+        self.config = config
+        self.load_seconds = load_seconds
+        self._placement = placement
+        self._transformer = transformer
+        self._streamer = streamer
+        self._closing = closing
+        self._device_nbytes = device_nbytes
+        self._loaded_nbytes = loaded_nbytes
+
+    @property
+    def spec(self) -> ModelSpec:
+        """The model's shape."""
+        return self.model.spec
+
+    @property
+    def plan(self) -> Plan:
+        """What is resident and what is streamed."""
+        return self._placement.plan
+
+    def generate(self, prompt: Prompt, config: GenerationConfig | None = None, **settings: Any) -> Generation:
+        """A whole answer. prompt: text, messages, or token ids; settings: fields of GenerationConfig and SamplingConfig."""
+        stream = self.stream(prompt, config, **settings)
+        for _ in stream:
+            pass
+        return stream.result
+
+    def stream(self, prompt: Prompt, config: GenerationConfig | None = None, **settings: Any) -> TextStream:
+        """An answer piece by piece; its `result` has the figures at the end. One answer at a time."""
+        config = with_settings(config or GenerationConfig(), settings)
+        prompt_ids = self.model.encode(prompt, chat=config.chat)
+        max_new_tokens = self._room_for(len(prompt_ids), config.max_new_tokens)
+        counters = _Counters(self._streamer)
+        return TextStream(
+            tokens=self._tokens(prompt_ids, config.sampling),
+            detokenizer=Detokenizer(self.model.tokenizer),
+            stops=StopMatcher(config.stop),
+            end_token_ids=frozenset() if config.ignore_eos else self.model.end_token_ids,
+            max_new_tokens=max_new_tokens,
+            finish=lambda outcome: self._finish(outcome, counters, len(prompt_ids), config),
+        )
+
+    def close(self) -> None:
+        """End threads, give memory back."""
+        self._closing.close()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        self.close()
+
+    def _room_for(self, num_prompt: int, max_new_tokens: int) -> int:
+        """New tokens that the KV cache has room for; the last one of an answer needs none."""
+        room = self._placement.context - num_prompt + 1
+        if room < 1 or (room < max_new_tokens and self._placement.context < self.spec.max_positions):
+            raise PromptError(
+                f"prompt and answer take {num_prompt + max_new_tokens} positions, {self._placement.context} were planned for; "
+                "shorten them, or load with a larger --max-context"
+            )
+        return min(room, max_new_tokens)
+
+    def _tokens(self, prompt_ids: list[int], sampling: SamplingConfig) -> Iterator[int]:
+        # The reader threads compute with one thread each; torch keeps that number per thread, so ours is set here.
+        torch.set_num_threads(self.config.threads or machine.physical_cores())
+        self._streamer.phase = "prefill"
+        self._transformer.cache.truncate(0)
+        with memory_errors(self.plan):
+            for token_id in decode_full(self._transformer, Sampler(sampling), prompt_ids):
+                yield token_id
+                self._streamer.phase = "full"
+
+    def _finish(self, outcome: Outcome, counters: _Counters, num_prompt: int, config: GenerationConfig) -> Generation:
+        assert outcome.finish_reason is not None
+        last = outcome.last_token_at or outcome.began
+        first = outcome.first_token_at or last
+        num_new = len(outcome.token_ids)
+        return Generation(
+            model=self.spec.name,
+            mode=config.mode,
+            text=outcome.text,
+            token_ids=tuple(outcome.token_ids),
+            finish_reason=outcome.finish_reason,
+            prompt_tokens=num_prompt,
+            ttft_seconds=first - outcome.began,
+            decode_seconds=last - first,
+            load_seconds=self.load_seconds,
+            passes=Passes(prefill=min(num_new, 1), full=max(num_new - 1, 0)),
+            link=counters.figures(last - outcome.began, self._loaded_nbytes),
+            memory=self._memory(num_prompt),
+            plan=plan_figures(self._placement),
+            settings=asdict(self.config) | asdict(config),
+        )
+
+    def _memory(self, num_prompt: int) -> MemoryFigures:
+        device = self._placement.device
+        if device.type == "cuda":
+            peak_nbytes = torch.cuda.max_memory_allocated(device)
+        else:
+            peak_nbytes = self._device_nbytes + activation_nbytes(self.spec, num_prompt, self._placement.dtype.itemsize)
+        return MemoryFigures(
+            device_plan_bytes=self.plan.device_nbytes,
+            device_peak_bytes=peak_nbytes,
+            host_plan_bytes=self.plan.host_nbytes,
+            host_peak_bytes=machine.peak_resident_nbytes(),
+        )
+
+
+class _Counters:
+    """The streamer's and the link's counters, from where an answer began."""
+
+    def __init__(self, streamer: WeightStreamer) -> None:
+        self._streamer = streamer
+        self._pass_nbytes = dict(streamer.pass_nbytes)
+        self._copied_nbytes = streamer.copied_nbytes
+        self._busy_seconds = streamer.busy_seconds
+
+    def figures(self, seconds: float, loaded_nbytes: int) -> LinkFigures:
+        """What has happened since. seconds: how long it took."""
+        streamer = self._streamer
+        by_phase = {phase: nbytes - self._pass_nbytes[phase] for phase, nbytes in streamer.pass_nbytes.items()}
+        copied = streamer.copied_nbytes - self._copied_nbytes
+        peak = streamer.peak_bytes_per_second
+        streams = copied > 0 and seconds > 0
+        return LinkFigures(
+            bytes=LinkBytes(load=loaded_nbytes, **by_phase),
+            copied_bytes=copied,
+            gbytes_per_second=copied / seconds / 1e9 if streams else None,
+            measured_peak_gbytes_per_second=peak / 1e9 if peak else None,
+            busy_share=min((streamer.busy_seconds - self._busy_seconds) / seconds, 1.0) if streams else None,
+        )
+
+
+def plan_figures(placement: Placement) -> dict[str, Any]:
+    """A plan as plain values."""
+    plan = placement.plan
+    return {
+        "device": str(placement.device),
+        "dtype": str(placement.dtype).removeprefix("torch."),
+        "context": placement.context,
+        **asdict(plan),
+        "device_nbytes": plan.device_nbytes,
+        "host_nbytes": plan.host_nbytes,
+        "pass_nbytes": plan.pass_nbytes,
+    }
+
+
+def with_settings(config: GenerationConfig, settings: dict[str, Any]) -> GenerationConfig:
+    """Replace fields of a request, those of its sampling included. Raises ConfigError for a name that does not exist."""
+    own = {each.name for each in fields(GenerationConfig)}
+    sampling = {each.name for each in fields(SamplingConfig)}
+    if unknown := sorted(set(settings) - own - sampling):
+        raise ConfigError(f"unknown setting {unknown[0]}; known are " + ", ".join(sorted((own | sampling) - {"sampling"})))
+    if isinstance(settings.get("stop"), str):
+        settings = settings | {"stop": (settings["stop"],)}
+    config = replace(config, **{name: value for name, value in settings.items() if name in own})
+    drawn = {name: value for name, value in settings.items() if name in sampling}
+    return replace(config, sampling=replace(config.sampling, **drawn)) if drawn else config

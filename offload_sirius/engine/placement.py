@@ -1,0 +1,136 @@
+"""From settings and the machine to a plan: which device, which type, how much memory, and where each layer goes.
+
+Reads sizes, never weights; allocates nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from offload_sirius import machine
+from offload_sirius.config import EngineConfig
+from offload_sirius.errors import BudgetError, ConfigError, DeviceError
+from offload_sirius.model.kv_cache import kv_cache_nbytes
+from offload_sirius.model.transformer import activation_nbytes
+from offload_sirius.units import MIB, format_size
+from offload_sirius.weights.disk import reader_nbytes
+from offload_sirius.weights.layout import LayerLayout, layer_layout
+from offload_sirius.weights.plan import MAX_READERS, Budgets, Demand, Plan, as_flag, make_plan
+from offload_sirius_loaders.checkpoint import Checkpoint
+from offload_sirius_loaders.spec import ModelSpec
+
+DEFAULT_CONTEXT = 4096
+"""Positions planned for where nobody says how long prompt and answer will be."""
+
+HOST_RESERVE_NBYTES = 192 * MIB
+"""Host memory left to the program itself: libraries that load late, scratch memory of matmuls, text."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placement:
+    """Everything that is decided before a byte is allocated."""
+
+    device: torch.device
+    dtype: torch.dtype
+    context: int
+    """Positions of the KV cache."""
+    layout: LayerLayout
+    plan: Plan
+
+
+def place(checkpoint: Checkpoint, config: EngineConfig) -> Placement:
+    """Decide. Raises BudgetError with the smallest budget that works, DeviceError, ConfigError."""
+    spec = checkpoint.spec
+    device = find_device(config.device)
+    dtype = compute_dtype(config, spec)
+    context = context_of(config, spec)
+    layout = layer_layout(spec, dtype.itemsize)
+    demand = Demand(
+        kv_cache_nbytes=kv_cache_nbytes(spec, batch=1, capacity=context, element_nbytes=dtype.itemsize),
+        activation_nbytes=activation_nbytes(spec, context, dtype.itemsize),
+        reader_nbytes=reader_nbytes(checkpoint),
+        embedding_on_device=spec.tied_head,
+        staged=device.type == "cuda",
+    )
+    plan = _plan_within(spec, layout, demand, config, device)
+    return Placement(device=device, dtype=dtype, context=context, layout=layout, plan=plan)
+
+
+def find_device(name: str) -> torch.device:
+    """auto is the first GPU, where there is one. Raises DeviceError for one that is not there."""
+    if name == "auto":
+        return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    device = torch.device(name)
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise DeviceError(f"--device {name}: torch {torch.__version__} sees no CUDA device; use --device cpu")
+        index = device.index or 0
+        if index >= torch.cuda.device_count():
+            raise DeviceError(f"--device {name}: there are {torch.cuda.device_count()} CUDA devices, counted from 0")
+        return torch.device("cuda", index)
+    return device
+
+
+def compute_dtype(config: EngineConfig, spec: ModelSpec) -> torch.dtype:
+    """The type weights are held and computed in. auto: float32 for what is stored so, bfloat16 for everything shorter."""
+    if config.dtype == "auto":
+        return torch.float32 if spec.stored_dtype == "F32" else torch.bfloat16
+    return {"bfloat16": torch.bfloat16, "float32": torch.float32}[config.dtype]
+
+
+def context_of(config: EngineConfig, spec: ModelSpec) -> int:
+    """Positions to plan for. Raises ConfigError for more than the model has."""
+    if config.max_context is None:
+        return min(DEFAULT_CONTEXT, spec.max_positions)
+    if config.max_context > spec.max_positions:
+        raise ConfigError(f"--max-context is {config.max_context}; {spec.name} has {spec.max_positions} positions")
+    return config.max_context
+
+
+def _plan_within(spec: ModelSpec, layout: LayerLayout, demand: Demand, config: EngineConfig, device: torch.device) -> Plan:
+    """Without a GPU the device's budget and the host's are parts of one memory: the host's share is of what the device leaves,
+    and the device's of what the readers leave, since a disk read by too few of them costs more than a few residents save."""
+    free_host = max(machine.free_host_nbytes() - HOST_RESERVE_NBYTES, 0)
+    if device.type == "cuda":
+        free_device = int(torch.cuda.mem_get_info(device)[0])
+        budgets = Budgets(device_nbytes=config.device_size.resolve(free_device), host_nbytes=config.host_size.resolve(free_host))
+        plan = make_plan(spec, layout, demand, budgets)
+        _require_free("device", plan.device_nbytes, free_device)
+        _require_free("host", plan.host_nbytes, free_host)
+        return plan
+    readers_nbytes = min(MAX_READERS * demand.reader_nbytes, free_host // 4)
+    device_nbytes = config.device_size.resolve(free_host - readers_nbytes)
+    unlimited = make_plan(spec, layout, demand, Budgets(device_nbytes=device_nbytes, host_nbytes=1 << 62))
+    host_nbytes = config.host_size.resolve(max(free_host - unlimited.device_nbytes, 0))
+    plan = make_plan(spec, layout, demand, Budgets(device_nbytes=device_nbytes, host_nbytes=host_nbytes))
+    _require_free("device and host", plan.device_nbytes + plan.host_nbytes, free_host)
+    return plan
+
+
+def _require_free(what: str, needed_nbytes: int, free_nbytes: int) -> None:
+    if needed_nbytes > free_nbytes:
+        flags = " and ".join(f"--{each}-memory" for each in what.split(" and "))
+        raise BudgetError(
+            f"{what} memory: the budgets given take {format_size(needed_nbytes)}, {format_size(free_nbytes)} are free; "
+            f"give smaller {flags}, {as_flag(free_nbytes)} at most"
+        )
+
+
+@contextmanager
+def memory_errors(plan: Plan) -> Iterator[None]:
+    """Memory that runs out in spite of the plan ends in one line: the operating system's and torch's errors become ours."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        text = str(error)
+        exhausted = isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in text or "new thread" in text
+        if not exhausted:
+            raise
+        raise BudgetError(
+            f"memory ran out; the plan takes {format_size(plan.device_nbytes)} on the device and "
+            f"{format_size(plan.host_nbytes)} on the host: give smaller --device-memory or --host-memory"
+        ) from error

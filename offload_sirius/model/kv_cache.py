@@ -1,0 +1,88 @@
+"""Keys and values of the positions computed so far, in two tensors allocated once. Does not know how they are made or used.
+
+All layers of a pass write the same positions, so writing does not make the cache longer: the pass does, with `advance`, when its
+last layer is done. A pass that is interrupted leaves the cache as it was. `truncate` takes positions back; what stood there is
+overwritten by the next pass.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from offload_sirius.errors import PromptError
+from offload_sirius_loaders.spec import ModelSpec
+
+
+def kv_cache_nbytes(spec: ModelSpec, batch: int, capacity: int, element_nbytes: int) -> int:
+    """Bytes of a cache for that many sequences of `capacity` positions."""
+    return (
+        2  # keys and values
+        * spec.num_layers
+        * batch
+        * spec.num_kv_heads
+        * capacity
+        * spec.head_dim
+        * element_nbytes
+    )
+
+
+class KVCache:
+    """Room for `capacity` positions of each of `batch` sequences, which all have the same length."""
+
+    def __init__(
+        self, spec: ModelSpec, capacity: int, *, dtype: torch.dtype, device: torch.device | str = "cpu", batch: int = 1
+    ) -> None:
+        shape = (spec.num_layers, batch, spec.num_kv_heads, capacity, spec.head_dim)
+        self.keys = torch.empty(shape, dtype=dtype, device=device)  # [L, B, K, T, E]
+        self.values = torch.empty_like(self.keys)
+        self.capacity = capacity
+        self.length = 0
+        # Taking a layer out of the big tensor costs as much as writing a token; do it once.
+        self._layers = tuple(zip(self.keys.unbind(), self.values.unbind(), strict=True))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The compute dtype."""
+        return self.keys.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model computes."""
+        return self.keys.device
+
+    @property
+    def nbytes(self) -> int:
+        """Device bytes of the cache."""
+        return self.keys.nbytes + self.values.nbytes
+
+    def require_room(self, num_tokens: int) -> None:
+        """Raises PromptError if that many further positions do not fit."""
+        needed = self.length + num_tokens
+        if needed > self.capacity:
+            raise PromptError(
+                f"the context needs {needed} positions, the KV cache has room for {self.capacity}; "
+                "shorten the prompt or the answer, or raise --max-context"
+            )
+
+    def write(self, layer: int, start: int, keys: Tensor, values: Tensor) -> None:
+        """Put keys and values [B, K, S, E] at positions start, ..., start + S - 1 of the layer."""
+        cached_keys, cached_values = self._layers[layer]
+        num_tokens = keys.shape[2]
+        cached_keys.narrow(2, start, num_tokens).copy_(keys)
+        cached_values.narrow(2, start, num_tokens).copy_(values)
+
+    def read(self, layer: int, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of positions start, ..., stop - 1 of the layer, [B, K, stop - start, E] each: views, no copies."""
+        cached_keys, cached_values = self._layers[layer]
+        return cached_keys.narrow(2, start, stop - start), cached_values.narrow(2, start, stop - start)
+
+    def advance(self, num_tokens: int) -> None:
+        """Every layer has written that many positions at `length`: they count from now on."""
+        assert self.length + num_tokens <= self.capacity, (self.length, num_tokens, self.capacity)
+        self.length += num_tokens
+
+    def truncate(self, length: int) -> None:
+        """Keep the first `length` positions."""
+        assert 0 <= length <= self.length, (length, self.length)
+        self.length = length

@@ -1,0 +1,90 @@
+"""The arithmetic of a layer on plain tensors. Knows no model, no cache, and no weights but those it is handed.
+
+Shape letters, here and in every file of this room:
+
+    B  sequences (always 1 yet)         D  model width                     F  feed-forward neurons of a layer
+    S  tokens of this call              H  query heads                     N  neurons kept of them, F where all are
+    C  tokens of one chunk of them      K  key and value heads             L  layers
+    T  positions in the KV cache,       G  query heads sharing one, H / K  V  vocabulary
+       those of this call included      E  width of a head
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+from torch.nn import functional
+
+from offload_sirius.errors import ConfigError
+from offload_sirius.model.source import NeuronWeights
+
+Activation = Callable[[Tensor], Tensor]
+
+
+def _gelu_tanh(x: Tensor) -> Tensor:
+    return functional.gelu(x, approximate="tanh")
+
+
+_ACTIVATIONS: dict[str, Activation] = {
+    "silu": functional.silu,
+    "swish": functional.silu,
+    "gelu": functional.gelu,
+    "gelu_pytorch_tanh": _gelu_tanh,
+}
+"""The common ones, so that only a rare model pays the second that importing transformers takes."""
+
+
+def activation_named(name: str) -> Activation:
+    """The function of that name in the transformers ACT2FN table. Raises ConfigError where there is none."""
+    if name in _ACTIVATIONS:
+        return _ACTIVATIONS[name]
+    from transformers.activations import ACT2FN
+
+    if name not in ACT2FN:
+        raise ConfigError(f"activation {name!r} is not known to transformers; known are {', '.join(sorted(ACT2FN))}")
+    function: Activation = ACT2FN[name]
+    return function
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x [..., D] over its root mean square, times weight [D].
+
+    The numerics of the reference models: float32 inside, rounded to the dtype of x, and only then weighted. (Handing the
+    weight to functional.rms_norm would round once less, and differ in bfloat16.)
+    """
+    return functional.rms_norm(x, weight.shape, eps=eps).mul_(weight)
+
+
+def gated_activations(x: Tensor, neurons: NeuronWeights, activation: Activation) -> Tensor:
+    """What each neuron says of each token: z = activation(x gate^T) * (x up^T). [S, D] -> [S, N]"""
+    return activation(functional.linear(x, neurons.gate)).mul_(functional.linear(x, neurons.up))
+
+
+def causal_mask(query_positions: Tensor, key_positions: Tensor) -> Tensor:
+    """bool [S, T], true where the key at position [T] is not after the query at position [S]."""
+    return key_positions <= query_positions[:, None]
+
+
+def window_mask(query_positions: Tensor, key_positions: Tensor, window: int) -> Tensor:
+    """bool [S, T], true where the key is among the last `window` positions up to and including the query's own."""
+    return key_positions > query_positions[:, None] - window
+
+
+def grouped_attention(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+    """Attention where G query heads share a key and value head. mask: bool [S, T], true is seen; None sees everything.
+
+    queries [B, S, H, E], keys and values [B, K, T, E] -> [S, HE] (B = 1)
+
+    The G heads of a group become further rows of one query matrix. Then both sides have K heads, no backend has to know about
+    groups, and a single token still is a matrix of G rows (measured on a CPU in bfloat16: up to 9 times faster than G vectors).
+    """
+    batch, num_tokens, num_heads, head_dim = queries.shape
+    num_kv_heads = keys.shape[1]
+    groups = queries.view(batch, num_tokens, num_kv_heads, -1, head_dim)  # [B, S, H, E] -> [B, S, K, G, E]
+    rows = groups.transpose(1, 2).flatten(2, 3)  # -> [B, K, SG, E]
+    if mask is not None:
+        mask = mask.repeat_interleave(num_heads // num_kv_heads, dim=0)  # [S, T] -> [SG, T]
+    mixed = functional.scaled_dot_product_attention(rows, keys, values, attn_mask=mask)
+    groups = mixed.view(batch, num_kv_heads, num_tokens, -1, head_dim).transpose(1, 2)  # -> [B, S, K, G, E]
+    return groups.reshape(num_tokens, num_heads * head_dim)  # -> [S, HE]

@@ -1,0 +1,230 @@
+"""The forward pass of llama, mistral, qwen2 and qwen3, which differ only in what a ModelSpec says.
+
+Weights come from a WeightSource, layer after layer; this file does not know whether they were streamed or always there. Every
+pass asks for each layer once, whatever the number of tokens: a pass costs its weights, tokens are nearly free.
+
+    prefill   a prompt of any length, in chunks within each layer -> logits of its last token
+    step      a few tokens at the end of the cache -> logits of each
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from offload_sirius.errors import PromptError
+from offload_sirius.model.kv_cache import KVCache
+from offload_sirius.model.ops import (
+    activation_named,
+    causal_mask,
+    gated_activations,
+    grouped_attention,
+    rms_norm,
+    window_mask,
+)
+from offload_sirius.model.rope import RotaryTable, Rotation, rotate
+from offload_sirius.model.source import AttentionWeights, NeuronWeights, WeightSource
+from offload_sirius_loaders.spec import ModelSpec
+
+CHUNK_SIZE = 512
+"""Tokens of a prompt that are computed at once: enough to keep the arithmetic units busy, few enough for small activations."""
+
+
+def activation_nbytes(spec: ModelSpec, num_tokens: int, element_nbytes: int, chunk_size: int = CHUNK_SIZE) -> int:
+    """Upper bound of the device bytes that a prefill of that many tokens needs beside weights, cache and position tables.
+
+    Enough for steps of one token afterwards, too. What kernels take for themselves (tiles, packed operands) is not in it.
+    """
+    hidden = num_tokens * spec.width * element_nbytes
+    rows = min(chunk_size, num_tokens)
+    return hidden + max(
+        _norm_nbytes(spec, rows, element_nbytes),
+        _attention_nbytes(spec, rows, num_tokens, element_nbytes),
+        _feed_forward_nbytes(spec, rows, element_nbytes),
+        _logits_nbytes(spec, element_nbytes),
+    )
+
+
+def _norm_nbytes(spec: ModelSpec, num_rows: int, element_nbytes: int) -> int:
+    row_nbytes = (
+        3 * 4  # input, its square, and the result in float32
+        + element_nbytes  # result
+    )
+    return num_rows * spec.width * row_nbytes
+
+
+def _attention_nbytes(spec: ModelSpec, num_rows: int, num_positions: int, element_nbytes: int) -> int:
+    heads_per_row = (
+        spec.num_heads + 2 * spec.num_kv_heads  # projected queries, keys and values
+        + 2 * (spec.num_heads + spec.num_kv_heads)  # queries and keys, turned and with swapped halves
+        + 3 * spec.num_heads  # queries in rows of their group, what they mix, and that in rows of tokens
+    )  # fmt: skip
+    group_size = spec.num_heads // spec.num_kv_heads
+    mask_nbytes = (
+        3  # causal, window, and both
+        + group_size  # both for every row of a group
+        + 2 * group_size * element_nbytes  # the same as numbers to be added, and padded to the kernel's alignment
+    )
+    return (
+        2 * num_rows * spec.width * element_nbytes  # normed input, and output
+        + heads_per_row * num_rows * spec.head_dim * element_nbytes
+        + num_rows * num_positions * mask_nbytes
+    )
+
+
+def _feed_forward_nbytes(spec: ModelSpec, num_rows: int, element_nbytes: int) -> int:
+    row_elements = (
+        2 * spec.width  # normed input, and output
+        + 2 * spec.ffn_width  # gate and what the activation makes of it, or that and up
+    )
+    return num_rows * row_elements * element_nbytes
+
+
+def _logits_nbytes(spec: ModelSpec, element_nbytes: int) -> int:
+    return spec.vocab_size * (
+        element_nbytes  # as computed
+        + 4  # in float32
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenTree:
+    """Where the tokens of a step stand when they are not one line: drafted branches that share their beginnings."""
+
+    positions: Tensor
+    """int64 [S] on the device, none below the length of the cache. Tokens on different branches may have the same."""
+    mask: Tensor
+    """bool [S, T] on the device, T = length of the cache + S: true where a token (row) sees a slot of the cache (column)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Chunk:
+    """Tokens in neighbouring slots of the cache that go through a layer together."""
+
+    hidden: Tensor
+    """[C, D]: rows of the hidden states of the pass. Layers add to them in place."""
+    start: int
+    """Slot of the first token."""
+    stop: int
+    """Slot after the last."""
+    rotation: Rotation
+    key_positions: Tensor
+    """int64 [T]: the position of every slot, up to the chunk's last."""
+    mask: Tensor | None
+    """bool [C, T]: which slots each token sees; None where it is all up to its own."""
+
+    def visible(self, window: int | None) -> tuple[int, Tensor | None]:
+        """The first slot that any token sees, and a mask bool [C, T - first] of the slots from there on.
+
+        The window counts a token's own position. A single token sees all slots that are left and needs no mask.
+        """
+        first = 0 if window is None else max(0, self.start - window + 1)
+        if self.mask is None and self.hidden.shape[0] == 1:
+            return first, None
+        queries, keys = self.key_positions[self.start :], self.key_positions[first:]
+        mask = causal_mask(queries, keys) if self.mask is None else self.mask[:, first:]
+        return first, mask if window is None else mask & window_mask(queries, keys, window)
+
+
+class Transformer:
+    """A model for one sequence: its weights, its KV cache, and the two ways through them."""
+
+    def __init__(self, spec: ModelSpec, source: WeightSource, cache: KVCache, *, chunk_size: int = CHUNK_SIZE) -> None:
+        """Computes in the dtype and on the device of the cache. Raises ConfigError where the activation is unknown."""
+        self.spec = spec
+        self.cache = cache
+        self._source = source
+        self._chunk_size = chunk_size
+        self._activation = activation_named(spec.activation)
+        self._rotary = RotaryTable(spec, num_positions=cache.capacity, dtype=cache.dtype, device=cache.device)
+        self._slots = torch.arange(cache.capacity, device=cache.device)
+        self._num_turned = spec.num_heads + spec.num_kv_heads
+
+    @torch.inference_mode()
+    def prefill(self, token_ids: Tensor) -> Tensor:
+        """Append a prompt, int64 [S] in host memory -> float32 [V], the logits after its last token.
+
+        Raises PromptError where the prompt is empty or does not fit into the cache.
+        """
+        if token_ids.numel() == 0:
+            raise PromptError("the prompt has no tokens, at least one is needed; give a text that is not empty")
+        start = self.cache.length
+        self.cache.require_room(len(token_ids))
+        self._rotary.begin(start + len(token_ids))
+        hidden = self._source.embed(token_ids)  # [S] -> [S, D]
+        chunks = [self._line(rows, start + i * self._chunk_size) for i, rows in enumerate(hidden.split(self._chunk_size))]
+        self._pass(chunks)
+        self.cache.advance(len(token_ids))
+        return self._logits(hidden[-1:])[0]
+
+    @torch.inference_mode()
+    def step(self, token_ids: Tensor, tree: TokenTree | None = None) -> Tensor:
+        """Append a few tokens, int64 [S] in host memory -> float32 [S, V], the logits after each.
+
+        They follow each other, unless a tree says otherwise. Raises PromptError where they do not fit into the cache.
+        """
+        self.cache.require_room(len(token_ids))
+        hidden = self._source.embed(token_ids)  # [S] -> [S, D]
+        self._pass([self._line(hidden, self.cache.length) if tree is None else self._branches(hidden, tree)])
+        self.cache.advance(len(token_ids))
+        return self._logits(hidden)
+
+    def _line(self, hidden: Tensor, start: int) -> Chunk:
+        """Tokens that follow each other: a token's slot is its position."""
+        stop = start + hidden.shape[0]
+        rotation, key_positions = self._rotary.span(start, stop), self._slots[:stop]
+        return Chunk(hidden=hidden, start=start, stop=stop, rotation=rotation, key_positions=key_positions, mask=None)
+
+    def _branches(self, hidden: Tensor, tree: TokenTree) -> Chunk:
+        """Tokens of a tree: they take the next slots, each at the position the tree gives it."""
+        start = self.cache.length
+        rotation, key_positions = self._rotary.at(tree.positions), torch.cat((self._slots[:start], tree.positions))
+        stop = start + hidden.shape[0]
+        return Chunk(hidden=hidden, start=start, stop=stop, rotation=rotation, key_positions=key_positions, mask=tree.mask)
+
+    def _pass(self, chunks: list[Chunk]) -> None:
+        """Take every chunk through every layer. A layer is asked for once; its neurons may arrive while attention computes."""
+        for layer, window in enumerate(self.spec.layer_windows):
+            attention = self._source.attention(layer)
+            for chunk in chunks:
+                self._attend(layer, window, attention, chunk)
+            neurons = self._source.neurons(layer)
+            for chunk in chunks:
+                self._feed_forward(attention.post_norm, neurons, chunk.hidden)
+            self._source.release(layer)
+
+    def _attend(self, layer: int, window: int | None, weights: AttentionWeights, chunk: Chunk) -> None:
+        """Attention block: the chunk's tokens see the slots before them, and enter their own keys and values."""
+        normed = rms_norm(chunk.hidden, weights.input_norm, self.spec.norm_eps)
+        projected = functional.linear(normed, weights.qkv, weights.qkv_bias)  # [C, D] -> [C, (H + 2K)E]
+        heads = projected.view(1, -1, self._num_turned + self.spec.num_kv_heads, self.spec.head_dim)  # -> [B, C, H + 2K, E]
+        turning, values = heads.split_with_sizes((self._num_turned, self.spec.num_kv_heads), dim=2)
+        self._norm_heads(turning, weights)
+        # Queries and keys lie beside each other and turn alike: one rotation for both.
+        queries, keys = rotate(turning, chunk.rotation).split_with_sizes((self.spec.num_heads, self.spec.num_kv_heads), dim=2)
+        self.cache.write(layer, chunk.start, keys.transpose(1, 2), values.transpose(1, 2))  # [B, C, K, E] -> [B, K, C, E]
+        first, mask = chunk.visible(window)
+        keys, values = self.cache.read(layer, first, chunk.stop)  # [B, K, T - first, E]
+        mixed = grouped_attention(queries, keys, values, mask)  # [B, C, H, E] -> [C, HE]
+        chunk.hidden.add_(functional.linear(mixed, weights.output, weights.output_bias))  # [C, HE] -> [C, D]
+
+    def _norm_heads(self, heads: Tensor, weights: AttentionWeights) -> None:
+        """qwen3 norms each query and key head before it is turned: [B, C, H + K, E], in place."""
+        if weights.q_norm is None or weights.k_norm is None:
+            return
+        queries, keys = heads.split_with_sizes((self.spec.num_heads, self.spec.num_kv_heads), dim=2)
+        queries.copy_(rms_norm(queries, weights.q_norm, self.spec.norm_eps))
+        keys.copy_(rms_norm(keys, weights.k_norm, self.spec.norm_eps))
+
+    def _feed_forward(self, norm: Tensor, neurons: NeuronWeights, hidden: Tensor) -> None:
+        """Feed-forward block, added to hidden [C, D]."""
+        z = gated_activations(rms_norm(hidden, norm, self.spec.norm_eps), neurons, self._activation)  # [C, D] -> [C, N]
+        hidden.add_(z @ neurons.down)  # [C, N] -> [C, D]
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        """[S, D] -> float32 [S, V]"""
+        normed = rms_norm(hidden, self._source.final_norm, self.spec.norm_eps)
+        return functional.linear(normed, self._source.head).float()

@@ -1,0 +1,76 @@
+"""The bytes of a layer as tensors: fixed views into a flat buffer, on the host or on the device. Knows no files and no copies."""
+
+from __future__ import annotations
+
+from math import prod
+
+import torch
+from torch import Tensor
+
+from offload_sirius.weights.layout import FieldName, LayerLayout, Part, qkv_rows
+from offload_sirius_loaders.spec import ModelSpec, Role
+
+TRANSPOSE_ROWS = 256
+"""Rows of a transposed write that are turned at once: a block stays in cache, which doubles the rate of a strided copy."""
+
+
+class LayerBuffer:
+    """One layer's bytes, and every way to look at them. Built once: making a view costs microseconds that a step does not have.
+
+    Satisfies the model's AttentionWeights and NeuronWeights, with all neurons kept.
+    """
+
+    def __init__(self, storage: Tensor, spec: ModelSpec, layout: LayerLayout, dtype: torch.dtype) -> None:
+        """storage: uint8 [layout.nbytes], contiguous, on any device."""
+        assert storage.dtype == torch.uint8, storage.dtype
+        assert storage.numel() == layout.nbytes, (storage.numel(), layout.nbytes)
+        self.storage = storage
+        self.parts: dict[Part, Tensor] = {part: storage[slice(*layout.part_range(part))] for part in ("attention", "records")}
+        fields = {name: _field(storage, layout, name, dtype) for name in layout.fields}
+        self.input_norm = fields["input_norm"]
+        self.qkv = fields["qkv"]
+        self.qkv_bias = fields.get("qkv_bias")
+        self.q_norm = fields.get("q_norm")
+        self.k_norm = fields.get("k_norm")
+        self.output = fields["output"]
+        self.output_bias = fields.get("output_bias")
+        self.post_norm = fields["post_norm"]
+        self.gate = fields["gate"]
+        self.up = fields["up_down"][:, 0]
+        self.down = fields["up_down"][:, 1]
+        self._spec = spec
+
+    def role(self, role: Role) -> Tensor:
+        """The place of a checkpoint's tensor, in the shape that the checkpoint has it: down is [D, F], a transposed view."""
+        if role in ("q", "k", "v"):
+            return self.qkv[slice(*qkv_rows(self._spec, role))]
+        if role in ("q_bias", "k_bias", "v_bias"):
+            assert self.qkv_bias is not None
+            return self.qkv_bias[slice(*qkv_rows(self._spec, role))]
+        if role == "down":
+            return self.down.t()
+        renamed = {"o": "output", "o_bias": "output_bias"}.get(role, role)
+        view = getattr(self, renamed)
+        assert isinstance(view, Tensor)
+        return view
+
+
+def _field(storage: Tensor, layout: LayerLayout, name: FieldName, dtype: torch.dtype) -> Tensor:
+    field = layout.fields[name]
+    nbytes = prod(field.shape) * layout.element_nbytes
+    return storage[field.offset : field.offset + nbytes].view(dtype).view(field.shape)
+
+
+def write_rows(place: Tensor, first_row: int, rows: Tensor) -> None:
+    """Write rows of a checkpoint's tensor to their place, converting the type; a transposed place is written in blocks.
+
+    place: [R, C] or [R], as LayerBuffer.role gives it; rows: [n, C] or [n], with first_row + n <= R.
+    """
+    if place.dim() == 1 or place.stride(1) == 1:
+        place[first_row : first_row + rows.shape[0]].copy_(rows)
+        return
+    by_neuron = place.t()
+    for start in range(0, rows.shape[0], TRANSPOSE_ROWS):
+        block = rows[start : start + TRANSPOSE_ROWS].t().contiguous()
+        at = first_row + start
+        by_neuron[:, at : at + block.shape[1]].copy_(block)

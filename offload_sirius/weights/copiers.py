@@ -1,0 +1,268 @@
+"""Ways to bring a part of a layer into a slot, behind one protocol: the link. Knows no order of layers.
+
+HostCopier   host memory -> memory, by a thread
+DiskCopier   checkpoint's files -> memory, by reader threads
+TieredCopier host layers by one of these, disk layers by another
+PacedCopier  any of them, no faster than a set rate: the emulated link
+
+Those that upload to a CUDA device are in cuda.py.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Protocol
+
+import torch
+
+from offload_sirius.weights.buffers import LayerBuffer
+from offload_sirius.weights.disk import Fill, Job, ReaderPool, tensor_jobs
+from offload_sirius.weights.host import HostStore
+from offload_sirius.weights.layout import Part, part_of
+from offload_sirius_loaders.checkpoint import Checkpoint
+from offload_sirius_loaders.spec import Role
+
+
+class Transfer(Protocol):
+    """A part of a layer on its way into a slot."""
+
+    def wait(self) -> None:
+        """Return when the part may be computed on: when its bytes are there (CPU), or when the current stream has been made to
+        wait for them (CUDA). Raises WeightReadError when they cannot be had."""
+
+
+class Copier(Protocol):
+    """Brings parts of layers into slots, in the order it is asked."""
+
+    def start(self, layer: int, part: Part, slot: LayerBuffer) -> Transfer:
+        """Begin to overwrite that part of the slot; returns at once. The slot's last use must be over (CPU) or queued on the
+        current stream (CUDA)."""
+
+    @property
+    def nbytes_copied(self) -> int:
+        """Bytes that have been put in slots, counted where they are copied."""
+
+    @property
+    def busy_seconds(self) -> float:
+        """Time in which at least one transfer was under way."""
+
+    @property
+    def peak_bytes_per_second(self) -> float | None:
+        """Fastest rate seen or set; None before anything was measured."""
+
+    def close(self) -> None:
+        """End threads. Transfers under way are finished first."""
+
+
+class BusyMeter:
+    """Bytes, the time in which at least one transfer was under way, and the best rate of one. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._num_open = 0
+        self._since = 0.0
+        self._busy_seconds = 0.0
+        self.nbytes = 0
+        self.peak_bytes_per_second: float | None = None
+
+    @property
+    def busy_seconds(self) -> float:
+        """Busy time until now."""
+        with self._lock:
+            return self._busy_seconds + (time.perf_counter() - self._since if self._num_open else 0.0)
+
+    def open(self) -> float:
+        """A transfer begins. Returns the time."""
+        now = time.perf_counter()
+        with self._lock:
+            if self._num_open == 0:
+                self._since = now
+            self._num_open += 1
+        return now
+
+    def close(self, nbytes: int, seconds: float | None = None) -> None:
+        """A transfer has ended; seconds, where given, are its own and count towards the best rate."""
+        with self._lock:
+            self._num_open -= 1
+            self.nbytes += nbytes
+            if self._num_open == 0:
+                self._busy_seconds += time.perf_counter() - self._since
+            if seconds:
+                self.peak_bytes_per_second = max(nbytes / seconds, self.peak_bytes_per_second or 0.0)
+
+
+class FutureTransfer:
+    """A transfer carried out by a thread of an executor."""
+
+    def __init__(self, future: Future[None]) -> None:
+        self._future = future
+
+    def wait(self) -> None:
+        """See Transfer."""
+        self._future.result()
+
+
+class HostCopier:
+    """Host memory to memory, in order, by one thread: what a link does on a machine that has none."""
+
+    def __init__(self, store: HostStore) -> None:
+        self._store = store
+        self._meter = BusyMeter()
+        self._executor = ThreadPoolExecutor(1, "copier", initializer=torch.set_num_threads, initargs=(1,))
+
+    @property
+    def nbytes_copied(self) -> int:
+        """See Copier."""
+        return self._meter.nbytes
+
+    @property
+    def busy_seconds(self) -> float:
+        """See Copier."""
+        return self._meter.busy_seconds
+
+    @property
+    def peak_bytes_per_second(self) -> float | None:
+        """See Copier."""
+        return self._meter.peak_bytes_per_second
+
+    def start(self, layer: int, part: Part, slot: LayerBuffer) -> Transfer:
+        """See Copier."""
+        return FutureTransfer(self._executor.submit(self._copy, layer, part, slot))
+
+    def _copy(self, layer: int, part: Part, slot: LayerBuffer) -> None:
+        began = self._meter.open()
+        destination = slot.parts[part]
+        destination.copy_(self._store.layer(layer).parts[part])
+        self._meter.close(destination.numel(), time.perf_counter() - began)
+
+    def close(self) -> None:
+        """See Copier."""
+        self._executor.shutdown(cancel_futures=True)
+
+
+def layer_jobs(checkpoint: Checkpoint, layer: int, part: Part, buffer: LayerBuffer) -> list[Job]:
+    """Everything there is to read of a part of a layer, each tensor with its place in the buffer."""
+    roles: list[Role] = [role for role in checkpoint.spec.layer_roles() if part_of(role) == part]
+    return [job for role in roles for job in tensor_jobs(checkpoint.tensors[layer, role], buffer.role(role))]
+
+
+class DiskCopier:
+    """The checkpoint's own files to memory, by reader threads that assemble the layer as they read."""
+
+    def __init__(self, checkpoint: Checkpoint, readers: ReaderPool) -> None:
+        self._checkpoint = checkpoint
+        self._readers = readers
+        self._meter = BusyMeter()
+
+    @property
+    def nbytes_copied(self) -> int:
+        """See Copier."""
+        return self._meter.nbytes
+
+    @property
+    def busy_seconds(self) -> float:
+        """See Copier."""
+        return self._meter.busy_seconds
+
+    @property
+    def peak_bytes_per_second(self) -> float | None:
+        """See Copier. The readers' own measure, in stored bytes."""
+        return self._readers.bytes_per_second
+
+    def start(self, layer: int, part: Part, slot: LayerBuffer) -> Fill:
+        """See Copier."""
+        self._meter.open()
+        part_nbytes = slot.parts[part].numel()
+        fill = self._readers.submit(layer_jobs(self._checkpoint, layer, part, slot))
+        fill.when_over(lambda: self._meter.close(part_nbytes))
+        return fill
+
+    def close(self) -> None:
+        """See Copier. The readers belong to who made them."""
+
+
+class TieredCopier:
+    """Each layer by the copier of the tier in which it lives."""
+
+    def __init__(self, tiers: Mapping[int, Copier]) -> None:
+        """tiers: layer -> its copier."""
+        self._tiers = tiers
+        self._copiers = list(dict.fromkeys(tiers.values()))
+
+    def start(self, layer: int, part: Part, slot: LayerBuffer) -> Transfer:
+        """See Copier."""
+        return self._tiers[layer].start(layer, part, slot)
+
+    @property
+    def nbytes_copied(self) -> int:
+        """See Copier."""
+        return sum(copier.nbytes_copied for copier in self._copiers)
+
+    @property
+    def busy_seconds(self) -> float:
+        """See Copier. The tiers are different links; the busiest one is the answer."""
+        return max(copier.busy_seconds for copier in self._copiers)
+
+    @property
+    def peak_bytes_per_second(self) -> float | None:
+        """See Copier: of the slowest tier, as it is the one that is waited for."""
+        return min((rate for copier in self._copiers if (rate := copier.peak_bytes_per_second)), default=None)
+
+    def close(self) -> None:
+        """See Copier."""
+        for copier in self._copiers:
+            copier.close()
+
+
+class PacedTransfer:
+    """A transfer that may not end before its time."""
+
+    def __init__(self, inner: Transfer, due: float) -> None:
+        self._inner = inner
+        self._due = due
+
+    def wait(self) -> None:
+        """See Transfer."""
+        self._inner.wait()
+        if (left := self._due - time.perf_counter()) > 0:
+            time.sleep(left)
+
+
+class PacedCopier:
+    """Another copier at a set rate. The emulated link carries one transfer at a time: each begins when it is asked for, or when
+    the one before has ended, and lasts its bytes over the rate."""
+
+    def __init__(self, inner: Copier, bytes_per_second: float) -> None:
+        self._inner = inner
+        self._bytes_per_second = bytes_per_second
+        self._free_at = 0.0
+        self._busy_seconds = 0.0
+
+    def start(self, layer: int, part: Part, slot: LayerBuffer) -> Transfer:
+        """See Copier."""
+        seconds = slot.parts[part].numel() / self._bytes_per_second
+        self._free_at = max(self._free_at, time.perf_counter()) + seconds
+        self._busy_seconds += seconds
+        return PacedTransfer(self._inner.start(layer, part, slot), self._free_at)
+
+    @property
+    def nbytes_copied(self) -> int:
+        """See Copier."""
+        return self._inner.nbytes_copied
+
+    @property
+    def busy_seconds(self) -> float:
+        """See Copier: what has been asked for, less what is still to come."""
+        return self._busy_seconds - max(self._free_at - time.perf_counter(), 0.0)
+
+    @property
+    def peak_bytes_per_second(self) -> float | None:
+        """The set rate."""
+        return self._bytes_per_second
+
+    def close(self) -> None:
+        """See Copier."""
+        self._inner.close()

@@ -1,0 +1,42 @@
+"""How many reads at a time a disk likes best, found while it does its work. Knows no files and no threads."""
+
+from __future__ import annotations
+
+WINDOW_NBYTES = 256 << 20
+"""Bytes over which one depth is timed: long enough for a stable rate, a fraction of any model worth streaming."""
+
+
+class DepthTuner:
+    """Tries a few queue depths in turn, over real reads, and then keeps the fastest.
+
+    A quarter, half and all of the readers are each timed over two windows; until then the depth is all of them, which is
+    the safest guess on solid-state disks.
+    """
+
+    def __init__(self, num_readers: int, window_nbytes: int = WINDOW_NBYTES) -> None:
+        self._candidates = sorted({max(num_readers // 4, 1), max(num_readers // 2, 1), num_readers}, reverse=True)
+        self._trials = [depth for depth in self._candidates for _ in range(2)]
+        self._rates: dict[int, float] = {}
+        self._window_nbytes = window_nbytes
+        self._nbytes = 0
+        self._since = 0.0
+        self.depth = num_readers
+        """Reads that may be under way at a time."""
+        self.best_bytes_per_second: float | None = None
+
+    def record(self, nbytes: int, busy_seconds: float) -> None:
+        """A read of nbytes has ended; busy_seconds is the running total of time in which the disk was reading."""
+        self._nbytes += nbytes
+        seconds = busy_seconds - self._since
+        if self._nbytes < self._window_nbytes or seconds <= 0:
+            return
+        self._close_window(self._nbytes / seconds)
+        self._nbytes, self._since = 0, busy_seconds
+
+    def _close_window(self, bytes_per_second: float) -> None:
+        self.best_bytes_per_second = max(bytes_per_second, self.best_bytes_per_second or 0.0)
+        if not self._trials:
+            return
+        tried = self._trials.pop(0)
+        self._rates[tried] = max(bytes_per_second, self._rates.get(tried, 0.0))
+        self.depth = self._trials[0] if self._trials else max(self._rates, key=lambda depth: self._rates[depth])

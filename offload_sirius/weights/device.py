@@ -1,0 +1,43 @@
+"""What lives on the device: the ring's slots, resident layers, head and final norm. Allocated once, from the plan.
+
+Knows neither where bytes come from nor which layer is in which slot.
+"""
+
+from __future__ import annotations
+
+from math import prod
+
+import torch
+from torch import Tensor
+
+from offload_sirius.weights.buffers import LayerBuffer
+from offload_sirius.weights.host import allocate_bytes
+from offload_sirius.weights.layout import LayerLayout
+from offload_sirius.weights.plan import Plan
+from offload_sirius_loaders.spec import ModelSpec
+
+
+class DeviceStore:
+    """Fixed buffers on the device. `nbytes` is what they take."""
+
+    def __init__(self, plan: Plan, spec: ModelSpec, layout: LayerLayout, dtype: torch.dtype, device: torch.device) -> None:
+        """Raises BudgetError when the device's memory runs out."""
+        self.device = device
+        self.head = _matrix(spec.vocab_size, spec.width, dtype=dtype, device=device)
+        self.final_norm = _matrix(spec.width, dtype=dtype, device=device)
+
+        def layer_buffer() -> LayerBuffer:
+            return LayerBuffer(allocate_bytes(layout.nbytes, device, "device"), spec, layout, dtype)
+
+        self.residents = {layer: layer_buffer() for layer in plan.resident_layers}
+        self.slots = [layer_buffer() for _ in range(plan.num_slots)]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of everything allocated here."""
+        layers = [*self.residents.values(), *self.slots]
+        return self.head.nbytes + self.final_norm.nbytes + sum(layer.storage.nbytes for layer in layers)
+
+
+def _matrix(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return allocate_bytes(prod(shape) * dtype.itemsize, device, "device").view(dtype).view(shape)

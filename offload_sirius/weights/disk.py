@@ -1,0 +1,320 @@
+"""Reader threads: a checkpoint's tensors from disk to their place in host memory. Knows no layers, no slots, no link.
+
+Files are read past the page cache (O_DIRECT), many pieces at a time: weights that exceed memory would only push each other out
+of the cache, and one copy through it costs half the disk's rate. Where the file system refuses O_DIRECT, reads are buffered.
+Several threads rather than an asynchronous interface: a blocking pread releases the interpreter's lock, and the thread that has
+read a piece also turns it into its place while others read on.
+"""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from offload_sirius.errors import WeightReadError
+from offload_sirius.weights.buffers import write_rows
+from offload_sirius.weights.depth import DepthTuner
+from offload_sirius_loaders.checkpoint import Checkpoint, TensorInfo
+
+BLOCK_NBYTES = 4096
+"""O_DIRECT wants offset, length and address as multiples of the logical block size, which is at most this."""
+
+PIECE_NBYTES = 4 << 20
+"""One read, and also the most bytes a piece may have once decoded: bounds what a reader thread holds."""
+
+MAX_READERS = 32
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Some rows of one tensor: the unit of reading."""
+
+    info: TensorInfo
+    first_row: int
+    num_rows: int
+
+    @property
+    def offset(self) -> int:
+        """First byte in the file."""
+        return self.info.offset + self.first_row * self.info.row_nbytes
+
+    @property
+    def nbytes(self) -> int:
+        """Stored bytes."""
+        return self.num_rows * self.info.row_nbytes
+
+
+@dataclass(frozen=True)
+class Job:
+    """A piece and where it goes."""
+
+    piece: Piece
+    place: Tensor
+    """As buffers.write_rows takes it."""
+    row: int
+    """Row of the place at which the piece starts."""
+
+
+def tensor_jobs(info: TensorInfo, place: Tensor) -> list[Job]:
+    """Everything there is to read of a tensor. place: all of the tensor's rows."""
+    return [Job(piece, place, piece.first_row) for piece in pieces_of(info)]
+
+
+def pieces_of(info: TensorInfo) -> list[Piece]:
+    """Cut a tensor into pieces of at most PIECE_NBYTES, stored and decoded, where its rows allow it."""
+    element_nbytes = 4 if info.element == "F32" else 2
+    columns = info.shape[-1]
+    per_row = max(columns * element_nbytes, info.row_nbytes, 1)
+    step = max(PIECE_NBYTES // per_row // info.row_multiple, 1) * info.row_multiple
+    return [Piece(info, start, min(step, info.num_rows - start)) for start in range(0, info.num_rows, step)]
+
+
+def reader_nbytes(checkpoint: Checkpoint) -> int:
+    """Host memory one reader thread holds at most: its buffer, and a decoded piece with what decoding needs beside it.
+
+    piece = bytes of the largest piece (a tensor whose rows must stay together may exceed PIECE_NBYTES)
+    blocks = quantised blocks pass through float32 arrays, about four at a time in the gguf library
+    """
+    buffer = largest_piece_nbytes(checkpoint) + 2 * BLOCK_NBYTES
+    blocks = any(info.dtype not in ("F32", "F16", "BF16") for info in checkpoint.tensors.values())
+    return buffer + PIECE_NBYTES * (4 if blocks else 1)
+
+
+def largest_piece_nbytes(checkpoint: Checkpoint) -> int:
+    """Stored bytes of the largest piece of any tensor."""
+    return max(max(piece.nbytes for piece in pieces_of(info)) for info in checkpoint.tensors.values())
+
+
+class Fill:
+    """A number of pieces on their way to their places. Over when all are there, or when the first one failed."""
+
+    def __init__(self, num_pieces: int, on_bytes: Callable[[int], None] | None = None) -> None:
+        self._left = num_pieces
+        self._lock = threading.Lock()
+        self._over = threading.Event()
+        self._error: BaseException | None = None
+        self._on_bytes = on_bytes
+        self._when_over: list[Callable[[], None]] = []
+        if num_pieces == 0:
+            self._over.set()
+
+    def wait(self) -> None:
+        """Block until everything is in place. Raises WeightReadError (or what else a reader met)."""
+        self._over.wait()
+        if self._error is not None:
+            raise self._error
+
+    def when_over(self, call: Callable[[], None]) -> None:
+        """Call once when the fill is over, by the thread that ends it, or now if it is over already."""
+        with self._lock:
+            if not self._over.is_set():
+                self._when_over.append(call)
+                return
+        call()
+
+    def piece_done(self, nbytes: int) -> None:
+        """A reader has put nbytes in place."""
+        with self._lock:
+            self._left -= 1
+            if self._on_bytes is not None:
+                self._on_bytes(nbytes)
+            last = self._left == 0
+        if last:
+            self._end()
+
+    def fail(self, error: BaseException) -> None:
+        """A reader could not: everyone who waits learns why."""
+        with self._lock:
+            self._error = self._error or error
+        self._end()
+
+    def _end(self) -> None:
+        with self._lock:
+            calls, self._when_over = self._when_over, []
+            self._over.set()
+        for call in calls:
+            call()
+
+
+class DirectFile:
+    """A file read past the page cache, buffered where that is refused. Thread-safe."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.direct = True
+        try:
+            self._descriptor = os.open(path, os.O_RDONLY | os.O_DIRECT)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise _unreadable(path, error) from error
+            self._fall_back()
+
+    def _fall_back(self) -> None:
+        try:
+            self._descriptor = os.open(self.path, os.O_RDONLY)
+        except OSError as error:
+            raise _unreadable(self.path, error) from error
+        self.direct = False
+
+    def read(self, offset: int, nbytes: int, buffer: mmap.mmap) -> npt.NDArray[np.uint8]:
+        """Read [offset, offset + nbytes) into the page-aligned buffer, of at least nbytes + 2 blocks. Returns a view of it."""
+        lead = offset % BLOCK_NBYTES
+        start = offset - lead
+        length = -(-(lead + nbytes) // BLOCK_NBYTES) * BLOCK_NBYTES
+        view = memoryview(buffer)[:length]
+        count = 0
+        while count < lead + nbytes:
+            read = self._read_some(view[count:], start + count)
+            if read == 0:
+                raise WeightReadError(
+                    f"{self.path}: ends at byte {start + count}, byte {offset + nbytes} is needed; "
+                    "the file was changed while it was in use: start again"
+                )
+            count += read
+        return np.frombuffer(buffer, np.uint8, nbytes, lead)
+
+    def _read_some(self, view: memoryview, offset: int) -> int:
+        try:
+            return os.preadv(self._descriptor, [view], offset)
+        except OSError as error:
+            if error.errno != errno.EINVAL or not self.direct:
+                raise _unreadable(self.path, error) from error
+        # Some file systems accept the flag and refuse the read, or part of one (a short read leaves an unaligned rest).
+        direct = self._descriptor
+        self._fall_back()
+        os.close(direct)
+        return self._read_some(view, offset)
+
+    def close(self) -> None:
+        """Close the file."""
+        os.close(self._descriptor)
+
+
+def _unreadable(path: Path, error: OSError) -> WeightReadError:
+    return WeightReadError(f"{path}: cannot be read: {error.strerror}; check the disk and the file")
+
+
+class ReaderPool:
+    """Threads that read pieces of one checkpoint, in the order they were asked for, as many at a time as is fastest."""
+
+    def __init__(self, checkpoint: Checkpoint, num_readers: int) -> None:
+        self._checkpoint = checkpoint
+        buffer_nbytes = largest_piece_nbytes(checkpoint) + 2 * BLOCK_NBYTES
+        self._files: dict[Path, DirectFile] = {}
+        self._jobs: deque[tuple[Job, Fill]] = deque()
+        self._wake = threading.Condition()
+        self._reading = 0
+        self._closed = False
+        self._tuner = DepthTuner(num_readers)
+        self.nbytes_read = 0
+        """Stored bytes read so far."""
+        self.busy_seconds = 0.0
+        """Time in which at least one read was under way."""
+        self._busy_since = 0.0
+        # Made here and not by the threads, so that memory that runs out is an error of whoever opens the pool.
+        self._buffers = [mmap.mmap(-1, buffer_nbytes) for _ in range(num_readers)]
+        self._threads = [
+            threading.Thread(target=self._run, args=(buffer,), name=f"reader-{index}", daemon=True)
+            for index, buffer in enumerate(self._buffers)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    @property
+    def bytes_per_second(self) -> float | None:
+        """Best rate of reading seen over a stretch of many pieces, None before there was one."""
+        return self._tuner.best_bytes_per_second
+
+    def submit(self, jobs: Iterable[Job], on_bytes: Callable[[int], None] | None = None, *, urgent: bool = False) -> Fill:
+        """Queue jobs, behind all others or (urgent) before them. Returns at once; on_bytes is called by the readers."""
+        queued = list(jobs)
+        fill = Fill(len(queued), on_bytes)
+        with self._wake:
+            pairs = [(job, fill) for job in queued]
+            if urgent:
+                self._jobs.extendleft(reversed(pairs))
+            else:
+                self._jobs.extend(pairs)
+            self._wake.notify_all()
+        return fill
+
+    def close(self) -> None:
+        """Drop what is queued, wait for reads under way, end the threads, close the files. Safe to call twice."""
+        with self._wake:
+            self._closed = True
+            self._jobs.clear()
+            self._wake.notify_all()
+        for thread in self._threads:
+            thread.join()
+        for file in self._files.values():
+            file.close()
+        self._files.clear()
+        self._threads.clear()
+        self._buffers.clear()
+
+    def _run(self, buffer: mmap.mmap) -> None:
+        # Copies of a piece are short: one thread each, or every reader would bring up a team of its own on the same cores.
+        torch.set_num_threads(1)
+        while (taken := self._take()) is not None:
+            job, fill = taken
+            try:
+                self._put(job, self._read(job.piece, buffer))
+            except BaseException as error:
+                fill.fail(error)
+            else:
+                fill.piece_done(job.piece.nbytes)
+
+    def _take(self) -> tuple[Job, Fill] | None:
+        with self._wake:
+            while not self._closed and not (self._jobs and self._reading < self._tuner.depth):
+                self._wake.wait()
+            if self._closed:
+                return None
+            if self._reading == 0:
+                self._busy_since = time.perf_counter()
+            self._reading += 1
+            return self._jobs.popleft()
+
+    def _read(self, piece: Piece, buffer: mmap.mmap) -> npt.NDArray[np.uint8]:
+        try:
+            if piece.info.file is None:
+                return np.empty(0, np.uint8)
+            return self._file(piece.info.file).read(piece.offset, piece.nbytes, buffer)
+        finally:
+            self._finished_reading(piece.nbytes)
+
+    def _finished_reading(self, nbytes: int) -> None:
+        with self._wake:
+            now = time.perf_counter()
+            self._reading -= 1
+            self.nbytes_read += nbytes
+            # Busy time is counted in slices that end with each read, so that it is right while reads are under way.
+            self.busy_seconds += now - self._busy_since
+            self._busy_since = now
+            self._tuner.record(nbytes, self.busy_seconds)
+            self._wake.notify()
+
+    def _file(self, path: Path) -> DirectFile:
+        with self._wake:
+            if path not in self._files:
+                self._files[path] = DirectFile(path)
+            return self._files[path]
+
+    def _put(self, job: Job, raw: npt.NDArray[np.uint8]) -> None:
+        piece = job.piece
+        rows = torch.from_numpy(self._checkpoint.decode(piece.info, raw, piece.first_row, piece.num_rows))
+        if piece.info.element == "BF16":
+            rows = rows.view(torch.bfloat16)
+        write_rows(job.place, job.row, rows)

@@ -1,0 +1,126 @@
+"""How fast a path can be read at best: plain O_DIRECT reads of one file at several queue depths. Assembles nothing.
+
+The ceiling that streaming from disk is held against, and what `doctor` reports.
+"""
+
+from __future__ import annotations
+
+import mmap
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from offload_sirius.errors import ConfigError
+from offload_sirius.units import MIB, format_size
+from offload_sirius.weights.disk import BLOCK_NBYTES, DirectFile
+
+QUEUES = ((2, 8 * MIB), (8, 8 * MIB), (16, 16 * MIB), (32, 4 * MIB))
+"""(reads at a time, bytes each)"""
+
+SAMPLE_NBYTES = 512 * MIB
+SMALLEST_FILE_NBYTES = 64 * MIB
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiskRate:
+    """The best rate found, and how."""
+
+    path: Path
+    bytes_per_second: float
+    depth: int
+    """Reads at a time."""
+    read_nbytes: int
+    """Bytes each."""
+    direct: bool
+    """False: the file system refuses O_DIRECT, and what is in the page cache was read from there."""
+
+
+def measure_disk(path: Path, sample_nbytes: int = SAMPLE_NBYTES) -> DiskRate:
+    """Read a file, the largest one below a folder, or (where there is none worth it) a temporary one. Raises ConfigError."""
+    with _file_to_read(path) as file_path:
+        file = DirectFile(file_path)
+        try:
+            nbytes = min(file_path.stat().st_size, sample_nbytes)
+            rates = {queue: _rate(file, nbytes, *queue) for queue in QUEUES}
+            best = max(rates, key=lambda queue: rates[queue])
+            return DiskRate(path=file_path, bytes_per_second=rates[best], depth=best[0], read_nbytes=best[1], direct=file.direct)
+        finally:
+            file.close()
+
+
+def read_files_seconds(paths: list[Path], depth: int, read_nbytes: int) -> float:
+    """Seconds for reading whole files with `depth` reads of read_nbytes at a time, nothing done with the bytes."""
+    files = [DirectFile(path) for path in paths]
+    try:
+        reads = [
+            (file, offset, min(read_nbytes, path.stat().st_size - offset))
+            for file, path in zip(files, paths, strict=True)
+            for offset in range(0, path.stat().st_size, read_nbytes)
+        ]
+        return _read_all(reads, depth, read_nbytes)
+    finally:
+        for file in files:
+            file.close()
+
+
+def _rate(file: DirectFile, nbytes: int, depth: int, read_nbytes: int) -> float:
+    reads = [(file, offset, min(read_nbytes, nbytes - offset)) for offset in range(0, nbytes, read_nbytes)]
+    return nbytes / _read_all(reads, depth, read_nbytes)
+
+
+def _read_all(reads: list[tuple[DirectFile, int, int]], depth: int, read_nbytes: int) -> float:
+    remaining = iter(reads)
+    lock = threading.Lock()
+    buffers = [mmap.mmap(-1, read_nbytes + 2 * BLOCK_NBYTES) for _ in range(depth)]
+
+    def run(buffer: mmap.mmap) -> None:
+        while True:
+            with lock:
+                read = next(remaining, None)
+            if read is None:
+                return
+            file, offset, nbytes = read
+            file.read(offset, nbytes, buffer)
+
+    threads = [threading.Thread(target=run, args=(buffer,)) for buffer in buffers]
+    began = time.perf_counter()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return time.perf_counter() - began
+
+
+@contextmanager
+def _file_to_read(path: Path) -> Iterator[Path]:
+    if path.is_file():
+        yield path
+        return
+    if not path.is_dir():
+        raise ConfigError(f"--path {path}: no such file or directory; give a file or a folder on the disk to measure")
+    largest = max((each for each in path.iterdir() if each.is_file()), key=lambda each: each.stat().st_size, default=None)
+    if largest is not None and largest.stat().st_size >= SMALLEST_FILE_NBYTES:
+        yield largest
+        return
+    with _temporary_file(path) as temporary:
+        yield temporary
+
+
+@contextmanager
+def _temporary_file(folder: Path) -> Iterator[Path]:
+    block = b"\xa5" * (8 * MIB)
+    try:
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".offload-sirius-") as file:
+            for _ in range(SAMPLE_NBYTES // 2 // len(block)):
+                file.write(block)
+            file.flush()
+            yield Path(file.name)
+    except OSError as error:
+        raise ConfigError(
+            f"--path {folder}: {format_size(SAMPLE_NBYTES // 2)} cannot be written to measure it: {error.strerror}; "
+            "name a large file there"
+        ) from error

@@ -1,0 +1,121 @@
+"""A layer as two byte ranges, attention block and neuron records: where each tensor of a layer lies. Pure arithmetic, no torch.
+
+    byte 0                                      attention_nbytes                                     nbytes
+    | input_norm | q k v | biases | norms | o | post_norm || gate [F, D]        | up_down [F, 2, D]       |
+    |<------------- attention block ------------------->||<------------- neuron records --------------->|
+
+Every matrix of the feed-forward block lies neuron by neuron: row j of gate and record j of up_down (the up row, then the down
+column) are neuron j. There are two record families rather than one record [gate | up | down], because token-wise sparsity
+reads every gate row but only some up rows and down columns: so gate alone and up + down alone are contiguous reads, a kept
+neuron is two runs, and a full layer is still one contiguous copy of the whole range. The down projection is transposed when a
+layer is assembled, once, and never again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Literal
+
+from offload_sirius_loaders.spec import ModelSpec, Role
+
+Part = Literal["attention", "records"]
+PARTS: tuple[Part, ...] = ("attention", "records")
+
+FieldName = Literal["input_norm", "qkv", "qkv_bias", "q_norm", "k_norm", "output", "output_bias", "post_norm", "gate", "up_down"]
+
+ALIGNMENT = 64
+"""Every field starts at a multiple of this many bytes: a cache line, and the widest vector load."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Field:
+    """One tensor as the model sees it."""
+
+    offset: int
+    """Bytes from the start of the layer."""
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerLayout:
+    """Where everything lies in the bytes of one layer. All layers of a model have the same layout."""
+
+    element_nbytes: int
+    fields: Mapping[FieldName, Field]
+    attention_nbytes: int
+    records_nbytes: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of a whole layer, alignment included."""
+        return self.attention_nbytes + self.records_nbytes
+
+    def part_range(self, part: Part) -> tuple[int, int]:
+        """First and last + 1 byte of a part, from the start of the layer."""
+        if part == "attention":
+            return 0, self.attention_nbytes
+        return self.attention_nbytes, self.nbytes
+
+    def part_nbytes(self, part: Part) -> int:
+        """Bytes that cross the link for one part of a layer."""
+        start, stop = self.part_range(part)
+        return stop - start
+
+
+def layer_layout(spec: ModelSpec, element_nbytes: int) -> LayerLayout:
+    """Lay out a layer of the model with elements of the given size."""
+    fields: dict[FieldName, Field] = {}
+    attention_nbytes = _place(fields, _attention_shapes(spec), 0, element_nbytes)
+    end = _place(fields, _record_shapes(spec), attention_nbytes, element_nbytes)
+    return LayerLayout(
+        element_nbytes=element_nbytes,
+        fields=fields,
+        attention_nbytes=attention_nbytes,
+        records_nbytes=end - attention_nbytes,
+    )
+
+
+def part_of(role: Role) -> Part:
+    """The part of the layer in which a tensor of the checkpoint ends up."""
+    return "records" if role in ("gate", "up", "down") else "attention"
+
+
+def qkv_rows(spec: ModelSpec, role: Role) -> tuple[int, int]:
+    """First and last + 1 row of q, k or v (or of their biases) in the fused qkv matrix [(H + 2K)E, D]."""
+    q_rows, kv_rows = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+    starts = {"q": 0, "k": q_rows, "v": q_rows + kv_rows}
+    start = starts[role[0]]
+    return start, start + (q_rows if role[0] == "q" else kv_rows)
+
+
+def _attention_shapes(spec: ModelSpec) -> dict[FieldName, tuple[int, ...]]:
+    q_rows = spec.num_heads * spec.head_dim
+    qkv = q_rows + 2 * spec.num_kv_heads * spec.head_dim
+    shapes: dict[FieldName, tuple[int, ...]] = {"input_norm": (spec.width,), "qkv": (qkv, spec.width)}
+    if spec.qkv_bias:
+        shapes["qkv_bias"] = (qkv,)
+    if spec.qk_norm:
+        shapes |= {"q_norm": (spec.head_dim,), "k_norm": (spec.head_dim,)}
+    shapes["output"] = (spec.width, q_rows)
+    if spec.output_bias:
+        shapes["output_bias"] = (spec.width,)
+    return shapes | {"post_norm": (spec.width,)}
+
+
+def _record_shapes(spec: ModelSpec) -> dict[FieldName, tuple[int, ...]]:
+    return {"gate": (spec.ffn_width, spec.width), "up_down": (spec.ffn_width, 2, spec.width)}
+
+
+def _place(fields: dict[FieldName, Field], shapes: Mapping[FieldName, tuple[int, ...]], offset: int, element_nbytes: int) -> int:
+    """Append fields one after another, aligned; returns the aligned end."""
+    for name, shape in shapes.items():
+        fields[name] = Field(offset=offset, shape=shape)
+        offset = align(offset + prod(shape) * element_nbytes)
+    return offset
+
+
+def align(nbytes: int, alignment: int = ALIGNMENT) -> int:
+    """Round up to a multiple of the alignment."""
+    return -(-nbytes // alignment) * alignment

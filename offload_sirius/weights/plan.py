@@ -1,0 +1,203 @@
+"""What goes where: pure arithmetic over a model's shape and two budgets. Knows no torch, reads no weight, allocates nothing.
+
+The device holds what every step needs (head, final norm, KV cache, activations), then as many layers as fit, then a ring of
+slots through which the others pass. Layers that do not fit are in host memory while that lasts, the rest stays on disk. Resident
+layers stand evenly between streamed ones, and so do layers on disk between those in host memory: while one kind computes or
+arrives quickly, the next slow one is already on its way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from offload_sirius.errors import BudgetError
+from offload_sirius.units import format_size
+from offload_sirius.weights.layout import LayerLayout
+from offload_sirius_loaders.spec import ModelSpec
+
+MIN_SLOTS = 2
+"""One slot computes while the next one fills."""
+
+MAX_SLOTS = 8
+
+HOST_AHEAD_NBYTES = 64 << 20
+DISK_AHEAD_NBYTES = 128 << 20
+"""Bytes of slots beside the one that computes: small layers need several, or the head and the sampling at the end of a step
+outlast what is still to be copied and the link falls idle; a disk needs as much as its readers have under way."""
+
+MIN_READERS, MAX_READERS = 2, 32
+
+EmbeddingPlace = Literal["device", "host", "disk"]
+"""device: the head's own matrix, where the two are tied. disk: rows are read as they are needed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Demand:
+    """What the plan must make room for, computed by those who know."""
+
+    kv_cache_nbytes: int
+    activation_nbytes: int
+    reader_nbytes: int
+    """Host memory of one reader thread."""
+    embedding_on_device: bool
+    """The head is the embedding table, so that its rows can be taken from there."""
+    staged: bool
+    """The device has its own memory: what is read from disk passes through host buffers of a layer's size."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budgets:
+    """Bytes that may be used. On a machine without a GPU both are parts of the same memory."""
+
+    device_nbytes: int
+    host_nbytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Where each layer lives and what that takes."""
+
+    resident_layers: tuple[int, ...]
+    host_layers: tuple[int, ...]
+    disk_layers: tuple[int, ...]
+    num_slots: int
+    num_readers: int
+    embedding_place: EmbeddingPlace
+    layer_nbytes: int
+    device_bill: Mapping[str, int]
+    """Device bytes by purpose; they add up to device_nbytes."""
+    host_bill: Mapping[str, int]
+    """Host bytes by purpose; they add up to host_nbytes."""
+
+    @property
+    def device_nbytes(self) -> int:
+        """Most device memory that will be used."""
+        return sum(self.device_bill.values())
+
+    @property
+    def host_nbytes(self) -> int:
+        """Most host memory that will be used for weights and for reading them."""
+        return sum(self.host_bill.values())
+
+    @property
+    def streamed_layers(self) -> tuple[int, ...]:
+        """Layers that cross the link in every pass, in order."""
+        return tuple(sorted(self.host_layers + self.disk_layers))
+
+    @property
+    def pass_nbytes(self) -> int:
+        """Bytes that cross the link in one pass of the full model."""
+        return len(self.streamed_layers) * self.layer_nbytes
+
+
+def make_plan(spec: ModelSpec, layout: LayerLayout, demand: Demand, budgets: Budgets) -> Plan:
+    """Place the model's layers within the budgets. Raises BudgetError with the smallest budget that works."""
+    fixed = _fixed_device_bill(spec, layout, demand)
+    room = _layer_room(spec.num_layers, layout.nbytes, sum(fixed.values()), budgets.device_nbytes)
+    num_slots = _num_slots(spec.num_layers, room, layout.nbytes, HOST_AHEAD_NBYTES)
+    host = _place_on_host(spec, layout, demand, budgets, spec.num_layers - (room - num_slots))
+    if host.num_disk_layers:
+        num_slots = _num_slots(spec.num_layers, room, layout.nbytes, DISK_AHEAD_NBYTES)
+        host = _place_on_host(spec, layout, demand, budgets, spec.num_layers - (room - num_slots))
+    num_resident = room - num_slots
+    streamed = spread(spec.num_layers, spec.num_layers - num_resident)
+    disk = {streamed[index] for index in spread(len(streamed), host.num_disk_layers)}
+    return Plan(
+        resident_layers=tuple(layer for layer in range(spec.num_layers) if layer not in set(streamed)),
+        host_layers=tuple(layer for layer in streamed if layer not in disk),
+        disk_layers=tuple(layer for layer in streamed if layer in disk),
+        num_slots=num_slots,
+        num_readers=host.num_readers,
+        embedding_place=host.embedding_place,
+        layer_nbytes=layout.nbytes,
+        device_bill=fixed | {"resident_layers": num_resident * layout.nbytes, "slots": num_slots * layout.nbytes},
+        host_bill=host.bill,
+    )
+
+
+def spread(num_all: int, num_chosen: int) -> tuple[int, ...]:
+    """Choose num_chosen of range(num_all), evenly: index i where i * num_chosen / num_all passes a whole number."""
+    return tuple(i for i in range(num_all) if (i + 1) * num_chosen // num_all > i * num_chosen // num_all)
+
+
+def _fixed_device_bill(spec: ModelSpec, layout: LayerLayout, demand: Demand) -> dict[str, int]:
+    """Device bytes that every plan has.
+
+    head       = V * D * element
+    final_norm = D * element
+    """
+    return {
+        "head": spec.vocab_size * spec.width * layout.element_nbytes,
+        "final_norm": spec.width * layout.element_nbytes,
+        "kv_cache": demand.kv_cache_nbytes,
+        "activations": demand.activation_nbytes,
+    }
+
+
+def _layer_room(num_layers: int, layer_nbytes: int, fixed_nbytes: int, budget_nbytes: int) -> int:
+    """Layers, resident ones and slots together, that the device has room for; num_layers at most."""
+    room = min((budget_nbytes - fixed_nbytes) // layer_nbytes, num_layers)
+    needed = fixed_nbytes + min(MIN_SLOTS, num_layers) * layer_nbytes
+    if budget_nbytes < needed:
+        raise BudgetError(
+            f"device budget {format_size(budget_nbytes)} is too small: head, KV cache, activations and {MIN_SLOTS} layer slots "
+            f"need {format_size(needed)}; give at least --device-memory {as_flag(needed)}, or a smaller --max-context"
+        )
+    return room
+
+
+def _num_slots(num_layers: int, room: int, layer_nbytes: int, ahead_nbytes: int) -> int:
+    """Slots of the ring: none where everything is resident, else enough for what is to be under way, at most half the room."""
+    if room >= num_layers:
+        return 0
+    wanted = 1 + -(-ahead_nbytes // layer_nbytes)
+    return max(MIN_SLOTS, min(wanted, MAX_SLOTS, room // 2))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _HostPlacement:
+    num_disk_layers: int
+    num_readers: int
+    embedding_place: EmbeddingPlace
+    bill: Mapping[str, int]
+
+
+def _place_on_host(spec: ModelSpec, layout: LayerLayout, demand: Demand, budgets: Budgets, num_streamed: int) -> _HostPlacement:
+    """Readers first, as nothing loads without them (half the budget at most); then the embedding table; then layers while there is room.
+
+    readers   = readers * (one read buffer + one decoded piece)
+    staging   = 2 * layer, on a device with its own memory
+    embedding = V * D * element, unless the device has it or its rows are read from disk
+    layers    = layers in host memory * layer
+    """
+    num_readers = max(MIN_READERS, min(MAX_READERS, budgets.host_nbytes // 2 // demand.reader_nbytes))
+    staging_nbytes = 2 * layout.nbytes if demand.staged else 0
+    needed = MIN_READERS * demand.reader_nbytes + staging_nbytes
+    if budgets.host_nbytes < needed:
+        raise BudgetError(
+            f"host budget {format_size(budgets.host_nbytes)} is too small: reading weights takes {format_size(needed)}; "
+            f"give at least --host-memory {as_flag(needed)}"
+        )
+    room = budgets.host_nbytes - num_readers * demand.reader_nbytes - staging_nbytes
+    embedding_nbytes = spec.vocab_size * spec.width * layout.element_nbytes
+    place: EmbeddingPlace = "device" if demand.embedding_on_device else "host" if embedding_nbytes <= room else "disk"
+    embedding_nbytes = embedding_nbytes if place == "host" else 0
+    num_host = max(0, min(num_streamed, (room - embedding_nbytes) // layout.nbytes))
+    return _HostPlacement(
+        num_disk_layers=num_streamed - num_host,
+        num_readers=num_readers,
+        embedding_place=place,
+        bill={
+            "readers": num_readers * demand.reader_nbytes,
+            "staging": staging_nbytes,
+            "embedding": embedding_nbytes,
+            "layers": num_host * layout.nbytes,
+        },
+    )
+
+
+def as_flag(nbytes: int) -> str:
+    """A size as it can be typed after a flag, `1.25GiB`, never less than nbytes."""
+    return format_size(nbytes).replace(" ", "")

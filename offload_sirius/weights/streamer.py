@@ -1,0 +1,142 @@
+"""Which layer is in which slot, and when: a ring of slots through which the streamed layers pass, in order, again and again.
+
+While one slot is computed on, the others fill with the layers that follow. The order wraps: behind the last layer comes the
+first one of the next pass, so the link works on while the head and the sampler do, and the next pass finds its first layers
+there. Satisfies the model's WeightSource. Knows no files and no streams; those are the copier's.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from offload_sirius.weights.buffers import LayerBuffer
+from offload_sirius.weights.copiers import Copier, Transfer
+from offload_sirius.weights.embedding import Embedding
+
+Phase = Literal["prefill", "draft", "correction", "full"]
+
+
+@dataclass(frozen=True)
+class Flight:
+    """A layer on its way into a slot, or there."""
+
+    layer: int
+    slot: LayerBuffer
+    attention: Transfer
+    records: Transfer
+
+
+class WeightStreamer:
+    """Weights of a model, part of them resident, the rest streamed through slots."""
+
+    def __init__(
+        self,
+        *,
+        residents: Mapping[int, LayerBuffer],
+        streamed_layers: Sequence[int],
+        slots: Sequence[LayerBuffer],
+        copier: Copier | None,
+        embedding: Embedding,
+        final_norm: Tensor,
+        head: Tensor,
+    ) -> None:
+        """copier: None where nothing is streamed. Nothing is copied before the first layer is asked for."""
+        assert not streamed_layers or (len(slots) >= 2 and copier is not None)
+        self.final_norm = final_norm
+        self.head = head
+        self.phase: Phase = "prefill"
+        """Under which the bytes of the coming layers are counted."""
+        self.pass_nbytes: dict[Phase, int] = dict.fromkeys(("prefill", "draft", "correction", "full"), 0)
+        """Bytes of the streamed layers that were computed on, by phase."""
+        self.wait_seconds = 0.0
+        """Time the host has waited for layers."""
+        self._residents = residents
+        self._streamed = list(streamed_layers)
+        self._slots = list(slots)
+        self._copier = copier
+        self._embedding = embedding
+        self._ring: deque[Flight] = deque()
+        self._next = 0
+
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """token_ids int64 [S] on the host -> [S, D] on the device."""
+        return self._embedding.rows(token_ids)
+
+    def attention(self, layer: int) -> LayerBuffer:
+        """The layer's attention block; blocks until it is there."""
+        resident = self._residents.get(layer)
+        if resident is not None:
+            return resident
+        if not self._ring or self._ring[0].layer != layer:
+            self._restart_at(layer)
+        self._wait(self._ring[0].attention)
+        return self._ring[0].slot
+
+    def neurons(self, layer: int) -> LayerBuffer:
+        """The layer's neurons; blocks until they are there."""
+        resident = self._residents.get(layer)
+        if resident is not None:
+            return resident
+        flight = self._ring[0]
+        assert flight.layer == layer
+        self._wait(flight.records)
+        return flight.slot
+
+    def release(self, layer: int) -> None:
+        """The layer has been computed on: its slot goes to the next one that is not under way."""
+        if layer in self._residents:
+            return
+        flight = self._ring.popleft()
+        assert flight.layer == layer
+        self.pass_nbytes[self.phase] += flight.slot.storage.numel()
+        self._start(flight.slot)
+
+    @property
+    def copied_nbytes(self) -> int:
+        """Bytes the link has carried, prefetches included."""
+        return self._copier.nbytes_copied if self._copier else 0
+
+    @property
+    def busy_seconds(self) -> float:
+        """Time in which the link has carried something."""
+        return self._copier.busy_seconds if self._copier else 0.0
+
+    @property
+    def peak_bytes_per_second(self) -> float | None:
+        """The link's best rate, where it is known."""
+        return self._copier.peak_bytes_per_second if self._copier else None
+
+    def close(self) -> None:
+        """Finish what is under way and end the copier's threads."""
+        if self._copier is not None:
+            self._copier.close()
+
+    def _start(self, slot: LayerBuffer) -> None:
+        assert self._copier is not None
+        layer = self._streamed[self._next]
+        self._next = (self._next + 1) % len(self._streamed)
+        # Attention first: it is computed on while the records, which are most of a layer, still arrive.
+        attention = self._copier.start(layer, "attention", slot)
+        records = self._copier.start(layer, "records", slot)
+        self._ring.append(Flight(layer, slot, attention, records))
+
+    def _restart_at(self, layer: int) -> None:
+        """The first layer ever, or a pass that was given up half-way: let what is under way arrive, and begin at the layer."""
+        for flight in self._ring:
+            flight.attention.wait()
+            flight.records.wait()
+        self._ring.clear()
+        self._next = self._streamed.index(layer)
+        for slot in self._slots:
+            self._start(slot)
+
+    def _wait(self, transfer: Transfer) -> None:
+        began = time.perf_counter()
+        transfer.wait()
+        self.wait_seconds += time.perf_counter() - began

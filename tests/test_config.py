@@ -1,0 +1,146 @@
+"""Settings: their defaults, their ranges, and what is said about a value outside."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import pytest
+
+from offload_sirius.config import EngineConfig, GenerationConfig, SamplingConfig, default_of, help_of
+from offload_sirius.errors import ConfigError, NotBuiltError
+from offload_sirius.units import GIB, Size
+
+CONFIGS = (EngineConfig, SamplingConfig, GenerationConfig)
+
+
+def test_defaults_are_within_their_ranges() -> None:
+    for config in CONFIGS:
+        config()
+
+
+def test_defaults_are_greedy_and_chat_with_the_small_model() -> None:
+    assert default_of(EngineConfig, "model") == "smollm2-135m"
+    assert default_of(SamplingConfig, "temperature") == 0
+    assert default_of(GenerationConfig, "max_new_tokens") == 256
+    assert GenerationConfig().sampling == SamplingConfig()
+
+
+def test_every_setting_has_a_help_text_of_one_line() -> None:
+    for config in CONFIGS:
+        for field in dataclasses.fields(config):
+            if field.name != "sampling":
+                assert help_of(config, field.name).endswith(".")
+                assert "\n" not in help_of(config, field.name)
+
+
+@pytest.mark.parametrize("ask", [help_of, default_of])
+def test_a_setting_that_does_not_exist_is_a_bug(ask: Any) -> None:
+    with pytest.raises(AssertionError, match="SamplingConfig has no field top_q"):
+        ask(SamplingConfig, "top_q")
+
+
+def test_an_unknown_setting_is_refused() -> None:
+    unknown: dict[str, Any] = {"top_q": 1}
+    with pytest.raises(TypeError, match="top_q"):
+        SamplingConfig(**unknown)
+
+
+def test_settings_cannot_be_changed() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        SamplingConfig().seed = 1  # type: ignore[misc]
+
+
+def test_sizes_are_read_from_text() -> None:
+    config = EngineConfig(device_memory="20GiB", host_memory="0.5")
+    assert config.device_size == Size(nbytes=20 * GIB)
+    assert config.host_size == Size(share=0.5)
+
+
+@pytest.mark.parametrize("device", ["auto", "cpu", "cuda", "cuda:0", "cuda:12"])
+def test_devices_that_are_accepted(device: str) -> None:
+    assert EngineConfig(device=device).device == device
+
+
+@pytest.mark.parametrize("device", ["", "gpu", "cpu:0", "auto:1", "cuda:", "cuda:x", "cuda:-1", "cuda:0:1"])
+def test_a_device_of_another_name_is_one_clear_line(device: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        EngineConfig(device=device)
+    assert str(error.value) == f"--device is {device}; it must be auto, cuda, cuda:N or cpu"
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"model": "  "}, "--model is '  '; it must be an alias, hub id, path or synthetic:SHAPE"),
+        ({"dtype": "int8"}, "--dtype is int8; it must be one of auto, bfloat16, float32"),
+        ({"link_gbps": 0.0}, "--link-gbps is 0.0; it must be a positive number of GB/s"),
+        ({"link_gbps": math.inf}, "--link-gbps is inf; it must be a positive number of GB/s"),
+        ({"link_gbps": math.nan}, "--link-gbps is nan; it must be a positive number of GB/s"),
+        ({"max_context": 0}, "--max-context is 0; it must be at least 1"),
+        ({"threads": 0}, "--threads is 0; it must be between 1 and 1024"),
+        ({"threads": 1025}, "--threads is 1025; it must be between 1 and 1024"),
+        ({"device_memory": "big"}, "size 'big' is not understood; write 24GiB, 500MB, or a share of what is free such as 0.8"),
+        ({"host_memory": "0"}, "size '0' is zero; write 24GiB, 500MB, or a share of what is free such as 0.8"),
+    ],
+    ids=str,
+)
+def test_an_engine_setting_outside_its_range_is_one_clear_line(setting: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        EngineConfig(**setting)
+    assert str(error.value) == message
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"temperature": -0.1}, "--temperature is -0.1; it must be 0 or a positive number"),
+        ({"temperature": math.inf}, "--temperature is inf; it must be 0 or a positive number"),
+        ({"temperature": math.nan}, "--temperature is nan; it must be 0 or a positive number"),
+        ({"top_k": -1}, "--top-k is -1; it must be 0 or a positive number of tokens"),
+        ({"top_p": 0.0}, "--top-p is 0.0; it must be above 0 and at most 1"),
+        ({"top_p": 1.1}, "--top-p is 1.1; it must be above 0 and at most 1"),
+        ({"top_p": math.nan}, "--top-p is nan; it must be above 0 and at most 1"),
+        ({"min_p": -0.5}, "--min-p is -0.5; it must be between 0 and 1"),
+        ({"min_p": 1.5}, "--min-p is 1.5; it must be between 0 and 1"),
+        ({"repetition_penalty": 0.0}, "--repetition-penalty is 0.0; it must be a positive number"),
+        ({"repetition_penalty": math.inf}, "--repetition-penalty is inf; it must be a positive number"),
+        ({"seed": -1}, "--seed is -1; it must be between 0 and 2^64 - 1"),
+        ({"seed": 2**64}, "--seed is 18446744073709551616; it must be between 0 and 2^64 - 1"),
+    ],
+    ids=str,
+)
+def test_a_sampling_setting_outside_its_range_is_one_clear_line(setting: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        SamplingConfig(**setting)
+    assert str(error.value) == message
+
+
+@pytest.mark.parametrize(
+    "setting", [{"temperature": 0.0}, {"top_p": 1.0}, {"min_p": 1.0}, {"top_k": 10**9}, {"seed": 2**64 - 1}], ids=str
+)
+def test_the_ends_of_a_range_belong_to_it(setting: dict[str, Any]) -> None:
+    SamplingConfig(**setting)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"mode": "fast"}, "--mode is fast; it must be one of full, sparse, sirius"),
+        ({"max_new_tokens": 0}, "--max-new-tokens is 0; it must be between 1 and 10,000,000"),
+        ({"stop": ("END", "")}, "--stop is ''; it must be a text that is not empty"),
+    ],
+    ids=str,
+)
+def test_a_generation_setting_outside_its_range_is_one_clear_line(setting: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        GenerationConfig(**setting)
+    assert str(error.value) == message
+
+
+@pytest.mark.parametrize("mode", ["sparse", "sirius"])
+def test_a_mode_that_is_not_built_is_one_clear_line(mode: Any) -> None:
+    with pytest.raises(NotBuiltError) as error:
+        GenerationConfig(mode=mode)
+    assert str(error.value) == f"--mode {mode} is not built yet; use --mode full"

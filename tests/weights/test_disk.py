@@ -1,0 +1,179 @@
+"""Reader threads: pieces, O_DIRECT and its fallback, and what goes wrong."""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from offload_sirius_loaders.checkpoint import Checkpoint, TensorInfo
+
+from offload_sirius.errors import WeightReadError
+from offload_sirius.weights.disk import (
+    BLOCK_NBYTES,
+    PIECE_NBYTES,
+    DirectFile,
+    Fill,
+    ReaderPool,
+    pieces_of,
+    tensor_jobs,
+)
+
+
+def info(rows: int, columns: int, row_multiple: int = 1) -> TensorInfo:
+    return TensorInfo(
+        name="t",
+        dtype="F32",
+        element="F32",
+        shape=(rows, columns),
+        file=Path("x"),
+        offset=100,
+        nbytes=rows * columns * 4,
+        row_multiple=row_multiple,
+    )
+
+
+@given(st.integers(1, 5000), st.integers(1, 3000), st.sampled_from([1, 2, 64, 128]))
+def test_pieces_cover_a_tensor_once_and_in_order(rows: int, columns: int, row_multiple: int) -> None:
+    tensor = info(rows * row_multiple, columns, row_multiple)
+    pieces = pieces_of(tensor)
+    assert pieces[0].offset == 100
+    for before, after in zip(pieces, pieces[1:], strict=False):
+        assert after.offset == before.offset + before.nbytes
+        assert after.first_row % row_multiple == 0
+    assert sum(piece.nbytes for piece in pieces) == tensor.nbytes
+
+
+def test_pieces_are_bounded_unless_rows_must_stay_together() -> None:
+    assert max(piece.nbytes for piece in pieces_of(info(4096, 4096))) == PIECE_NBYTES
+    assert max(piece.nbytes for piece in pieces_of(info(4096, 4096, 4096))) == 4096 * 4096 * 4
+
+
+@pytest.fixture
+def pool(tiny: Checkpoint) -> Iterator[ReaderPool]:
+    readers = ReaderPool(tiny, 4)
+    yield readers
+    readers.close()
+
+
+def test_what_the_readers_put_in_place_is_what_the_plain_way_reads(pool: ReaderPool, tiny: Checkpoint) -> None:
+    for (layer, role), tensor in tiny.tensors.items():
+        place = torch.full(tensor.shape, torch.nan)
+        pool.submit(tensor_jobs(tensor, place)).wait()
+        assert np.array_equal(place.numpy(), tiny.read(layer, role)), tensor.name
+    assert pool.nbytes_read == sum(tensor.nbytes for tensor in tiny.tensors.values())
+    assert pool.busy_seconds > 0
+
+
+def test_progress_adds_up_to_the_stored_bytes(pool: ReaderPool, tiny: Checkpoint) -> None:
+    tensor = tiny.tensors[0, "gate"]
+    seen: list[int] = []
+    pool.submit(tensor_jobs(tensor, torch.empty(tensor.shape)), seen.append).wait()
+    assert sum(seen) == tensor.nbytes
+
+
+def test_an_empty_fill_is_over_at_once(pool: ReaderPool) -> None:
+    pool.submit([]).wait()
+
+
+def test_when_over_calls_once_whether_it_is_over_or_not() -> None:
+    calls: list[str] = []
+    fill = Fill(1)
+    fill.when_over(lambda: calls.append("before"))
+    fill.piece_done(1)
+    fill.when_over(lambda: calls.append("after"))
+    assert calls == ["before", "after"]
+
+
+def test_closing_twice_is_harmless(tiny: Checkpoint) -> None:
+    readers = ReaderPool(tiny, 2)
+    readers.close()
+    readers.close()
+
+
+def written(tmp_path: Path, nbytes: int) -> tuple[Path, bytes]:
+    content = np.random.default_rng(0).integers(0, 256, nbytes, np.uint8).tobytes()
+    path = tmp_path / "file"
+    path.write_bytes(content)
+    return path, content
+
+
+@pytest.mark.parametrize(("offset", "nbytes"), [(0, 1), (0, 4096), (1, 8191), (4095, 2), (5000, 7345), (12344, 1)])
+def test_any_range_is_read_exactly(tmp_path: Path, offset: int, nbytes: int) -> None:
+    path, content = written(tmp_path, 12345)
+    file = DirectFile(path)
+    buffer = mmap.mmap(-1, nbytes + 2 * BLOCK_NBYTES)
+    assert file.read(offset, nbytes, buffer).tobytes() == content[offset : offset + nbytes]
+    file.close()
+
+
+def test_a_file_system_that_refuses_o_direct_at_opening_is_read_buffered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, content = written(tmp_path, 9000)
+    real_open = os.open
+
+    def refuse(path: Path, flags: int) -> int:
+        if flags & os.O_DIRECT:
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return real_open(path, flags)
+
+    monkeypatch.setattr(os, "open", refuse)
+    file = DirectFile(path)
+    assert not file.direct
+    assert file.read(10, 8000, mmap.mmap(-1, 20000)).tobytes() == content[10:8010]
+
+
+def test_a_file_system_that_refuses_o_direct_at_reading_is_read_buffered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, content = written(tmp_path, 9000)
+    real_preadv = os.preadv
+    file = DirectFile(path)
+
+    def refuse(descriptor: int, buffers: list[memoryview], offset: int) -> int:
+        if file.direct:
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return real_preadv(descriptor, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", refuse)
+    assert file.read(10, 8000, mmap.mmap(-1, 20000)).tobytes() == content[10:8010]
+    assert not file.direct
+
+
+def test_short_reads_are_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, content = written(tmp_path, 20000)
+    real_preadv = os.preadv
+    monkeypatch.setattr(os, "preadv", lambda fd, buffers, offset: real_preadv(fd, [buffers[0][:4096]], offset))
+    assert DirectFile(path).read(10, 15000, mmap.mmap(-1, 30000)).tobytes() == content[10:15010]
+
+
+def test_a_file_that_was_truncated_after_it_was_opened_is_named(pool: ReaderPool, tiny: Checkpoint) -> None:
+    tensor = tiny.tensors[0, "down"]
+    assert tensor.file is not None
+    with tensor.file.open("rb+") as file:
+        content = file.read()
+        file.truncate(tensor.offset + tensor.nbytes - 1)
+    try:
+        with pytest.raises(WeightReadError, match=r"\.safetensors: ends at byte \d+, byte \d+ is needed; the file was changed"):
+            pool.submit(tensor_jobs(tensor, torch.empty(tensor.shape))).wait()
+    finally:
+        tensor.file.write_bytes(content)
+
+
+def test_a_read_error_reaches_who_waits(pool: ReaderPool, tiny: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> int:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "preadv", fail)
+    tensor = tiny.tensors[0, "down"]
+    with pytest.raises(WeightReadError, match="cannot be read: Input/output error; check the disk and the file"):
+        pool.submit(tensor_jobs(tensor, torch.empty(tensor.shape))).wait()
+
+
+def test_a_file_that_is_gone_is_named(tmp_path: Path) -> None:
+    with pytest.raises(WeightReadError, match="gone: cannot be read: No such file or directory"):
+        DirectFile(tmp_path / "gone")

@@ -1,0 +1,129 @@
+"""What goes where, by hand-computed bytes."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from offload_sirius_loaders import open_checkpoint
+
+from offload_sirius.errors import BudgetError
+from offload_sirius.units import GIB, MIB, parse_size
+from offload_sirius.weights.layout import layer_layout
+from offload_sirius.weights.plan import Budgets, Demand, Plan, make_plan, spread
+
+SPEC = open_checkpoint("synthetic:llama-3-70b").spec
+LAYOUT = layer_layout(SPEC, 2)
+LAYER = 2 * (150_994_944 + 704_643_072 + 16_384)
+HEAD = 2 * 1_050_673_152
+FIXED = HEAD + 2 * 8192 + 300 * MIB + 100 * MIB
+READER = 8 * MIB
+
+
+def demand(*, tied: bool = False, staged: bool = False) -> Demand:
+    return Demand(
+        kv_cache_nbytes=300 * MIB,
+        activation_nbytes=100 * MIB,
+        reader_nbytes=READER,
+        embedding_on_device=tied,
+        staged=staged,
+    )
+
+
+def plan(device_nbytes: int, host_nbytes: int, **more: bool) -> Plan:
+    return make_plan(SPEC, LAYOUT, demand(**more), Budgets(device_nbytes=device_nbytes, host_nbytes=host_nbytes))
+
+
+def test_a_24_gib_card_keeps_what_fits_and_streams_the_rest_through_two_slots() -> None:
+    made = plan(24 * GIB, 200 * GIB)
+    room = (24 * GIB - FIXED) // LAYER
+    assert made.num_slots == 2
+    assert len(made.resident_layers) == room - 2 == 11
+    assert made.pass_nbytes == (80 - 11) * LAYER
+    assert made.device_bill["resident_layers"] == 11 * LAYER
+    assert made.device_nbytes == FIXED + 13 * LAYER
+
+
+def test_everything_is_resident_where_it_fits_and_then_there_are_no_slots() -> None:
+    made = plan(FIXED + 80 * LAYER, 10 * GIB)
+    assert made.resident_layers == tuple(range(80))
+    assert (made.num_slots, made.pass_nbytes) == (0, 0)
+
+
+def test_one_byte_less_and_the_model_is_streamed() -> None:
+    made = plan(FIXED + 80 * LAYER - 1, 200 * GIB)
+    assert len(made.resident_layers) == 77
+    assert made.num_slots == 2
+
+
+def test_what_host_memory_does_not_hold_stays_on_disk() -> None:
+    made = plan(24 * GIB, 64 * GIB)
+    layers_room = 64 * GIB - 32 * READER - HEAD
+    assert len(made.host_layers) == layers_room // LAYER
+    assert len(made.host_layers) + len(made.disk_layers) + len(made.resident_layers) == 80
+    assert made.embedding_place == "host"
+
+
+def test_the_embedding_is_read_from_disk_where_host_memory_is_too_small_for_it() -> None:
+    assert plan(24 * GIB, 1 * GIB).embedding_place == "disk"
+
+
+def test_a_tied_embedding_is_taken_from_the_head() -> None:
+    made = plan(24 * GIB, 64 * GIB, tied=True)
+    assert made.embedding_place == "device"
+    assert made.host_bill["embedding"] == 0
+
+
+def test_staging_buffers_are_on_the_bill_of_a_device_with_memory_of_its_own() -> None:
+    assert plan(24 * GIB, 64 * GIB, staged=True).host_bill["staging"] == 2 * LAYER
+
+
+def test_small_layers_get_more_slots_so_that_the_head_does_not_idle_the_link() -> None:
+    spec = open_checkpoint("synthetic:tinyllama-1.1b").spec
+    layout = layer_layout(spec, 2)
+    made = make_plan(spec, layout, demand(), Budgets(device_nbytes=2 * GIB, host_nbytes=100 * MIB))
+    assert made.disk_layers
+    assert made.num_slots == 1 + -(-128 * MIB // layout.nbytes) == 3
+
+
+@pytest.mark.parametrize("device_nbytes", [1, HEAD, FIXED + 2 * LAYER - 1])
+def test_a_device_budget_below_two_slots_is_refused_with_one_that_works(device_nbytes: int) -> None:
+    with pytest.raises(BudgetError, match=r"^device budget .* is too small: .* give at least --device-memory \S+") as caught:
+        plan(device_nbytes, 200 * GIB)
+    flag = re.search(r"--device-memory (\S+),", str(caught.value))
+    assert flag is not None
+    minimum = parse_size(flag[1]).nbytes
+    assert minimum is not None
+    assert plan(minimum, 200 * GIB).device_nbytes <= minimum < (FIXED + 2 * LAYER) * 1.01
+
+
+def test_a_host_budget_below_two_readers_is_refused_with_one_that_works() -> None:
+    with pytest.raises(BudgetError, match=r"^host budget 15.00 MiB is too small: .* give at least --host-memory 16.00MiB"):
+        plan(24 * GIB, 15 * MIB)
+    assert plan(24 * GIB, 16 * MIB).host_nbytes <= 16 * MIB
+
+
+@given(st.integers(FIXED + 2 * LAYER, FIXED + 90 * LAYER), st.integers(2 * READER, 200 * GIB))
+def test_a_plan_stays_within_its_budgets_and_places_each_layer_once(device_nbytes: int, host_nbytes: int) -> None:
+    made = plan(device_nbytes, host_nbytes)
+    assert made.device_nbytes <= device_nbytes
+    assert made.host_nbytes <= host_nbytes
+    assert sorted(made.resident_layers + made.host_layers + made.disk_layers) == list(range(80))
+    assert made.num_slots >= 2 or not made.streamed_layers
+
+
+def test_resident_layers_stand_between_streamed_ones() -> None:
+    assert spread(8, 4) == (1, 3, 5, 7)
+    assert spread(5, 2) == (2, 4)
+    assert spread(3, 0) == ()
+
+
+@given(st.integers(1, 200), st.data())
+def test_spreading_chooses_as_many_as_asked_with_gaps_that_differ_by_one(num_all: int, data: st.DataObject) -> None:
+    num_chosen = data.draw(st.integers(0, num_all))
+    chosen = spread(num_all, num_chosen)
+    gaps = {after - before for before, after in zip(chosen, chosen[1:], strict=False)}
+    assert len(chosen) == num_chosen
+    assert not gaps or max(gaps) - min(gaps) <= 1
