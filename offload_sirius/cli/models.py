@@ -34,7 +34,7 @@ def models(as_json: flags.Json = False) -> None:
     console = Console()
     console.print(table)
     console.print("Synthetic shapes: " + ", ".join(f"synthetic:{shape}" for shape in found.synthetic_shapes))
-    others = [model for model in found.cached if model.repo_id not in found.aliases.values()]
+    others = [model for model in found.cached if model.hub_id not in found.aliases.values()]
     if others:
-        console.print("Also in the hub's cache: " + ", ".join(model.repo_id for model in others))
+        console.print("Also in the hub's cache: " + ", ".join(model.hub_id for model in others))
     console.print("Any other hub id, directory, .safetensors or .gguf file works as well.")

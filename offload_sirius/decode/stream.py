@@ -103,9 +103,9 @@ class TextStream:
 
     def _rest(self, reason: FinishReason, token_id: int | None = None) -> Iterator[TextPiece]:
         """What was held back for want of more text."""
-        text, stopped = self._stops.push(self._detokenizer.finish())
-        yield self._piece(text if stopped else text + self._stops.flush(), token_id)
-        self._end("stop" if stopped else reason)
+        text, _ = self._stops.push(self._detokenizer.finish())
+        yield self._piece(text + self._stops.flush(), token_id)
+        self._end("stop" if self._stops.stopped else reason)
 
     def _piece(self, text: str, token_id: int | None) -> TextPiece:
         self._outcome.text += text

@@ -42,6 +42,7 @@ def build(model: Model, config: EngineConfig, progress: Progress) -> Engine:
     streamer, transformer, readers, nbytes = joined
     return Engine(
         model=model,
+        checkpoint=checkpoint,
         config=config,
         placement=placement,
         transformer=transformer,

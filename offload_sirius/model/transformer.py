@@ -25,7 +25,7 @@ from offload_sirius.model.ops import (
     rms_norm,
     window_mask,
 )
-from offload_sirius.model.rope import RotaryTable, Rotation, rotate
+from offload_sirius.model.rope import RotaryTable, Rotation, rotary_nbytes, rotate
 from offload_sirius.model.source import AttentionWeights, NeuronWeights, WeightSource
 from offload_sirius_loaders.spec import ModelSpec
 
@@ -46,6 +46,11 @@ def activation_nbytes(spec: ModelSpec, num_tokens: int, element_nbytes: int, chu
         _feed_forward_nbytes(spec, rows, element_nbytes),
         _logits_nbytes(spec, element_nbytes),
     )
+
+
+def position_tables_nbytes(spec: ModelSpec, num_positions: int, element_nbytes: int) -> int:
+    """Device bytes that a model keeps for that many positions beside the cache: rotations, and their numbers as int64."""
+    return rotary_nbytes(spec, num_positions, element_nbytes) + 8 * num_positions
 
 
 def _norm_nbytes(spec: ModelSpec, num_rows: int, element_nbytes: int) -> int:
@@ -134,6 +139,7 @@ class Transformer:
 
     def __init__(self, spec: ModelSpec, source: WeightSource, cache: KVCache, *, chunk_size: int = CHUNK_SIZE) -> None:
         """Computes in the dtype and on the device of the cache. Raises ConfigError where the activation is unknown."""
+        assert len(spec.layer_windows) == spec.num_layers, (len(spec.layer_windows), spec.num_layers)
         self.spec = spec
         self.cache = cache
         self._source = source
@@ -142,6 +148,11 @@ class Transformer:
         self._rotary = RotaryTable(spec, num_positions=cache.capacity, dtype=cache.dtype, device=cache.device)
         self._slots = torch.arange(cache.capacity, device=cache.device)
         self._num_turned = spec.num_heads + spec.num_kv_heads
+
+    @property
+    def nbytes(self) -> int:
+        """Device bytes of the position tables; weights and cache count their own."""
+        return self._rotary.nbytes + self._slots.nbytes
 
     @torch.inference_mode()
     def prefill(self, token_ids: Tensor) -> Tensor:

@@ -49,7 +49,7 @@ class CudaCopier:
     def __init__(self, store: HostStore, device: torch.device) -> None:
         self._store = store
         self._lock = threading.Lock()
-        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._stream = torch.cuda.Stream(device)
         self._timings: list[tuple[torch.cuda.Event, torch.cuda.Event, int]] = []
         self._busy_seconds = 0.0
         self._peak_bytes_per_second: float | None = None

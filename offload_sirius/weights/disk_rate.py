@@ -42,34 +42,51 @@ class DiskRate:
 def measure_disk(path: Path, sample_nbytes: int = SAMPLE_NBYTES) -> DiskRate:
     """Read a file, the largest one below a folder, or (where there is none worth it) a temporary one. Raises ConfigError."""
     with _file_to_read(path) as file_path:
-        file = DirectFile(file_path)
-        try:
-            nbytes = min(file_path.stat().st_size, sample_nbytes)
-            rates = {queue: _rate(file, nbytes, *queue) for queue in QUEUES}
-            best = max(rates, key=lambda queue: rates[queue])
-            return DiskRate(path=file_path, bytes_per_second=rates[best], depth=best[0], read_nbytes=best[1], direct=file.direct)
-        finally:
-            file.close()
+        nbytes = min(file_path.stat().st_size, sample_nbytes)
+        seconds = {queue: read_seconds([file_path], nbytes, *queue) for queue in QUEUES}
+        depth, read_nbytes = min(QUEUES, key=lambda queue: seconds[queue])
+        return DiskRate(
+            path=file_path,
+            bytes_per_second=nbytes / seconds[depth, read_nbytes],
+            depth=depth,
+            read_nbytes=read_nbytes,
+            direct=reads_directly(file_path),
+        )
 
 
-def read_files_seconds(paths: list[Path], depth: int, read_nbytes: int) -> float:
-    """Seconds for reading whole files with `depth` reads of read_nbytes at a time, nothing done with the bytes."""
+def reads_directly(path: Path) -> bool:
+    """Whether the file system lets the page cache be passed by."""
+    file = DirectFile(path)
+    try:
+        file.read(0, 1, mmap.mmap(-1, 3 * BLOCK_NBYTES))
+        return file.direct
+    finally:
+        file.close()
+
+
+def read_seconds(paths: list[Path], nbytes: int, depth: int, read_nbytes: int) -> float:
+    """Seconds for reading the first nbytes of some files, one after the other, with `depth` reads of read_nbytes at a time.
+
+    Nothing is done with the bytes. Raises ConfigError where the files have fewer.
+    """
     files = [DirectFile(path) for path in paths]
     try:
-        reads = [
-            (file, offset, min(read_nbytes, path.stat().st_size - offset))
-            for file, path in zip(files, paths, strict=True)
-            for offset in range(0, path.stat().st_size, read_nbytes)
-        ]
+        reads = _reads(files, nbytes, read_nbytes)
         return _read_all(reads, depth, read_nbytes)
     finally:
         for file in files:
             file.close()
 
 
-def _rate(file: DirectFile, nbytes: int, depth: int, read_nbytes: int) -> float:
-    reads = [(file, offset, min(read_nbytes, nbytes - offset)) for offset in range(0, nbytes, read_nbytes)]
-    return nbytes / _read_all(reads, depth, read_nbytes)
+def _reads(files: list[DirectFile], nbytes: int, read_nbytes: int) -> list[tuple[DirectFile, int, int]]:
+    reads, left = [], nbytes
+    for file in files:
+        size = min(file.path.stat().st_size, left)
+        reads += [(file, offset, min(read_nbytes, size - offset)) for offset in range(0, size, read_nbytes)]
+        left -= size
+    if left:
+        raise ConfigError(f"{files[0].path} and its like have {nbytes - left} bytes, {nbytes} are to be read")
+    return reads
 
 
 def _read_all(reads: list[tuple[DirectFile, int, int]], depth: int, read_nbytes: int) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
@@ -50,7 +50,7 @@ class Case:
     """One row of the table: a configuration of transformers, and what of it a ModelSpec cannot read off its fields."""
 
     config: Any
-    rope: RopeSpec = RopeSpec()
+    rope: RopeSpec = field(default_factory=RopeSpec)
     windows: tuple[int | None, ...] = (None, None, None)
     qkv_bias: bool = False
     output_bias: bool = False

@@ -9,7 +9,7 @@ import pytest
 from offload_sirius.errors import ConfigError
 from offload_sirius.units import MIB
 from offload_sirius.weights import disk_rate
-from offload_sirius.weights.disk_rate import measure_disk, read_files_seconds
+from offload_sirius.weights.disk_rate import measure_disk, read_seconds
 
 
 def test_a_file_is_measured_itself(tmp_path: Path) -> None:
@@ -41,8 +41,10 @@ def test_a_path_that_does_not_exist_is_refused(tmp_path: Path) -> None:
         measure_disk(tmp_path / "nowhere")
 
 
-def test_whole_files_are_read_to_their_end(tmp_path: Path) -> None:
+def test_several_files_are_read_as_one_up_to_the_bytes_asked_for(tmp_path: Path) -> None:
     paths = [tmp_path / "one", tmp_path / "two"]
     for path in paths:
         path.write_bytes(bytes(100_001))
-    assert read_files_seconds(paths, 4, 4096) > 0
+    assert read_seconds(paths, 150_000, 4, 4096) > 0
+    with pytest.raises(ConfigError, match="have 200002 bytes, 200003 are to be read"):
+        read_seconds(paths, 200_003, 4, 4096)

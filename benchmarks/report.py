@@ -1,0 +1,43 @@
+"""What every benchmark says at its end: a machine, versions, a date, one JSON line, one result file."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import platform
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+import offload_sirius
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def machine_facts() -> dict[str, Any]:
+    """Where and with what a result was measured."""
+    cpu = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").open() if line.startswith("model name")), "unknown")
+    return {
+        "date": datetime.date.today().isoformat(),
+        "machine": {
+            "cpu": cpu,
+            "cores": psutil.cpu_count(),
+            "memory_bytes": psutil.virtual_memory().total,
+            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        },
+        "versions": {
+            "offload_sirius": offload_sirius.__version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+    }
+
+
+def finish(name: str, result: dict[str, Any], out: Path | None = None) -> None:
+    """Print the result as one JSON line and keep it as a dated file."""
+    path = out or RESULTS / f"{name}-{result['date']}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result))
