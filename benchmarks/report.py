@@ -18,7 +18,8 @@ RESULTS = Path(__file__).parent / "results"
 
 def machine_facts() -> dict[str, Any]:
     """Where and with what a result was measured."""
-    cpu = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").open() if line.startswith("model name")), "unknown")
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "unknown")
     return {
         "date": datetime.date.today().isoformat(),
         "machine": {

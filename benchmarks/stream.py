@@ -5,7 +5,7 @@
 
 link: the streamed layers are in host memory; the ceiling is their bytes over the set rate.
 disk: the streamed layers are read from the checkpoint's files in every pass; the ceiling is the best plain O_DIRECT read of the
-same number of bytes over several queue depths, measured before each pass that counts, since such disks vary from minute to minute.
+same number of bytes over several queue depths, measured before each pass that counts, since disks vary from minute to minute.
 A pass is one token of the real decode loop: head, sampling and detokenisation are in its time. Medians; the spread is printed.
 """
 
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,8 @@ def main() -> None:
     for row in rows:
         print(
             f"{row['what']:28} {row['bytes'] / 1e9:.3f} GB a pass: ceiling {row['ceiling_seconds']:.3f} s, "
-            f"pass {row['seconds']:.3f} s ({min(row['all_seconds']):.3f} to {max(row['all_seconds']):.3f}), ratio {row['ratio']:.3f}"
+            f"pass {row['seconds']:.3f} s ({min(row['all_seconds']):.3f} to {max(row['all_seconds']):.3f}), "
+            f"ratio {row['ratio']:.3f}"
         )
     finish("stream", {"model": options.model, "passes": options.passes, "rows": rows, **machine_facts()}, options.out)
 
@@ -99,7 +101,7 @@ def pass_seconds(engine: Engine, num_passes: int) -> list[float]:
     """Seconds between tokens, the prompt's pass and the first step left out as warm-up."""
     stream = engine.stream(PROMPT, max_new_tokens=num_passes + 2, ignore_eos=True)
     moments = [piece.seconds for piece in stream if piece.token_id is not None]
-    return [after - before for before, after in zip(moments[1:], moments[2:], strict=False)]
+    return [after - before for before, after in pairwise(moments[1:])]
 
 
 def row(what: str, engine: Engine, seconds: list[float], ceilings: list[float]) -> dict[str, Any]:

@@ -68,8 +68,7 @@ class EngineConfig:
         _require(self.dtype in DTYPES, "dtype", self.dtype, "one of " + ", ".join(DTYPES))
         _require(bool(self.model.strip()), "model", repr(self.model), "an alias, hub id, path or synthetic:SHAPE")
         if self.link_gbps is not None:
-            in_range = math.isfinite(self.link_gbps) and self.link_gbps > 0
-            _require(in_range, "link-gbps", self.link_gbps, "a positive number of GB/s")
+            _require(1e-6 <= self.link_gbps <= 1e6, "link-gbps", self.link_gbps, "between 0.000001 and 1,000,000 GB/s")
         if self.max_context is not None:
             _require(self.max_context >= 1, "max-context", self.max_context, "at least 1")
         if self.threads is not None:

@@ -21,7 +21,7 @@ _FACTORS = {
     "gib": GIB,
     "tib": GIB << 10,
 }
-_SIZE = re.compile(r"(?P<number>\d+(\.\d*)?|\.\d+)\s*(?P<unit>[a-zA-Z]*)")
+_SIZE = re.compile(r"(?P<number>\d{1,18}(\.\d*)?|\.\d+)\s*(?P<unit>[a-zA-Z]*)")
 
 
 @dataclass(frozen=True)

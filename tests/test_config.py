@@ -75,9 +75,9 @@ def test_a_device_of_another_name_is_one_clear_line(device: str) -> None:
     [
         ({"model": "  "}, "--model is '  '; it must be an alias, hub id, path or synthetic:SHAPE"),
         ({"dtype": "int8"}, "--dtype is int8; it must be one of auto, bfloat16, float32"),
-        ({"link_gbps": 0.0}, "--link-gbps is 0.0; it must be a positive number of GB/s"),
-        ({"link_gbps": math.inf}, "--link-gbps is inf; it must be a positive number of GB/s"),
-        ({"link_gbps": math.nan}, "--link-gbps is nan; it must be a positive number of GB/s"),
+        ({"link_gbps": 0.0}, "--link-gbps is 0.0; it must be between 0.000001 and 1,000,000 GB/s"),
+        ({"link_gbps": math.inf}, "--link-gbps is inf; it must be between 0.000001 and 1,000,000 GB/s"),
+        ({"link_gbps": math.nan}, "--link-gbps is nan; it must be between 0.000001 and 1,000,000 GB/s"),
         ({"max_context": 0}, "--max-context is 0; it must be at least 1"),
         ({"threads": 0}, "--threads is 0; it must be between 1 and 1024"),
         ({"threads": 1025}, "--threads is 1025; it must be between 1 and 1024"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import traceback
@@ -49,6 +50,8 @@ def _common(
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command. Returns the exit code; whatever a user or a file can cause is one line on stderr."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a model writes characters that not every terminal's encoding has
     try:
         code = app(list(arguments) or ["--help"], prog_name="offload-sirius", standalone_mode=False)
         sys.stdout.flush()
@@ -59,6 +62,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(str(error), arguments)
     except (KeyboardInterrupt, typer.Abort):
         return EXIT_INTERRUPTED
+    except SystemExit:
+        # What typer makes of a broken pipe in the middle of a command, once it has silenced both streams.
+        return EXIT_DONE
     except BrokenPipeError:
         # Whoever read our output has gone; Python would complain once more when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

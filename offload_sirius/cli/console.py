@@ -85,9 +85,11 @@ class TextWriter:
     def __init__(self) -> None:
         self._on_terminal = sys.stdout.isatty()
         self._column = 0
+        self._begun = False
 
     def write(self, piece: TextPiece) -> None:
         """Write what a token added."""
+        self._begun = True
         self._erase_rate()
         sys.stdout.write(piece.text)
         self._column = _column_behind(self._column, piece.text)
@@ -96,7 +98,9 @@ class TextWriter:
         sys.stdout.flush()
 
     def end(self) -> None:
-        """The text is over: end its line."""
+        """The text is over: end its line, where it has begun."""
+        if not self._begun:
+            return
         self._erase_rate()
         sys.stdout.write("\n")
         sys.stdout.flush()

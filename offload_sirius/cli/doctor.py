@@ -13,6 +13,7 @@ import typer
 from offload_sirius import machine
 from offload_sirius.cache import cache_folder
 from offload_sirius.cli import flags
+from offload_sirius.errors import ConfigError
 from offload_sirius.units import format_size
 
 EXAMPLES = """\b
@@ -39,7 +40,7 @@ def doctor(
     ] = None,
     as_json: flags.Json = False,
 ) -> None:
-    """Report devices, memory and its limits, disk speed, and what is missing."""
+    """Report devices, memory, disk speed, and what is missing."""
     findings = [*_software(), *_devices(), *_memory(), *_disk(Path(path) if path else None)]
     if as_json:
         typer.echo(json.dumps({finding.name: finding.value for finding in findings}))
@@ -78,7 +79,7 @@ def _devices() -> list[Finding]:
     if not torch.cuda.is_available():
         advice = "the model runs on the CPU; for a GPU install torch's CUDA build and NVIDIA's driver"
         return [*found, Finding(name="cuda_devices", value=[], text="none", advice=advice)]
-    devices = []
+    devices: list[dict[str, Any]] = []
     for index in range(torch.cuda.device_count()):
         free, total = torch.cuda.mem_get_info(index)
         devices.append({"name": torch.cuda.get_device_name(index), "free_bytes": free, "total_bytes": total})
@@ -89,10 +90,12 @@ def _devices() -> list[Finding]:
 
 
 def _memory() -> list[Finding]:
+    import torch
+
     free = machine.free_host_nbytes()
     limit = machine.cgroup_limit_nbytes()
     memlock = machine.memlock_limit_nbytes()
-    small = memlock is not None and memlock < free
+    too_small = memlock is not None and memlock < free and torch.cuda.is_available()
     return [
         Finding(name="host_memory_free_bytes", value=free, text=format_size(free)),
         Finding(name="cgroup_limit_bytes", value=limit, text="none" if limit is None else format_size(limit)),
@@ -100,7 +103,7 @@ def _memory() -> list[Finding]:
             name="memlock_limit_bytes",
             value=memlock,
             text="none" if memlock is None else format_size(memlock),
-            advice="less than the free memory can be pinned for a GPU; raise `ulimit -l`" if small else "",
+            advice="less than the free memory can be pinned for a GPU; raise `ulimit -l`" if too_small else "",
         ),
     ]
 
@@ -109,8 +112,7 @@ def _disk(path: Path | None) -> list[Finding]:
     from offload_sirius.weights.disk_rate import measure_disk
 
     if path is None:
-        path = cache_folder()
-        path.mkdir(parents=True, exist_ok=True)
+        path = _cache_folder()
     system = machine.file_system_of(path)
     rate = measure_disk(path)
     direct = "O_DIRECT" if rate.direct else "page cache"
@@ -125,3 +127,14 @@ def _disk(path: Path | None) -> list[Finding]:
             advice="" if rate.direct else "this file system refuses O_DIRECT; a local disk streams faster",
         ),
     ]
+
+
+def _cache_folder() -> Path:
+    folder = cache_folder()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"{folder}: cannot be made: {error.strerror}; set OFFLOAD_SIRIUS_CACHE, or name a folder with --path"
+        ) from error
+    return folder

@@ -28,11 +28,17 @@ _SAMPLING = SamplingConfig()
 
 def generate(
     prompt: Annotated[
-        str | None, typer.Option("--prompt", help="The prompt.", metavar="TEXT", rich_help_panel=flags.PROMPT)
+        str | None,
+        typer.Option("--prompt", help="The prompt. Default: standard input.", metavar="TEXT", rich_help_panel=flags.PROMPT),
     ] = None,
     prompt_file: Annotated[
         str | None,
-        typer.Option("--prompt-file", help="Read the prompt from a UTF-8 file.", metavar="FILE", rich_help_panel=flags.PROMPT),
+        typer.Option(
+            "--prompt-file",
+            help="Read the prompt from a UTF-8 file; - is standard input.",
+            metavar="FILE",
+            rich_help_panel=flags.PROMPT,
+        ),
     ] = None,
     chat: flags.Chat = _GENERATION.chat,
     model: flags.Model = _ENGINE.model,
@@ -93,6 +99,9 @@ def _run(prompt: str, engine_config: EngineConfig, generation: GenerationConfig,
     if engine_config.max_context is None:
         needed = min(len(prompt_ids) + generation.max_new_tokens, model.spec.max_positions)
         engine_config = replace(engine_config, max_context=needed)
+    else:
+        # The engine would say so too, but only after it has loaded.
+        model.room_for(len(prompt_ids), generation.max_new_tokens, engine_config.max_context)
     with build(model, engine_config, LoadProgress()) as engine:
         if verbose:
             _explain(engine)

@@ -16,25 +16,18 @@ Examples:
 
 
 def models(as_json: flags.Json = False) -> None:
-    """List aliases, synthetic shapes, and models that need no download."""
+    """List names for --model, and models that are here already."""
     from offload_sirius.engine.catalogue import catalogue
 
     found = catalogue()
     if as_json:
         typer.echo(json.dumps(found.as_json()))
         return
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title="Aliases for --model", title_justify="left")
-    for heading in ("alias", "hub id", "on this machine"):
-        table.add_column(heading)
-    for alias, repo_id in found.aliases.items():
-        table.add_row(alias, repo_id, found.where(alias, repo_id))
-    console = Console()
-    console.print(table)
-    console.print("Synthetic shapes: " + ", ".join(f"synthetic:{shape}" for shape in found.synthetic_shapes))
-    others = [model for model in found.cached if model.hub_id not in found.aliases.values()]
+    width = max(map(len, found.aliases))
+    for alias, hub_id in found.aliases.items():
+        typer.echo(f"{alias:{width}}  {hub_id:40}  {found.where(alias, hub_id)}".rstrip())
+    typer.echo("\nsynthetic shapes: " + ", ".join(f"synthetic:{shape}" for shape in found.synthetic_shapes))
+    others = [model.hub_id for model in found.cached if model.hub_id not in found.aliases.values()]
     if others:
-        console.print("Also in the hub's cache: " + ", ".join(model.hub_id for model in others))
-    console.print("Any other hub id, directory, .safetensors or .gguf file works as well.")
+        typer.echo("also in the hub's cache: " + ", ".join(others))
+    typer.echo("any other hub id, directory, .safetensors or .gguf file works as well")

@@ -6,6 +6,7 @@ print(engine.generate("Why is the sky blue?").text)
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 from offload_sirius.config import EngineConfig
@@ -25,8 +26,8 @@ def load(model: str | None = None, *, progress: Progress | None = None, **settin
     Raises one of offload_sirius.errors.USER_ERRORS, each with one line that says what to do.
     """
     given = settings if model is None else settings | {"model": model}
-    try:
-        config = EngineConfig(**given)
-    except TypeError as error:
-        raise ConfigError(f"a setting is not known: {error}") from error
+    known = [each.name for each in fields(EngineConfig)]
+    if unknown := sorted(set(given) - set(known)):
+        raise ConfigError(f"unknown setting {unknown[0]}; known are {', '.join(known)}")
+    config = EngineConfig(**given)
     return build(open_model(config.model), config, progress or NoProgress())

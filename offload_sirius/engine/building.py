@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from contextlib import ExitStack
+from pathlib import Path
 
 import torch
 
@@ -13,6 +14,7 @@ from offload_sirius.engine.engine import Engine
 from offload_sirius.engine.opened import Model
 from offload_sirius.engine.placement import Placement, memory_errors, place
 from offload_sirius.engine.progress import Progress
+from offload_sirius.errors import ConfigError
 from offload_sirius.model.kv_cache import KVCache
 from offload_sirius.model.transformer import Transformer
 from offload_sirius.weights.copiers import Copier, DiskCopier, HostCopier, PacedCopier, TieredCopier
@@ -139,11 +141,20 @@ def _on_disk(checkpoint: Checkpoint, progress: Progress) -> Checkpoint:
     name = checkpoint.spec.name
     directory = cache_folder() / "synthetic" / "".join(each if each.isalnum() or each in ".-" else "_" for each in name)
     if not directory.exists():
+        _make_folder(directory.parent)
         total = sum(info.nbytes for info in checkpoint.tensors.values())
         progress.begin(f"writing {name} to {directory}", total)
         try:
-            directory.parent.mkdir(parents=True, exist_ok=True)
             write_checkpoint(checkpoint, directory, progress=progress.advance)
         finally:
             progress.end()
     return open_checkpoint(str(directory))
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"{folder}: cannot be made: {error.strerror}; set OFFLOAD_SIRIUS_CACHE to a folder that can be written to"
+        ) from error

@@ -19,7 +19,7 @@ from offload_sirius.decode.stream import Outcome, TextStream
 from offload_sirius.decode.text import Detokenizer, StopMatcher
 from offload_sirius.engine.opened import Model, Prompt
 from offload_sirius.engine.placement import Placement, memory_errors
-from offload_sirius.errors import ConfigError, PromptError
+from offload_sirius.errors import ConfigError
 from offload_sirius.model.transformer import Transformer, activation_nbytes
 from offload_sirius.weights.plan import Plan
 from offload_sirius.weights.streamer import WeightStreamer
@@ -44,7 +44,10 @@ class Engine:
         loaded_nbytes: int,
         load_seconds: float,
     ) -> None:
-        """Made by `build`. checkpoint: what the weights are read from; device_nbytes: all device buffers; closing: gives back everything that was opened."""
+        """Made by `build`.
+
+        checkpoint: what the weights are read from; device_nbytes: all device buffers; closing: gives back all that was opened.
+        """
         self.model = model
         self.checkpoint = checkpoint
         self.config = config
@@ -55,6 +58,7 @@ class Engine:
         self._closing = closing
         self._device_nbytes = device_nbytes
         self._loaded_nbytes = loaded_nbytes
+        self._closed = False
 
     @property
     def spec(self) -> ModelSpec:
@@ -75,9 +79,11 @@ class Engine:
 
     def stream(self, prompt: Prompt, config: GenerationConfig | None = None, **settings: Any) -> TextStream:
         """An answer piece by piece; its `result` has the figures at the end. One answer at a time."""
+        if self._closed:
+            raise RuntimeError("the engine is closed: load the model again")
         config = with_settings(config or GenerationConfig(), settings)
         prompt_ids = self.model.encode(prompt, chat=config.chat)
-        max_new_tokens = self._room_for(len(prompt_ids), config.max_new_tokens)
+        max_new_tokens = self.model.room_for(len(prompt_ids), config.max_new_tokens, self._placement.context)
         counters = _Counters(self._streamer)
         return TextStream(
             tokens=self._tokens(prompt_ids, config.sampling),
@@ -90,6 +96,7 @@ class Engine:
 
     def close(self) -> None:
         """End threads, give memory back."""
+        self._closed = True
         self._closing.close()
 
     def __enter__(self) -> Engine:
@@ -97,16 +104,6 @@ class Engine:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         self.close()
-
-    def _room_for(self, num_prompt: int, max_new_tokens: int) -> int:
-        """New tokens that the KV cache has room for; the last one of an answer needs none."""
-        room = self._placement.context - num_prompt + 1
-        if room < 1 or (room < max_new_tokens and self._placement.context < self.spec.max_positions):
-            raise PromptError(
-                f"prompt and answer take {num_prompt + max_new_tokens} positions, {self._placement.context} were planned for; "
-                "shorten them, or load with a larger --max-context"
-            )
-        return min(room, max_new_tokens)
 
     def _tokens(self, prompt_ids: list[int], sampling: SamplingConfig) -> Iterator[int]:
         # The reader threads compute with one thread each; torch keeps that number per thread, so ours is set here.

@@ -48,6 +48,19 @@ class Model:
             raise PromptError(f"token id {bad} is outside the vocabulary of {self.spec.vocab_size}; use this model's tokenizer")
         return token_ids
 
+    def room_for(self, num_prompt: int, max_new_tokens: int, context: int) -> int:
+        """New tokens for which a context of that many positions has room; the last one of an answer needs none.
+
+        Fewer than asked for where that is all the model has. Raises PromptError where a larger context would have room for more.
+        """
+        room = context - num_prompt + 1
+        if room < 1 or (room < max_new_tokens and context < self.spec.max_positions):
+            raise PromptError(
+                f"prompt and answer take {num_prompt + max_new_tokens} positions, {context} were planned for; "
+                "shorten them, or load with a larger --max-context"
+            )
+        return min(room, max_new_tokens)
+
     def _encode(self, prompt: Prompt, chat: bool) -> list[int]:
         if isinstance(prompt, str):
             if not prompt:

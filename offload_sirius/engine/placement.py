@@ -5,6 +5,7 @@ Reads sizes, never weights; allocates nothing.
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -64,15 +65,15 @@ def find_device(name: str) -> torch.device:
     """auto is the first GPU, where there is one. Raises DeviceError for one that is not there."""
     if name == "auto":
         return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    device = torch.device(name)
-    if device.type == "cuda":
-        if not torch.cuda.is_available():
-            raise DeviceError(f"--device {name}: torch {torch.__version__} sees no CUDA device; use --device cpu")
-        index = device.index or 0
-        if index >= torch.cuda.device_count():
-            raise DeviceError(f"--device {name}: there are {torch.cuda.device_count()} CUDA devices, counted from 0")
-        return torch.device("cuda", index)
-    return device
+    kind, _, index_text = name.partition(":")
+    if kind == "cpu":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise DeviceError(f"--device {name}: torch {torch.__version__} sees no CUDA device; use --device cpu")
+    index, num_devices = int(index_text or 0), torch.cuda.device_count()
+    if index >= num_devices:
+        raise DeviceError(f"--device {name}: the last CUDA device is cuda:{num_devices - 1}; use one up to it")
+    return torch.device("cuda", index)
 
 
 def compute_dtype(config: EngineConfig, spec: ModelSpec) -> torch.dtype:
@@ -116,8 +117,13 @@ def _require_free(what: str, needed_nbytes: int, free_nbytes: int) -> None:
         flags = " and ".join(f"--{each}-memory" for each in what.split(" and "))
         raise BudgetError(
             f"{what} memory: the budgets given take {format_size(needed_nbytes)}, {format_size(free_nbytes)} are free; "
-            f"give smaller {flags}, {as_flag(free_nbytes)} at most"
+            f"give smaller {flags}, together at most {as_flag(_rounded_down(free_nbytes))}"
         )
+
+
+def _rounded_down(nbytes: int) -> int:
+    """Less by what as_flag rounds up, which is at most a hundredth, so that what it says is not above nbytes."""
+    return nbytes * 99 // 100
 
 
 @contextmanager
@@ -125,12 +131,18 @@ def memory_errors(plan: Plan) -> Iterator[None]:
     """Memory that runs out in spite of the plan ends in one line: the operating system's and torch's errors become ours."""
     try:
         yield
-    except (MemoryError, RuntimeError) as error:
-        text = str(error)
-        exhausted = isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in text or "new thread" in text
-        if not exhausted:
+    except (MemoryError, OSError, RuntimeError) as error:
+        if not _says_memory_ran_out(error):
             raise
         raise BudgetError(
             f"memory ran out; the plan takes {format_size(plan.device_nbytes)} on the device and "
             f"{format_size(plan.host_nbytes)} on the host: give smaller --device-memory or --host-memory"
         ) from error
+
+
+def _says_memory_ran_out(error: Exception) -> bool:
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    # torch's CPU allocator and the threading module say it in words only.
+    in_words = "allocate memory" in str(error) or "new thread" in str(error)
+    return in_words or isinstance(error, MemoryError | torch.OutOfMemoryError)

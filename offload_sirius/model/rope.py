@@ -1,7 +1,7 @@
 """Rotary position embedding: the cosines and sines of every position, and turning heads by them.
 
-Which frequencies a model turns with is a formula of transformers (`ROPE_INIT_FUNCTIONS`), which is imported only for the kinds
-that need it, since that takes a second. Knows nothing of attention or of the cache.
+The long formulas of frequencies, llama3 and yarn, are those of transformers, which is imported only for them, since that takes a
+second. Knows nothing of attention or of the cache.
 
 A head is turned in pairs (i, i + E/2), as in the transformers checkpoints:
 
@@ -81,22 +81,35 @@ class RotaryTable:
 
 
 def _frequencies(spec: ModelSpec, sequence_lengths: Tensor) -> tuple[Tensor, float]:
-    """Radians a position turns each pair, [E/2], or [T, E/2] where they depend on the sequence; and the factor of cos and sin."""
+    """Radians a position turns each pair, [E/2] or [T, E/2], and the factor of cosine and sine.
+
+    sequence_lengths: int64 [T], how long the sequence was when each position was computed.
+    """
     rope = spec.rope
     if rope.kind == "default":
-        return _plain_frequencies(spec), 1.0
+        return _frequencies_of(spec, rope.theta), 1.0
     if rope.kind == "linear":
-        return _plain_frequencies(spec) / rope.parameters["factor"], 1.0
-    return _scaled_frequencies(spec, sequence_lengths)
+        return _frequencies_of(spec, rope.theta) / rope.parameters["factor"], 1.0
+    if rope.kind == "dynamic":
+        return _frequencies_of(spec, _stretched_theta(spec, sequence_lengths)[:, None]), 1.0
+    return _frequencies_of_transformers(spec)
 
 
-def _plain_frequencies(spec: ModelSpec) -> Tensor:
+def _frequencies_of(spec: ModelSpec, theta: float | Tensor) -> Tensor:
     """theta^(-2i/E) for i = 0, ..., E/2 - 1."""
     exponents = torch.arange(0, spec.head_dim, 2).float() / spec.head_dim
-    return torch.as_tensor(1.0 / spec.rope.theta**exponents)
+    return torch.as_tensor(1.0 / theta**exponents)
 
 
-def _scaled_frequencies(spec: ModelSpec, sequence_lengths: Tensor) -> tuple[Tensor, float]:
+def _stretched_theta(spec: ModelSpec, sequence_lengths: Tensor) -> Tensor:
+    """The theta with which a sequence longer than any in training turns its slowest pair no further than they did ("NTK")."""
+    factor = spec.rope.parameters["factor"]
+    trained_length = round(spec.max_positions / factor)  # the spec has the scaling counted in
+    stretch = factor * sequence_lengths.clamp(min=trained_length) / trained_length - (factor - 1)
+    return spec.rope.theta * stretch ** (spec.head_dim / (spec.head_dim - 2))
+
+
+def _frequencies_of_transformers(spec: ModelSpec) -> tuple[Tensor, float]:
     """The formulas of transformers, which take a configuration; versions 4 and 5 both understand the older spelling of it."""
     from transformers import LlamaConfig
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -105,17 +118,9 @@ def _scaled_frequencies(spec: ModelSpec, sequence_lengths: Tensor) -> tuple[Tens
         hidden_size=spec.head_dim,
         num_attention_heads=1,
         head_dim=spec.head_dim,
-        max_position_embeddings=_trained_positions(spec),
+        max_position_embeddings=spec.max_positions,
         rope_theta=spec.rope.theta,
         rope_scaling={"rope_type": spec.rope.kind, **spec.rope.parameters},
     )
-    # Only `dynamic` reads the lengths; as a column they give it one row of frequencies a position.
-    frequencies, attention_factor = ROPE_INIT_FUNCTIONS[spec.rope.kind](config, seq_len=sequence_lengths[:, None])
+    frequencies, attention_factor = ROPE_INIT_FUNCTIONS[spec.rope.kind](config, torch.device("cpu"))
     return frequencies, attention_factor
-
-
-def _trained_positions(spec: ModelSpec) -> int:
-    """`max_position_embeddings` of config.json: for `dynamic` the length before scaling, which the spec has counted in."""
-    if spec.rope.kind == "dynamic":
-        return round(spec.max_positions / spec.rope.parameters["factor"])
-    return spec.max_positions

@@ -304,7 +304,8 @@ class ReaderPool:
             self.busy_seconds += now - self._busy_since
             self._busy_since = now
             self._tuner.record(nbytes, self.busy_seconds)
-            self._wake.notify()
+            # Two, not one: the tuner may have allowed one more than there were.
+            self._wake.notify(2)
 
     def _file(self, path: Path) -> DirectFile:
         with self._wake:

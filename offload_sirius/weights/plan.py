@@ -165,7 +165,7 @@ class _HostPlacement:
 
 
 def _place_on_host(spec: ModelSpec, layout: LayerLayout, demand: Demand, budgets: Budgets, num_streamed: int) -> _HostPlacement:
-    """Readers first, as nothing loads without them (half the budget at most); then the embedding table; then layers while there is room.
+    """Readers first, as nothing loads without them (half the budget at most); then the embedding table; then layers.
 
     readers   = readers * (one read buffer + one decoded piece)
     staging   = 2 * layer, on a device with its own memory

@@ -20,6 +20,7 @@ from offload_sirius_loaders.spec import ModelSpec, Role, RopeSpec
 MAX_DIFFERENCE = 1e-4
 PROMPT_LENGTHS = (1, 17, 600)
 CAPACITY = 640
+VOCAB_SIZE = 131
 
 ROLES: dict[str, Role] = {
     "input_layernorm.weight": "input_norm",
@@ -86,7 +87,7 @@ SHAPE = {
     "num_hidden_layers": 3,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
-    "vocab_size": 131,
+    "vocab_size": VOCAB_SIZE,
     "max_position_embeddings": 1024,
     "bos_token_id": None,
     "eos_token_id": None,
@@ -142,7 +143,7 @@ CASES = {
 }
 
 
-@pytest.fixture(scope="module", params=CASES.values(), ids=CASES.keys())
+@pytest.fixture(scope="module", params=CASES.values(), ids=list(CASES))
 def case(request: pytest.FixtureRequest) -> Case:
     return request.param  # type: ignore[no-any-return]
 
@@ -156,7 +157,7 @@ def reference(case: Case) -> PreTrainedModel:
         spread = 1.5 / parameter.shape[1] ** 0.5 if parameter.ndim == 2 else 0.3
         parameter.data = torch.randn_like(parameter) * spread + (parameter.ndim == 1)
     model.tie_weights()
-    return model  # type: ignore[no-any-return]
+    return model
 
 
 @pytest.fixture(scope="module")
@@ -179,7 +180,7 @@ def named_by_role(model: PreTrainedModel) -> Iterator[tuple[Key, Tensor]]:
 
 
 def tokens(count: int) -> Tensor:
-    return torch.randint(0, SHAPE["vocab_size"], (count,), generator=torch.Generator().manual_seed(count))
+    return torch.randint(0, VOCAB_SIZE, (count,), generator=torch.Generator().manual_seed(count))
 
 
 def greedy_answer(model: PreTrainedModel, prompt: Tensor, num_new: int) -> tuple[Tensor, Tensor]:

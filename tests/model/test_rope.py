@@ -13,7 +13,7 @@ LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "origi
 YARN = {"factor": 4.0, "original_max_position_embeddings": 64}
 
 
-def spec(kind: RopeKind = "default", max_positions: int = 256, **parameters: float) -> ModelSpec:
+def spec(kind: RopeKind = "default", **parameters: float) -> ModelSpec:
     return ModelSpec(
         name="test",
         architecture="llama",
@@ -24,7 +24,7 @@ def spec(kind: RopeKind = "default", max_positions: int = 256, **parameters: flo
         head_dim=HEAD_DIM,
         ffn_width=8,
         vocab_size=16,
-        max_positions=max_positions,
+        max_positions=256,
         norm_eps=1e-5,
         rope=RopeSpec(kind=kind, theta=100.0, parameters=parameters),
         layer_windows=(None,),
@@ -82,7 +82,7 @@ def test_any_positions_turn_as_the_span_they_lie_in() -> None:
 
 
 def test_dynamic_turns_plainly_until_the_trained_length() -> None:
-    rotary = table(spec("dynamic", max_positions=256, factor=4.0))  # trained on 64
+    rotary = table(spec("dynamic", factor=4.0))  # trained on 64
     rotary.begin(10)
 
     assert angles(rotary, 63) == pytest.approx(angles(table(spec()), 63), abs=1e-4)
@@ -93,7 +93,7 @@ def test_dynamic_turns_plainly_until_the_trained_length() -> None:
     ("prompt_length", "position", "length"), [(10, 100, 101), (128, 100, 128), (128, 5, 128), (128, 128, 129)]
 )
 def test_dynamic_takes_the_length_at_which_a_position_was_computed(prompt_length: int, position: int, length: int) -> None:
-    rotary = table(spec("dynamic", max_positions=256, factor=4.0))
+    rotary = table(spec("dynamic", factor=4.0))
     rotary.begin(prompt_length)
     theta = 100.0 * (4.0 * length / 64 - 3.0) ** (8 / 6)
 
@@ -101,7 +101,7 @@ def test_dynamic_takes_the_length_at_which_a_position_was_computed(prompt_length
 
 
 def test_a_new_sequence_settles_dynamic_anew() -> None:
-    rotary = table(spec("dynamic", max_positions=256, factor=4.0))
+    rotary = table(spec("dynamic", factor=4.0))
     rotary.begin(10)
     first = angles(rotary, 20)
 

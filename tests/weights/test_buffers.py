@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from offload_sirius_loaders import open_checkpoint
 
 from offload_sirius.weights.buffers import TRANSPOSE_ROWS, LayerBuffer, write_rows
 from offload_sirius.weights.layout import layer_layout
+from offload_sirius_loaders import open_checkpoint
 
 SPEC = open_checkpoint("synthetic:tiny?width=40&heads=4&kv_heads=2&ffn=700").spec
 

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from offload_sirius_loaders.checkpoint import Checkpoint
 
 from offload_sirius.errors import WeightReadError
 from offload_sirius.weights.buffers import LayerBuffer
@@ -16,6 +15,7 @@ from offload_sirius.weights.disk import ReaderPool
 from offload_sirius.weights.host import HostStore
 from offload_sirius.weights.layout import PARTS, LayerLayout, layer_layout
 from offload_sirius.weights.load import Loader
+from offload_sirius_loaders.checkpoint import Checkpoint
 
 FLOAT = torch.float32
 
@@ -93,7 +93,7 @@ class InstantCopier:
     busy_seconds = 0.0
     peak_bytes_per_second = None
 
-    def start(self, layer: int, part: str, slot: LayerBuffer) -> "InstantCopier":
+    def start(self, layer: int, part: str, slot: LayerBuffer) -> InstantCopier:
         return self
 
     def wait(self) -> None:

@@ -6,6 +6,7 @@ import errno
 import mmap
 import os
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from offload_sirius_loaders.checkpoint import Checkpoint, TensorInfo
 
 from offload_sirius.errors import WeightReadError
 from offload_sirius.weights.disk import (
@@ -25,6 +25,7 @@ from offload_sirius.weights.disk import (
     pieces_of,
     tensor_jobs,
 )
+from offload_sirius_loaders.checkpoint import Checkpoint, TensorInfo
 
 
 def info(rows: int, columns: int, row_multiple: int = 1) -> TensorInfo:
@@ -45,7 +46,7 @@ def test_pieces_cover_a_tensor_once_and_in_order(rows: int, columns: int, row_mu
     tensor = info(rows * row_multiple, columns, row_multiple)
     pieces = pieces_of(tensor)
     assert pieces[0].offset == 100
-    for before, after in zip(pieces, pieces[1:], strict=False):
+    for before, after in pairwise(pieces):
         assert after.offset == before.offset + before.nbytes
         assert after.first_row % row_multiple == 0
     assert sum(piece.nbytes for piece in pieces) == tensor.nbytes

