@@ -115,19 +115,27 @@ def main() -> int:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", type=Path, default=PROMPTS, help="lines of JSON with a `prompt`, default data/prompts.jsonl")
-    parser.add_argument("--limit", type=int, help="no more prompts than these")
-    parser.add_argument("--every", type=int, default=1, help="only each n-th prompt of the file")
-    parser.add_argument("--max-new-tokens", type=int, default=64, help="longest answer, default %(default)s")
+    parser.add_argument("--limit", type=positive, help="no more prompts than these")
+    parser.add_argument("--every", type=positive, default=1, help="only each n-th prompt of the file")
+    parser.add_argument("--max-new-tokens", type=positive, default=64, help="longest answer, default %(default)s")
     parser.add_argument("--link-gbps", type=float, default=5.0, help="rate of the emulated link, default %(default)s")
     parser.add_argument("--out", type=Path, help="result file, default benchmarks/results/exactness-DATE.json")
     return parser.parse_args()
 
 
+def positive(text: str) -> int:
+    """A number from 1 on, for argparse."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is too small, 1 is the least")
+    return number
+
+
 def compare(options: argparse.Namespace, folder: Path) -> int:
     """Write the folder, ask the reference, then row after row. Returns the exit status."""
+    prompts = read_prompts(options.prompts)[:: options.every][: options.limit]
     gguf = find_demo()
     convert(gguf, folder)
-    prompts = read_prompts(options.prompts)[:: options.every][: options.limit]
     print(f"transformers answers {len(prompts)} prompts", file=sys.stderr)
     answers = reference_answers(folder, open_model(str(gguf)), prompts, options.max_new_tokens)
 
@@ -141,14 +149,16 @@ def compare(options: argparse.Namespace, folder: Path) -> int:
 
 
 def read_prompts(file: Path) -> list[str]:
-    """The prompts of a file. Raises PromptError."""
-    lines = file.read_text(encoding="utf-8").splitlines()
+    """The prompts of a file, at least one. Raises PromptError."""
     try:
-        return [str(json.loads(line)["prompt"]) for line in lines]
+        prompts = [str(json.loads(line)["prompt"]) for line in file.read_text(encoding="utf-8").splitlines()]
+    except OSError as error:
+        raise PromptError(f"{file}: cannot be read: {error.strerror}; give --prompts a file of prompts") from error
     except (ValueError, KeyError, TypeError) as error:
-        raise PromptError(
-            f"{file}: found a line that is no JSON object with a `prompt`; give each prompt a line of that form"
-        ) from error
+        raise PromptError(f"{file}: a line is no JSON object with a `prompt`; give each prompt a line of that form") from error
+    if not prompts:
+        raise PromptError(f"{file}: there is no prompt in it; give each a line of JSON with a `prompt`")
+    return prompts
 
 
 def reference_answers(folder: Path, model: Model, prompts: Sequence[str], max_new_tokens: int) -> list[Answer]:

@@ -93,7 +93,8 @@ def _join(
     )
     stores.callback(streamer.close)
     cache = KVCache(spec, capacity=placement.context, dtype=dtype, device=placement.device)
-    return streamer, Transformer(spec, streamer, cache), readers, device.nbytes + cache.nbytes
+    transformer = Transformer(spec, streamer, cache)
+    return streamer, transformer, readers, device.nbytes + cache.nbytes + transformer.nbytes
 
 
 def _embedding(placement: Placement, loader: Loader, readers: ReaderPool, device: DeviceStore) -> Embedding:

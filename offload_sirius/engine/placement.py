@@ -16,7 +16,7 @@ from offload_sirius import machine
 from offload_sirius.config import EngineConfig
 from offload_sirius.errors import BudgetError, ConfigError, DeviceError
 from offload_sirius.model.kv_cache import kv_cache_nbytes
-from offload_sirius.model.transformer import activation_nbytes
+from offload_sirius.model.transformer import activation_nbytes, position_tables_nbytes
 from offload_sirius.units import MIB, format_size
 from offload_sirius.weights.disk import reader_nbytes
 from offload_sirius.weights.layout import LayerLayout, layer_layout
@@ -52,6 +52,7 @@ def place(checkpoint: Checkpoint, config: EngineConfig) -> Placement:
     layout = layer_layout(spec, dtype.itemsize)
     demand = Demand(
         kv_cache_nbytes=kv_cache_nbytes(spec, batch=1, capacity=context, element_nbytes=dtype.itemsize),
+        position_tables_nbytes=position_tables_nbytes(spec, context, dtype.itemsize),
         activation_nbytes=activation_nbytes(spec, context, dtype.itemsize),
         reader_nbytes=reader_nbytes(checkpoint),
         embedding_on_device=spec.tied_head,
@@ -100,24 +101,27 @@ def _plan_within(spec: ModelSpec, layout: LayerLayout, demand: Demand, config: E
         free_device = int(torch.cuda.mem_get_info(device)[0])
         budgets = Budgets(device_nbytes=config.device_size.resolve(free_device), host_nbytes=config.host_size.resolve(free_host))
         plan = make_plan(spec, layout, demand, budgets)
-        _require_free("device", plan.device_nbytes, free_device)
-        _require_free("host", plan.host_nbytes, free_host)
+        _require_free(("device",), plan.device_nbytes, free_device)
+        _require_free(("host",), plan.host_nbytes, free_host)
         return plan
     readers_nbytes = min(MAX_READERS * demand.reader_nbytes, free_host // 4)
-    device_nbytes = config.device_size.resolve(free_host - readers_nbytes)
+    free_device = free_host - readers_nbytes
+    device_nbytes = config.device_size.resolve(free_device)
     unlimited = make_plan(spec, layout, demand, Budgets(device_nbytes=device_nbytes, host_nbytes=1 << 62))
-    host_nbytes = config.host_size.resolve(max(free_host - unlimited.device_nbytes, 0))
+    _require_free(("device",), unlimited.device_nbytes, free_device)
+    host_nbytes = config.host_size.resolve(free_host - unlimited.device_nbytes)
     plan = make_plan(spec, layout, demand, Budgets(device_nbytes=device_nbytes, host_nbytes=host_nbytes))
-    _require_free("device and host", plan.device_nbytes + plan.host_nbytes, free_host)
+    _require_free(("device", "host"), plan.device_nbytes + plan.host_nbytes, free_host)
     return plan
 
 
-def _require_free(what: str, needed_nbytes: int, free_nbytes: int) -> None:
+def _require_free(places: tuple[str, ...], needed_nbytes: int, free_nbytes: int) -> None:
     if needed_nbytes > free_nbytes:
-        flags = " and ".join(f"--{each}-memory" for each in what.split(" and "))
+        flags = " and ".join(f"--{place}-memory" for place in places)
+        together = "together " if len(places) > 1 else ""
         raise BudgetError(
-            f"{what} memory: the budgets given take {format_size(needed_nbytes)}, {format_size(free_nbytes)} are free; "
-            f"give smaller {flags}, together at most {as_flag(_rounded_down(free_nbytes))}"
+            f"{' and '.join(places)} memory: the plan takes {format_size(needed_nbytes)}, {format_size(free_nbytes)} are free; "
+            f"give smaller {flags}, {together}at most {as_flag(_rounded_down(free_nbytes))}"
         )
 
 

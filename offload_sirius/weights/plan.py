@@ -38,6 +38,8 @@ class Demand:
     """What the plan must make room for, computed by those who know."""
 
     kv_cache_nbytes: int
+    position_tables_nbytes: int
+    """Cosines and sines of all positions."""
     activation_nbytes: int
     reader_nbytes: int
     """Host memory of one reader thread."""
@@ -132,6 +134,7 @@ def _fixed_device_bill(spec: ModelSpec, layout: LayerLayout, demand: Demand) -> 
         "head": spec.vocab_size * spec.width * layout.element_nbytes,
         "final_norm": spec.width * layout.element_nbytes,
         "kv_cache": demand.kv_cache_nbytes,
+        "position_tables": demand.position_tables_nbytes,
         "activations": demand.activation_nbytes,
     }
 

@@ -49,7 +49,9 @@ def test_a_prompt_is_taken_as_it_is() -> None:
         ("naïve 🦜".encode(), "naïve 🦜"),
     ],
 )
-def test_a_file_and_standard_input_lose_one_line_break_at_their_end(content: bytes, text: str, tmp_path: Path, pipe: Pipe) -> None:
+def test_one_line_break_at_the_end_of_a_file_or_pipe_is_not_the_prompts(
+    content: bytes, text: str, tmp_path: Path, pipe: Pipe
+) -> None:
     file = tmp_path / "prompt.txt"
     file.write_bytes(content)
     assert read_prompt(None, str(file)) == text

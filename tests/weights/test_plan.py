@@ -25,7 +25,8 @@ READER = 8 * MIB
 
 def demand(*, tied: bool = False, staged: bool = False) -> Demand:
     return Demand(
-        kv_cache_nbytes=300 * MIB,
+        kv_cache_nbytes=299 * MIB,
+        position_tables_nbytes=MIB,
         activation_nbytes=100 * MIB,
         reader_nbytes=READER,
         embedding_on_device=tied,

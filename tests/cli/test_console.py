@@ -1,0 +1,134 @@
+"""What people see while they wait: on a terminal, and where there is none."""
+
+from __future__ import annotations
+
+import io
+import sys
+import time
+
+import pytest
+
+from offload_sirius.cli.console import LoadProgress, TextWriter, say, summary
+from offload_sirius.decode.result import Generation, LinkFigures, MemoryFigures, Passes
+from offload_sirius.decode.stream import TextPiece
+
+CLEAR = "\x1b[K"
+FAST, SLOW = 0.001, 2.0
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+    def fileno(self) -> int:
+        return 1
+
+
+def terminal_on_stdout(monkeypatch: pytest.MonkeyPatch) -> Terminal:
+    """A terminal of 40 columns. No fixture: pytest puts its own stdout in place after those."""
+    screen = Terminal()
+    monkeypatch.setattr(sys, "stdout", screen)
+    monkeypatch.setattr("os.get_terminal_size", lambda _: type("Size", (), {"columns": 40}))
+    return screen
+
+
+def piece(text: str, number: int = 1, seconds_per_token: float = FAST) -> TextPiece:
+    return TextPiece(text=text, token_id=0, new_tokens=number, seconds=number * seconds_per_token)
+
+
+def generation(num_tokens: int, link: LinkFigures) -> Generation:
+    return Generation(
+        model="m",
+        mode="full",
+        text="",
+        token_ids=tuple(range(num_tokens)),
+        finish_reason="length",
+        prompt_tokens=1,
+        ttft_seconds=0.5,
+        decode_seconds=2.0 * (num_tokens - 1),
+        load_seconds=0.0,
+        passes=Passes(),
+        link=link,
+        memory=MemoryFigures(device_plan_bytes=0, device_peak_bytes=0, host_plan_bytes=0, host_peak_bytes=0),
+        plan={},
+        settings={},
+    )
+
+
+def test_text_goes_to_stdout_and_lines_for_people_to_stderr(capsys: pytest.CaptureFixture[str]) -> None:
+    writer = TextWriter()
+    writer.write(piece("one "))
+    writer.write(piece("two", 2, SLOW))
+    writer.end()
+    say("a line")
+    assert capsys.readouterr() == ("one two\n", "a line\n")
+
+
+def test_a_text_that_never_began_leaves_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    TextWriter().end()
+    assert capsys.readouterr().out == ""
+
+
+def test_an_empty_answer_is_an_empty_line(capsys: pytest.CaptureFixture[str]) -> None:
+    writer = TextWriter()
+    writer.write(piece(""))
+    writer.end()
+    assert capsys.readouterr().out == "\n"
+
+
+def test_a_slow_model_shows_its_rate_behind_the_text_and_takes_it_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = terminal_on_stdout(monkeypatch)
+    writer = TextWriter()
+    writer.write(piece("slow", 4, SLOW))
+    rate = "  [0.50 tokens/s]"
+    assert terminal.getvalue() == f"{CLEAR}slow\x1b[2m{rate}\x1b[0m\x1b[{len(rate)}D"
+    writer.end()
+    assert terminal.getvalue().endswith(f"{CLEAR}\n")
+
+
+def test_a_fast_model_shows_no_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = terminal_on_stdout(monkeypatch)
+    TextWriter().write(piece("fast"))
+    assert terminal.getvalue() == CLEAR + "fast"
+
+
+@pytest.mark.parametrize(("text", "shown"), [("x" * 30, False), ("x" * 30 + "\nx", True), ("x" * 45, True)])
+def test_a_rate_that_would_wrap_is_not_shown(text: str, shown: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = terminal_on_stdout(monkeypatch)
+    TextWriter().write(piece(text, 1, SLOW))
+    assert ("tokens/s" in terminal.getvalue()) == shown
+
+
+def test_loading_is_told_in_lines_where_there_is_no_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = iter([0.0, 4.0, 8.0, 8.0, 8.0])
+    monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
+    progress = LoadProgress()
+    progress.begin("loading m", 10**10)
+    progress.advance(10**9)
+    assert capsys.readouterr().err == ""
+    progress.advance(10**9)
+    assert capsys.readouterr().err == "loading m: 2.0 of 10.0 GB, 0.25 GB/s, 32 s left\n"
+    progress.end()
+
+
+def test_loading_is_a_bar_on_a_terminal_and_gone_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = Terminal()
+    monkeypatch.setattr(sys, "stderr", screen)
+    progress = LoadProgress()
+    progress.begin("loading m", 100)
+    progress.advance(50)
+    progress.end()
+    assert "loading m" in screen.getvalue()
+
+
+def test_the_summary_of_one_token_has_no_rate() -> None:
+    assert summary(generation(1, LinkFigures())) == "1 tokens, first after 0.50 s"
+
+
+def test_the_summary_of_a_streamed_answer_says_what_a_token_moved() -> None:
+    link = LinkFigures(copied_bytes=10 * 10**9, gbytes_per_second=12.5, busy_share=0.987)
+    assert summary(generation(5, link)) == (
+        "5 tokens, first after 0.50 s, 0.50 tokens/s, 2.000 GB a token over the link at 12.50 GB/s, 99% busy"
+    )
