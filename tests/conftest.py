@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from offload_sirius_loaders import open_checkpoint
 from offload_sirius_loaders.checkpoint import Checkpoint
 from offload_sirius_loaders.writer import write_checkpoint

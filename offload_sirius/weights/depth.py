@@ -6,11 +6,15 @@ WINDOW_NBYTES = 256 << 20
 """Bytes over which one depth is timed: long enough for a stable rate, a fraction of any model worth streaming."""
 
 
+NOISE = 0.1
+"""Differences in rate below this share are taken for chance."""
+
+
 class DepthTuner:
     """Tries a few queue depths in turn, over real reads, and then keeps the fastest.
 
-    A quarter, half and all of the readers are each timed over two windows; until then the depth is all of them, which is
-    the safest guess on solid-state disks.
+    A quarter, half and all of the readers are each timed over two windows. All of them is the safest guess on solid-state
+    disks, so a smaller depth is kept only where it is faster by more than the noise.
     """
 
     def __init__(self, num_readers: int, window_nbytes: int = WINDOW_NBYTES) -> None:
@@ -39,4 +43,9 @@ class DepthTuner:
             return
         tried = self._trials.pop(0)
         self._rates[tried] = max(bytes_per_second, self._rates.get(tried, 0.0))
-        self.depth = self._trials[0] if self._trials else max(self._rates, key=lambda depth: self._rates[depth])
+        self.depth = self._trials[0] if self._trials else self._choose()
+
+    def _choose(self) -> int:
+        most = self._candidates[0]
+        fastest = max(self._rates, key=lambda depth: self._rates[depth])
+        return fastest if self._rates[fastest] > self._rates[most] * (1 + NOISE) else most

@@ -43,7 +43,9 @@ class DiskEmbedding:
     def rows(self, token_ids: Tensor) -> Tensor:
         """See Embedding. Each distinct row is read once. Raises WeightReadError."""
         distinct, inverse = token_ids.unique(return_inverse=True)
-        rows = torch.empty(len(distinct), self._info.shape[1], dtype=self._dtype)
+        # A tensor made in the model's inference mode could not be written by the readers, which are outside of it.
+        with torch.inference_mode(False):
+            rows = torch.empty(len(distinct), self._info.shape[1], dtype=self._dtype)
         jobs = [Job(Piece(self._info, token_id, 1), rows, row) for row, token_id in enumerate(distinct.tolist())]
         # Urgent: behind the layers that are being prefetched, a few rows would wait as long as a layer takes.
         self._readers.submit(jobs, urgent=True).wait()

@@ -22,10 +22,12 @@ MIN_SLOTS = 2
 
 MAX_SLOTS = 8
 
-HOST_AHEAD_NBYTES = 64 << 20
+LINK_SHARE_OF_DEVICE_RATE = 0.25
+"""A link is assumed to be no faster than this share of the rate at which the device reads its own memory. Slots must hold what
+the link carries while the device computes the head, which no layer's computing overlaps."""
+
 DISK_AHEAD_NBYTES = 128 << 20
-"""Bytes of slots beside the one that computes: small layers need several, or the head and the sampling at the end of a step
-outlast what is still to be copied and the link falls idle; a disk needs as much as its readers have under way."""
+"""What a disk's readers have under way; slots that hold as much keep its queue full across the border of two layers."""
 
 MIN_READERS, MAX_READERS = 2, 32
 
@@ -98,10 +100,11 @@ def make_plan(spec: ModelSpec, layout: LayerLayout, demand: Demand, budgets: Bud
     """Place the model's layers within the budgets. Raises BudgetError with the smallest budget that works."""
     fixed = _fixed_device_bill(spec, layout, demand)
     room = _layer_room(spec.num_layers, layout.nbytes, sum(fixed.values()), budgets.device_nbytes)
-    num_slots = _num_slots(spec.num_layers, room, layout.nbytes, HOST_AHEAD_NBYTES)
+    head_ahead = int(fixed["head"] * LINK_SHARE_OF_DEVICE_RATE)
+    num_slots = _num_slots(spec.num_layers, room, layout.nbytes, head_ahead)
     host = _place_on_host(spec, layout, demand, budgets, spec.num_layers - (room - num_slots))
     if host.num_disk_layers:
-        num_slots = _num_slots(spec.num_layers, room, layout.nbytes, DISK_AHEAD_NBYTES)
+        num_slots = _num_slots(spec.num_layers, room, layout.nbytes, max(head_ahead, DISK_AHEAD_NBYTES))
         host = _place_on_host(spec, layout, demand, budgets, spec.num_layers - (room - num_slots))
     num_resident = room - num_slots
     streamed = spread(spec.num_layers, spec.num_layers - num_resident)
@@ -152,11 +155,14 @@ def _layer_room(num_layers: int, layer_nbytes: int, fixed_nbytes: int, budget_nb
 
 
 def _num_slots(num_layers: int, room: int, layer_nbytes: int, ahead_nbytes: int) -> int:
-    """Slots of the ring: none where everything is resident, else enough for what is to be under way, at most half the room."""
+    """Slots of the ring: none where everything is resident, else one to compute on and those that hold what is under way.
+
+    Beyond three they take no more than half of the room, as each costs a resident layer.
+    """
     if room >= num_layers:
         return 0
     wanted = 1 + -(-ahead_nbytes // layer_nbytes)
-    return max(MIN_SLOTS, min(wanted, MAX_SLOTS, room // 2))
+    return max(MIN_SLOTS, min(wanted, MAX_SLOTS, max(room // 2, min(room, 3))))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,14 +174,14 @@ class _HostPlacement:
 
 
 def _place_on_host(spec: ModelSpec, layout: LayerLayout, demand: Demand, budgets: Budgets, num_streamed: int) -> _HostPlacement:
-    """Readers first, as nothing loads without them (half the budget at most); then the embedding table; then layers.
+    """Readers first, as nothing loads without them (three quarters at most); then the embedding table; then layers.
 
     readers   = readers * (one read buffer + one decoded piece)
     staging   = 2 * layer, on a device with its own memory
     embedding = V * D * element, unless the device has it or its rows are read from disk
     layers    = layers in host memory * layer
     """
-    num_readers = max(MIN_READERS, min(MAX_READERS, budgets.host_nbytes // 2 // demand.reader_nbytes))
+    num_readers = max(MIN_READERS, min(MAX_READERS, budgets.host_nbytes * 3 // 4 // demand.reader_nbytes))
     staging_nbytes = 2 * layout.nbytes if demand.staged else 0
     needed = MIN_READERS * demand.reader_nbytes + staging_nbytes
     if budgets.host_nbytes < needed:

@@ -16,7 +16,7 @@ from .conftest import Run
 
 SLOW = (
     *("generate", "--model", "synthetic:tiny?dtype=F32", "--prompt", "hi", "--threads", "1", "--max-new-tokens", "100"),
-    *("--device-memory", "1.2MiB", "--link-gbps", "0.002"),
+    *("--device-memory", "1.25MiB", "--link-gbps", "0.002"),
 )
 """Some tokens a second, over an emulated link."""
 

@@ -19,7 +19,7 @@ from offload_sirius.weights.copiers import PacedTransfer
 
 from .conftest import Pipe, Ran, Run
 
-STREAMED = ("--device-memory", "600KiB")
+STREAMED = ("--device-memory", "700KiB")
 """The tiny model's four layers and a short context do not fit."""
 
 SHORT = ("--model", "synthetic:tiny?positions=16", "--prompt", "hi", "--threads", "1")
@@ -146,11 +146,11 @@ def test_ignore_eos_and_no_chat_reach_the_settings(tiny: Run) -> None:
     assert (settings["ignore_eos"], settings["chat"]) == (True, False)
 
 
-@pytest.mark.parametrize("size", ["600KiB", "0.6MiB", "614400", "600 kib", "620KB", "0.62MB"])
+@pytest.mark.parametrize("size", ["700KiB", "0.7MiB", "716800", "700 kib", "720KB", "0.72MB"])
 def test_a_size_is_written_in_any_of_these_forms(size: str, tiny: Run) -> None:
     found = figures(tiny("--prompt", "hi", "--json", "--device-memory", size))
     assert found["plan"]["num_slots"] >= 2
-    assert found["memory"]["device_plan_bytes"] <= 620_000
+    assert found["memory"]["device_plan_bytes"] <= 740_000
 
 
 def test_a_size_may_be_a_share_of_what_is_free(tiny: Run) -> None:

@@ -26,6 +26,12 @@ def test_the_fastest_depth_is_kept() -> None:
     assert tuner.best_bytes_per_second == 80
 
 
+def test_a_smaller_depth_that_is_hardly_faster_is_taken_for_chance() -> None:
+    tuner = DepthTuner(16, 100)
+    run(tuner, {16: 50, 8: 54, 4: 40}, 6)
+    assert tuner.depth == 16
+
+
 def test_a_window_that_is_not_full_decides_nothing() -> None:
     tuner = DepthTuner(16, 100)
     tuner.record(99, 1.0)

@@ -1,0 +1,64 @@
+"""What the tests of the engine share: the tiny synthetic model, loaded within budgets that put its layers where a test wants them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import offload_sirius
+from offload_sirius.config import EngineConfig
+from offload_sirius.engine import Engine
+from offload_sirius.engine.placement import place
+from offload_sirius_loaders import open_checkpoint
+
+TINY = "synthetic:tiny?dtype=F32"
+CONTEXT = 48
+PLACES = ["resident", "one resident, rest on the host", "host", "host and disk", "disk", "disk with the embedding"]
+
+Load = Callable[..., Engine]
+Budgets = Callable[..., dict[str, str]]
+
+
+def budgets_for(where: str, dtype: str = "float32") -> dict[str, str]:
+    """Budgets, to the byte, that put the tiny model's four layers and its embedding there."""
+    plan = place(open_checkpoint(TINY), EngineConfig(model=TINY, max_context=CONTEXT, dtype=dtype)).plan  # type: ignore[arg-type]
+    assert len(plan.resident_layers) == 4, "this machine has no room for the tiny model"
+    fixed = plan.device_nbytes - plan.device_bill["resident_layers"]
+    room = {"resident": 4, "one resident, rest on the host": 3}.get(where, 2)
+    num_host = {"host and disk": 2, "disk": 0, "disk with the embedding": 0}.get(where, 4)
+    embedding = 0 if where == "disk with the embedding" else plan.host_bill["embedding"]
+    readers = 2 * plan.host_bill["readers"] // plan.num_readers
+    return {
+        "device_memory": str(fixed + room * plan.layer_nbytes),
+        "host_memory": str(readers + embedding + num_host * plan.layer_nbytes),
+    }
+
+
+@pytest.fixture
+def budgets() -> Budgets:
+    """See budgets_for."""
+    return budgets_for
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The cache folder, of each test its own."""
+    folder = tmp_path / "cache"
+    monkeypatch.setenv("OFFLOAD_SIRIUS_CACHE", str(folder))
+    return folder
+
+
+@pytest.fixture
+def load() -> Iterator[Load]:
+    """Load the tiny model; what was loaded is closed at the end of the test."""
+    with ExitStack() as engines:
+
+        def load(model: str = TINY, **settings: Any) -> Engine:
+            given = {"threads": 1, "max_context": CONTEXT} | settings
+            return engines.enter_context(offload_sirius.load(model, **given))
+
+        yield load

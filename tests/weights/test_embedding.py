@@ -1,0 +1,35 @@
+"""Rows of the embedding table, from memory and from disk."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from offload_sirius_loaders.checkpoint import Checkpoint
+
+from offload_sirius.weights.disk import ReaderPool
+from offload_sirius.weights.embedding import DiskEmbedding, Embedding, TableEmbedding
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def table(tiny: Checkpoint) -> torch.Tensor:
+    return torch.from_numpy(tiny.read(None, "embedding"))
+
+
+@pytest.fixture(params=["memory", "disk"])
+def embedding(request: pytest.FixtureRequest, tiny: Checkpoint, table: torch.Tensor) -> Iterator[Embedding]:
+    readers = ReaderPool(tiny, 3)
+    disk = DiskEmbedding(tiny.tensors[None, "embedding"], readers, torch.float32, CPU)
+    yield TableEmbedding(table, CPU) if request.param == "memory" else disk
+    readers.close()
+
+
+@pytest.mark.parametrize("token_ids", [[5], [0, 511], [7, 7, 7], [3, 1, 2, 1, 3]])
+@pytest.mark.parametrize("inference", [False, True])
+def test_each_token_gets_its_row(embedding: Embedding, table: torch.Tensor, token_ids: list[int], inference: bool) -> None:
+    with torch.inference_mode(inference):
+        rows = embedding.rows(torch.tensor(token_ids))
+        assert torch.equal(rows, table[token_ids])
