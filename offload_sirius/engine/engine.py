@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, fields, replace
@@ -55,7 +56,8 @@ class Engine:
         self._placement = placement
         self._transformer = transformer
         self._streamer = streamer
-        self._closing = closing
+        # Also when nobody calls close: threads that copy while the interpreter ends would take the process down with them.
+        self._closing = weakref.finalize(self, closing.close)
         self._device_nbytes = device_nbytes
         self._loaded_nbytes = loaded_nbytes
         self._closed = False
@@ -97,7 +99,7 @@ class Engine:
     def close(self) -> None:
         """End threads, give memory back."""
         self._closed = True
-        self._closing.close()
+        self._closing()
 
     def __enter__(self) -> Engine:
         return self

@@ -61,16 +61,22 @@ def _field(storage: Tensor, layout: LayerLayout, name: FieldName, dtype: torch.d
     return storage[field.offset : field.offset + nbytes].view(dtype).view(field.shape)
 
 
-def write_rows(place: Tensor, first_row: int, rows: Tensor) -> None:
+def write_rows(place: Tensor, first_row: int, rows: Tensor, scratch: Tensor) -> None:
     """Write rows of a checkpoint's tensor to their place, converting the type; a transposed place is written in blocks.
 
     place: [R, C] or [R], as LayerBuffer.role gives it; rows: [n, C] or [n], with first_row + n <= R.
+    scratch: uint8, room for at least one row of C, overwritten. It is the caller's to keep: a block allocated anew each time
+    costs a page fault for every 4 KiB, and many threads that fault at once wait for each other in the kernel.
     """
     if place.dim() == 1 or place.stride(1) == 1:
         place[first_row : first_row + rows.shape[0]].copy_(rows)
         return
-    by_neuron = place.t()
-    for start in range(0, rows.shape[0], TRANSPOSE_ROWS):
-        block = rows[start : start + TRANSPOSE_ROWS].t().contiguous()
-        at = first_row + start
-        by_neuron[:, at : at + block.shape[1]].copy_(block)
+    by_neuron, width = place.t(), rows.shape[1]
+    step = min(TRANSPOSE_ROWS, scratch.numel() // (width * place.element_size()))
+    assert step > 0, (scratch.numel(), width)
+    for start in range(0, rows.shape[0], step):
+        part = rows[start : start + step]  # [s, C]
+        nbytes = part.numel() * place.element_size()
+        turned = scratch[:nbytes].view(place.dtype).view(width, part.shape[0])  # [C, s]
+        turned.copy_(part.t())
+        by_neuron[:, first_row + start : first_row + start + part.shape[0]].copy_(turned)

@@ -1,4 +1,4 @@
-"""What the tests of the engine share: the tiny synthetic model, loaded within budgets that put its layers where a test wants them."""
+"""What the tests of the engine share: the tiny synthetic model, with budgets that put its layers where a test wants them."""
 
 from __future__ import annotations
 

@@ -19,9 +19,10 @@ from offload_sirius.decode.sampling import Sampler
 from offload_sirius.engine import Engine
 from offload_sirius.engine.engine import with_settings
 from offload_sirius.errors import ConfigError, PromptError
+from offload_sirius.model.tokenizer import Message
 from offload_sirius.weights.streamer import WeightStreamer
 
-from .conftest import PLACES, TINY, Budgets, Load
+from .conftest import CONTEXT, PLACES, TINY, Budgets, Load
 
 STREAMED = PLACES[1:]
 DTYPES = ["float32", "bfloat16"]
@@ -246,7 +247,7 @@ def test_token_ids_are_a_prompt_as_they_are(resident: Engine) -> None:
 
 def test_a_conversation_needs_a_chat_template(resident: Engine) -> None:
     with pytest.raises(PromptError) as caught:
-        resident.generate([{"role": "user", "content": "hello"}])
+        resident.generate([Message(role="user", content="hello")])
     assert str(caught.value) == f"{TINY} has no chat template; give the prompt as it is with --no-chat"
 
 
@@ -320,7 +321,8 @@ def threads_of_ours() -> list[str]:
 
 @pytest.mark.parametrize("where", PLACES)
 def test_leaving_the_block_ends_every_thread(where: str, budgets: Budgets) -> None:
-    with offload_sirius.load(TINY, threads=1, max_context=48, **budgets(where)) as engine:
+    given: dict[str, Any] = budgets(where)
+    with offload_sirius.load(TINY, threads=1, max_context=CONTEXT, **given) as engine:
         engine.generate("hello", max_new_tokens=3)
         assert bool(threads_of_ours()) == (where != "resident")
     assert threads_of_ours() == []

@@ -17,6 +17,11 @@ def buffer(dtype: torch.dtype = torch.float32) -> LayerBuffer:
     return LayerBuffer(torch.zeros(layout.nbytes, dtype=torch.uint8), SPEC, layout, dtype)
 
 
+def scratch(num_rows: int = 1000) -> torch.Tensor:
+    """Room for that many rows of 700 float32."""
+    return torch.empty(num_rows * 700 * 4, dtype=torch.uint8)
+
+
 def test_every_role_has_a_place_of_its_checkpoint_shape() -> None:
     layer = buffer()
     assert {role: tuple(layer.role(role).shape) for role in SPEC.layer_roles()} == SPEC.layer_roles()
@@ -26,7 +31,7 @@ def test_what_is_written_by_role_is_read_by_neuron_and_nothing_overlaps() -> Non
     layer = buffer()
     written = {role: torch.randn(shape) for role, shape in SPEC.layer_roles().items()}
     for role, rows in written.items():
-        write_rows(layer.role(role), 0, rows)
+        write_rows(layer.role(role), 0, rows, scratch())
     assert torch.equal(layer.gate, written["gate"])
     assert torch.equal(layer.up, written["up"])
     assert torch.equal(layer.down, written["down"].t())
@@ -38,10 +43,11 @@ def test_what_is_written_by_role_is_read_by_neuron_and_nothing_overlaps() -> Non
 
 @pytest.mark.parametrize("first_row", [0, 7])
 @pytest.mark.parametrize("num_rows", [1, TRANSPOSE_ROWS, TRANSPOSE_ROWS + 3])
-def test_rows_land_at_their_row_in_a_transposed_place(first_row: int, num_rows: int) -> None:
+@pytest.mark.parametrize("scratch_rows", [1, 1000])
+def test_rows_land_at_their_row_in_a_transposed_place(first_row: int, num_rows: int, scratch_rows: int) -> None:
     place = torch.zeros(5, 2, TRANSPOSE_ROWS + 20)[:, 1].t()
     rows = torch.randn(num_rows, 5)
-    write_rows(place, first_row, rows)
+    write_rows(place, first_row, rows, scratch(scratch_rows))
     assert torch.equal(place[first_row : first_row + num_rows], rows)
     assert place.count_nonzero() == rows.numel()
 
@@ -49,7 +55,7 @@ def test_rows_land_at_their_row_in_a_transposed_place(first_row: int, num_rows: 
 def test_writing_converts_the_type() -> None:
     layer = buffer(torch.bfloat16)
     rows = torch.randn(SPEC.layer_roles()["down"])
-    write_rows(layer.role("down"), 0, rows)
+    write_rows(layer.role("down"), 0, rows, scratch())
     assert torch.equal(layer.down, rows.t().bfloat16())
 
 
