@@ -59,7 +59,9 @@ class EngineConfig:
     link_gbps: float | None = _setting(None, "Emulate a host-to-device link of this many GB/s (1e9 bytes) by pacing real copies.")
     dtype: Dtype = _setting("auto", "auto (float32 for float32 checkpoints, else bfloat16), bfloat16 or float32.")
     max_context: int | None = _setting(None, "Positions to plan the KV cache for. Default: prompt and answer, 4096 in Python.")
-    threads: int | None = _setting(None, "CPU threads to compute with. Default: the physical cores of this process.")
+    threads: int | None = _setting(
+        None, "CPU threads to compute with. Default: the physical cores, less one while layers come from disk."
+    )
 
     def __post_init__(self) -> None:
         parts = self.device.split(":")

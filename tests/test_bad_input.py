@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -32,18 +33,16 @@ from offload_sirius.decode.stream import TextPiece
 from offload_sirius.units import GIB
 
 TINY = "synthetic:tiny?dtype=F32"
-SHORT_ANSWER = ("generate", "--model", TINY, "--prompt", "hi", "--threads", "1", "--max-new-tokens", "4")
+ON_CPU = ("--device", "cpu", "--threads", "1")
+SHORT_ANSWER = ("generate", *ON_CPU, "--model", TINY, "--prompt", "hi", "--max-new-tokens", "4")
 SHARD = "model-00001-of-00004.safetensors"
 FIRST_TENSOR = "model.embed_tokens.weight"
-FROM_DISK = ("--device-memory", "800KiB", "--host-memory", "8.4MiB")
-"""The embedding table fits into host memory, no layer does."""
-
 Capture = pytest.CaptureFixture[str]
 
 
 def line_of(capsys: Capture, *arguments: str) -> str:
     """Run `generate`, which must fail as documented. Returns the line without its `error: `."""
-    code = main(["generate", "--prompt", "hi", "--threads", "1", "--max-new-tokens", "4", *arguments])
+    code = main(["generate", *ON_CPU, "--prompt", "hi", "--max-new-tokens", "4", *arguments])
     captured = capsys.readouterr()
     assert (code, captured.out) == (2, "")
     return one_line(captured.err)
@@ -238,7 +237,7 @@ def test_a_folder_that_cannot_be_used_is_one_line(break_it: Break, message: str,
 
 
 def test_the_folder_that_is_broken_above_works_when_it_is_not(folder: Path) -> None:
-    assert main(["generate", "--model", str(folder), "--prompt", "hi", "--threads", "1", "--max-new-tokens", "1"]) == 0
+    assert main([*SHORT_ANSWER, "--model", str(folder)]) == 0
 
 
 # GGUF files: written whole, and then broken.
@@ -468,15 +467,20 @@ def test_a_budget_too_small_names_the_smallest_that_works(flag: str, message: st
     assert main([*SHORT_ANSWER, flag, told[2]]) == 0
 
 
-def test_the_smallest_budgets_work_together(capsys: Capture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("OFFLOAD_SIRIUS_CACHE", str(tmp_path))
-    budgets: dict[str, str] = {"--device-memory": "1KiB", "--host-memory": "1KiB"}
+def smallest_budgets(capsys: Capture, *arguments: str) -> list[str]:
+    """The flags that the messages ask for, one after the other. Every layer is then read from disk in every pass."""
+    budgets = {"--device-memory": "1KiB", "--host-memory": "1KiB"}
     for flag in budgets:
-        line = line_of(capsys, "--model", TINY, *(word for pair in budgets.items() for word in pair))
+        line = line_of(capsys, *arguments, *chain(*budgets.items()))
         told = re.search(rf"give at least {flag} ([\w.]+)", line)
         assert told
         budgets[flag] = told[1]
-    assert main([*SHORT_ANSWER, *(word for pair in budgets.items() for word in pair)]) == 0
+    return list(chain(*budgets.items()))
+
+
+def test_the_smallest_budgets_work_together(capsys: Capture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("OFFLOAD_SIRIUS_CACHE", str(tmp_path))
+    assert main([*SHORT_ANSWER, *smallest_budgets(capsys, "--model", TINY)]) == 0
 
 
 def test_budgets_above_what_is_free_are_refused_before_anything_is_allocated(
@@ -516,7 +520,7 @@ EXHAUSTED: dict[str, tuple[str, Callable[..., Any], str]] = {
     "torch has none": (
         "offload_sirius.weights.host.torch.empty",
         refuse(RuntimeError, CANNOT_ALLOCATE),
-        r"(device|host) memory ran out while allocating [\d.]+ K?i?B; give a smaller --(device|host)-memory",
+        rf"{RAN_OUT}|(device|host) memory ran out while allocating [\d.]+ K?i?B; give a smaller --(device|host)-memory",
     ),
     "the KV cache finds none": (
         "offload_sirius.engine.building.KVCache",
@@ -546,12 +550,22 @@ def test_memory_that_runs_out_in_the_middle_of_an_answer_is_one_line(capsys: Cap
     assert re.fullmatch(RAN_OUT, line_of(capsys, "--model", TINY))
 
 
+LIMITED = """
+import resource, sys, torch
+from pathlib import Path
+from offload_sirius.cli import main
+now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (now + (512 << 20),) * 2)
+sys.exit(main(sys.argv[1:]))
+"""
+
+
 def test_a_process_that_may_not_have_the_memory_it_plans_with_says_so_in_one_line() -> None:
-    model = "synthetic:llama-3-8b?layers=4&vocab=4096"
-    command = f"ulimit -v 2500000; exec {sys.executable} -m offload_sirius generate --model '{model}' --prompt hi --threads 1"
-    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    model = ("--model", "synthetic:llama-3-8b?layers=4&vocab=4096")
+    program = [sys.executable, "-c", LIMITED, "generate", *ON_CPU, *model, "--prompt", "hi"]
+    done = subprocess.run(program, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (2, "")
-    assert re.search(r"memory ran out.*; give a? ?smaller|memory ran out; .*: give smaller", one_line(done.stderr))
+    assert re.search(r"memory ran out(;| while allocating) .*(:|;) give (a )?smaller --", one_line(done.stderr))
 
 
 # Disks that fail in the middle of a run.
@@ -570,8 +584,9 @@ def at_third_piece(monkeypatch: pytest.MonkeyPatch, break_it: Callable[[], objec
 
 
 def answer_from_disk(folder: Path, capsys: Capture) -> tuple[int, str, str]:
-    """Exit code, stdout and stderr of an answer for which every layer is read from disk in every pass."""
-    code = main([*("generate", "--model", str(folder), "--prompt", "hi", "--threads", "1", "--max-new-tokens", "30"), *FROM_DISK])
+    """Exit code, stdout and stderr of an answer of 30 tokens, all layers from disk."""
+    arguments = ("--model", str(folder), "--max-new-tokens", "30")
+    code = main([*SHORT_ANSWER, *arguments, *smallest_budgets(capsys, *arguments)])
     return code, *capsys.readouterr()
 
 

@@ -116,6 +116,15 @@ class Engine:
             for token_id in decode_full(self._transformer, Sampler(sampling), prompt_ids):
                 yield token_id
                 self._streamer.phase = "full"
+                torch.set_num_threads(self.config.threads or self._decode_threads())
+
+    def _decode_threads(self) -> int:
+        """One core is left to the readers while layers come from disk: a matmul's threads wait for the one that shares its core.
+
+        Not during the prompt, whose matmuls are worth more than the reading they slow down.
+        """
+        cores = machine.physical_cores()
+        return max(cores - 1, 1) if self.plan.disk_layers else cores
 
     def _finish(self, outcome: Outcome, counters: _Counters, num_prompt: int, config: GenerationConfig) -> Generation:
         assert outcome.finish_reason is not None

@@ -27,13 +27,17 @@ from torch import Tensor
 from offload_sirius.errors import WeightReadError
 from offload_sirius.weights.buffers import write_rows
 from offload_sirius.weights.depth import DepthTuner
+from offload_sirius.weights.layout import align
 from offload_sirius_loaders.checkpoint import Checkpoint, TensorInfo
 
 BLOCK_NBYTES = 4096
 """O_DIRECT wants offset, length and address as multiples of the logical block size, which is at most this."""
 
-PIECE_NBYTES = 4 << 20
-"""One read, and also the most bytes a piece may have once decoded: bounds what a reader thread holds."""
+HUGE_PAGE_NBYTES = 2 << 20
+
+PIECE_NBYTES = 2 * HUGE_PAGE_NBYTES - 2 * BLOCK_NBYTES
+"""One read, and also the most bytes a piece may have once decoded: bounds what a reader thread holds. With the blocks at both
+ends that O_DIRECT reads along, it fills its huge pages."""
 
 READER_NICENESS = 10
 """Scheduling priority of reader threads below that of whoever computes, on Linux's scale of 0 to 19. Measured with as many
@@ -90,7 +94,7 @@ def reader_nbytes(checkpoint: Checkpoint) -> int:
     piece = bytes of the largest piece (a tensor whose rows must stay together may exceed PIECE_NBYTES)
     blocks = quantised blocks pass through float32 arrays, about four at a time in the gguf library
     """
-    buffer = largest_piece_nbytes(checkpoint) + 2 * BLOCK_NBYTES
+    buffer = align(largest_piece_nbytes(checkpoint) + 2 * BLOCK_NBYTES, HUGE_PAGE_NBYTES)
     blocks = any(info.dtype not in ("F32", "F16", "BF16") for info in checkpoint.tensors.values())
     return buffer + PIECE_NBYTES * (4 if blocks else 1)
 
@@ -171,12 +175,12 @@ class DirectFile:
             raise _unreadable(self.path, error) from error
         self.direct = False
 
-    def read(self, offset: int, nbytes: int, buffer: mmap.mmap) -> npt.NDArray[np.uint8]:
+    def read(self, offset: int, nbytes: int, buffer: memoryview) -> npt.NDArray[np.uint8]:
         """Read [offset, offset + nbytes) into the page-aligned buffer, of at least nbytes + 2 blocks. Returns a view of it."""
         lead = offset % BLOCK_NBYTES
         start = offset - lead
         length = -(-(lead + nbytes) // BLOCK_NBYTES) * BLOCK_NBYTES
-        view = memoryview(buffer)[:length]
+        view = buffer[:length]
         count = 0
         while count < lead + nbytes:
             read = self._read_some(view[count:], start + count)
@@ -209,19 +213,23 @@ def _unreadable(path: Path, error: OSError) -> WeightReadError:
     return WeightReadError(f"{path}: cannot be read: {error.strerror}; check the disk and the file")
 
 
-def read_buffer(nbytes: int) -> mmap.mmap:
-    """A page-aligned buffer to read into, in huge pages where the system has some.
+def read_buffers(count: int, nbytes: int) -> list[memoryview]:
+    """Page-aligned buffers to read into, of at least nbytes each, in huge pages where the system has some.
 
     A disk takes a limited number of pieces of memory with one request. Small pages are scattered over memory, more so the longer
-    a machine runs, and one read of some MiB then becomes many requests: passes were seen to take half as long again.
+    a machine runs, and one read of some MiB then becomes many requests: such reads were seen to take 1.7 times as long.
     """
-    buffer = mmap.mmap(-1, nbytes)
+    step = align(nbytes, HUGE_PAGE_NBYTES) if nbytes > HUGE_PAGE_NBYTES // 2 else align(nbytes, BLOCK_NBYTES)
+    # Private: shared anonymous memory, which is mmap's default, gets no huge pages on most systems.
+    memory = mmap.mmap(-1, count * step + HUGE_PAGE_NBYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with contextlib.suppress(OSError):  # a kernel built without them
-            buffer.madvise(mmap.MADV_HUGEPAGE)
-    # Touched from one thread: pages that many threads bring in at the same time come from all over memory.
-    buffer.write(bytes(nbytes))
-    return buffer
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    lead = -np.frombuffer(memory, np.uint8).ctypes.data % HUGE_PAGE_NBYTES
+    view = memoryview(memory)[lead : lead + count * step]
+    # Touched now and by one thread: pages that many threads bring in at the same time come from all over memory.
+    np.frombuffer(view, np.uint8)[::BLOCK_NBYTES] = 0
+    return [view[index * step : (index + 1) * step] for index in range(count)]
 
 
 class ReaderPool:
@@ -242,7 +250,7 @@ class ReaderPool:
         """Time in which at least one read was under way."""
         self._busy_since = 0.0
         # Made here and not by the threads, so that memory that runs out is an error of whoever opens the pool.
-        self._buffers = [read_buffer(buffer_nbytes) for _ in range(num_readers)]
+        self._buffers = read_buffers(num_readers, buffer_nbytes)
         self._threads = [
             threading.Thread(
                 target=self._run, args=(buffer, torch.empty(PIECE_NBYTES, dtype=torch.uint8)), name=f"reader-{index}", daemon=True
@@ -284,7 +292,7 @@ class ReaderPool:
         self._threads.clear()
         self._buffers.clear()
 
-    def _run(self, buffer: mmap.mmap, scratch: Tensor) -> None:
+    def _run(self, buffer: memoryview, scratch: Tensor) -> None:
         # Copies of a piece are short: one thread each, or every reader would bring up a team of its own on the same cores.
         torch.set_num_threads(1)
         # The disk is what is waited for, not the few milliseconds in which a piece is put in place; the matmuls, whose threads
@@ -310,7 +318,7 @@ class ReaderPool:
             self._reading += 1
             return self._jobs.popleft()
 
-    def _read(self, piece: Piece, buffer: mmap.mmap) -> npt.NDArray[np.uint8]:
+    def _read(self, piece: Piece, buffer: memoryview) -> npt.NDArray[np.uint8]:
         try:
             if piece.info.file is None:
                 return np.empty(0, np.uint8)

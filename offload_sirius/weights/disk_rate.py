@@ -5,7 +5,6 @@ The ceiling that streaming from disk is held against, and what `doctor` reports.
 
 from __future__ import annotations
 
-import mmap
 import tempfile
 import threading
 import time
@@ -16,7 +15,7 @@ from pathlib import Path
 
 from offload_sirius.errors import ConfigError
 from offload_sirius.units import MIB, format_size
-from offload_sirius.weights.disk import BLOCK_NBYTES, DirectFile
+from offload_sirius.weights.disk import BLOCK_NBYTES, DirectFile, read_buffers
 
 QUEUES = ((2, 8 * MIB), (8, 8 * MIB), (16, 16 * MIB), (32, 4 * MIB))
 """(reads at a time, bytes each)"""
@@ -58,7 +57,7 @@ def reads_directly(path: Path) -> bool:
     """Whether the file system lets the page cache be passed by."""
     file = DirectFile(path)
     try:
-        file.read(0, 1, mmap.mmap(-1, 3 * BLOCK_NBYTES))
+        file.read(0, 1, read_buffers(1, 3 * BLOCK_NBYTES)[0])
         return file.direct
     finally:
         file.close()
@@ -92,9 +91,9 @@ def _reads(files: list[DirectFile], nbytes: int, read_nbytes: int) -> list[tuple
 def _read_all(reads: list[tuple[DirectFile, int, int]], depth: int, read_nbytes: int) -> float:
     remaining = iter(reads)
     lock = threading.Lock()
-    buffers = [mmap.mmap(-1, read_nbytes + 2 * BLOCK_NBYTES) for _ in range(depth)]
+    buffers = read_buffers(depth, read_nbytes + 2 * BLOCK_NBYTES)
 
-    def run(buffer: mmap.mmap) -> None:
+    def run(buffer: memoryview) -> None:
         while True:
             with lock:
                 read = next(remaining, None)

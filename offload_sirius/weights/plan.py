@@ -26,8 +26,8 @@ LINK_SHARE_OF_DEVICE_RATE = 0.25
 """A link is assumed to be no faster than this share of the rate at which the device reads its own memory. Slots must hold what
 the link carries while the device computes the head, which no layer's computing overlaps."""
 
-DISK_AHEAD_NBYTES = 128 << 20
-"""What a disk's readers have under way; slots that hold as much keep its queue full across the border of two layers."""
+DISK_AHEAD_NBYTES = 256 << 20
+"""Twice what a disk's readers have under way: slots that hold as much keep its queue full across the border of two layers."""
 
 MIN_READERS, MAX_READERS = 2, 32
 
@@ -157,12 +157,12 @@ def _layer_room(num_layers: int, layer_nbytes: int, fixed_nbytes: int, budget_nb
 def _num_slots(num_layers: int, room: int, layer_nbytes: int, ahead_nbytes: int) -> int:
     """Slots of the ring: none where everything is resident, else one to compute on and those that hold what is under way.
 
-    Beyond three they take no more than half of the room, as each costs a resident layer.
+    Beyond four they take no more than half of the room, as each costs a resident layer.
     """
     if room >= num_layers:
         return 0
     wanted = 1 + -(-ahead_nbytes // layer_nbytes)
-    return max(MIN_SLOTS, min(wanted, MAX_SLOTS, max(room // 2, min(room, 3))))
+    return max(MIN_SLOTS, min(wanted, MAX_SLOTS, max(room // 2, min(room, 4))))
 
 
 @dataclass(frozen=True, kw_only=True)

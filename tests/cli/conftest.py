@@ -22,6 +22,9 @@ class Ran:
     err: str
 
 
+TINY = ("--model", "synthetic:tiny?dtype=F32", "--device", "cpu", "--threads", "1")
+"""On the CPU, as budgets and rates mean other things on a GPU."""
+
 Run = Callable[..., Ran]
 Pipe = Callable[[bytes], None]
 
@@ -49,7 +52,7 @@ def tiny(run: Run) -> Run:
     """Run `generate` on the tiny synthetic model, 8 tokens unless told otherwise."""
 
     def generate(*arguments: str) -> Ran:
-        return run("generate", "--model", "synthetic:tiny?dtype=F32", "--threads", "1", "--max-new-tokens", "8", *arguments)
+        return run("generate", *TINY, "--max-new-tokens", "8", *arguments)
 
     return generate
 

@@ -12,10 +12,10 @@ import pytest
 
 from offload_sirius import __version__
 
-from .conftest import Run
+from .conftest import TINY, Run
 
 SLOW = (
-    *("generate", "--model", "synthetic:tiny?dtype=F32", "--prompt", "hi", "--threads", "1", "--max-new-tokens", "100"),
+    *("generate", *TINY, "--prompt", "hi", "--max-new-tokens", "100"),
     *("--device-memory", "1.25MiB", "--link-gbps", "0.002"),
 )
 """Some tokens a second, over an emulated link."""

@@ -22,7 +22,7 @@ from .conftest import Pipe, Ran, Run
 STREAMED = ("--device-memory", "700KiB")
 """The tiny model's four layers and a short context do not fit."""
 
-SHORT = ("--model", "synthetic:tiny?positions=16", "--prompt", "hi", "--threads", "1")
+SHORT = ("--model", "synthetic:tiny?positions=16", "--prompt", "hi", "--device", "cpu", "--threads", "1")
 """A model of 16 positions."""
 
 CONTRACT: dict[str, Any] = {
@@ -107,7 +107,7 @@ def test_json_of_a_single_token_has_no_rate_of_tokens(tiny: Run) -> None:
 
 def test_settings_that_are_not_given_have_their_defaults(run: Run) -> None:
     settings = figures(run("generate", *SHORT, "--json"))["settings"]
-    assert settings.pop("threads") == 1
+    assert (settings.pop("threads"), settings.pop("device")) == (1, "cpu")
     assert settings.pop("model") == "synthetic:tiny?positions=16"
     assert settings.pop("max_context") == 16
     assert settings.pop("stop") == []

@@ -25,7 +25,7 @@ Budgets = Callable[..., dict[str, str]]
 
 def budgets_for(where: str, dtype: str = "float32") -> dict[str, str]:
     """Budgets, to the byte, that put the tiny model's four layers and its embedding there."""
-    plan = place(open_checkpoint(TINY), EngineConfig(model=TINY, max_context=CONTEXT, dtype=dtype)).plan  # type: ignore[arg-type]
+    plan = place(open_checkpoint(TINY), EngineConfig(model=TINY, device="cpu", max_context=CONTEXT, dtype=dtype)).plan  # type: ignore[arg-type]
     assert len(plan.resident_layers) == 4, "this machine has no room for the tiny model"
     fixed = plan.device_nbytes - plan.device_bill["resident_layers"]
     room = {"resident": 4, "one resident, rest on the host": 3}.get(where, 2)
@@ -58,7 +58,7 @@ def load() -> Iterator[Load]:
     with ExitStack() as engines:
 
         def load(model: str = TINY, **settings: Any) -> Engine:
-            given = {"threads": 1, "max_context": CONTEXT} | settings
+            given: dict[str, Any] = {"device": "cpu", "threads": 1, "max_context": CONTEXT} | settings
             return engines.enter_context(offload_sirius.load(model, **given))
 
         yield load

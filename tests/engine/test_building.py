@@ -48,7 +48,7 @@ def written(cache: Path) -> list[str]:
 
 
 def test_the_model_is_named_by_position_or_by_word(load: Load) -> None:
-    with offload_sirius.load(model=TINY, threads=1) as engine:
+    with offload_sirius.load(model=TINY, device="cpu", threads=1) as engine:
         assert engine.spec.name == load(TINY).spec.name == TINY
 
 
@@ -101,7 +101,7 @@ def test_a_load_that_is_interrupted_leaves_no_threads(monkeypatch: pytest.Monkey
     monkeypatch.setattr("offload_sirius.engine.building.Loader.load_device", interrupt)
     progress = WatchedProgress()
     with pytest.raises(KeyboardInterrupt):
-        offload_sirius.load(TINY, threads=1, progress=progress)
+        offload_sirius.load(TINY, device="cpu", threads=1, progress=progress)
     assert threads_of_ours() == []
     assert progress.num_ended == 1
 

@@ -45,7 +45,7 @@ def logits(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
 @pytest.fixture(scope="module")
 def resident() -> Iterator[Engine]:
     """An engine for tests that only ask it."""
-    with offload_sirius.load(TINY, threads=1, max_context=64) as engine:
+    with offload_sirius.load(TINY, device="cpu", threads=1, max_context=64) as engine:
         yield engine
 
 
@@ -322,7 +322,7 @@ def threads_of_ours() -> list[str]:
 @pytest.mark.parametrize("where", PLACES)
 def test_leaving_the_block_ends_every_thread(where: str, budgets: Budgets) -> None:
     given: dict[str, Any] = budgets(where)
-    with offload_sirius.load(TINY, threads=1, max_context=CONTEXT, **given) as engine:
+    with offload_sirius.load(TINY, device="cpu", threads=1, max_context=CONTEXT, **given) as engine:
         engine.generate("hello", max_new_tokens=3)
         assert bool(threads_of_ours()) == (where != "resident")
     assert threads_of_ours() == []

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from offload_sirius_loaders.checkpoint import Checkpoint
 
 from offload_sirius.weights.disk import ReaderPool
 from offload_sirius.weights.embedding import DiskEmbedding, Embedding, TableEmbedding
+from offload_sirius_loaders.checkpoint import Checkpoint
 
 CPU = torch.device("cpu")
 

@@ -87,7 +87,7 @@ def test_small_layers_get_more_slots_so_that_the_head_does_not_idle_the_link() -
     layout = layer_layout(spec, 2)
     made = make_plan(spec, layout, demand(), Budgets(device_nbytes=2 * GIB, host_nbytes=100 * MIB))
     assert made.disk_layers
-    assert made.num_slots == 1 + -(-128 * MIB // layout.nbytes) == 3
+    assert made.num_slots == 1 + -(-256 * MIB // layout.nbytes) == 5
 
 
 @pytest.mark.parametrize("device_nbytes", [1, HEAD, FIXED + 2 * LAYER - 1])
