@@ -64,6 +64,9 @@ class EngineConfig:
     )
 
     def __post_init__(self) -> None:
+        for name in ("model", "device", "device_memory", "host_memory"):
+            found = getattr(self, name)
+            _require(isinstance(found, str), name.replace("_", "-"), repr(found), "text, such as '20GiB' for a size")
         parts = self.device.split(":")
         known = parts[0] in ("auto", "cuda", "cpu") and (len(parts) == 1 or (parts[0] == "cuda" and parts[1].isdecimal()))
         _require(known and len(parts) <= 2, "device", self.device, "auto, cuda, cuda:N or cpu")
@@ -106,8 +109,9 @@ class SamplingConfig:
         _require(self.top_k >= 0, "top-k", self.top_k, "0 or a positive number of tokens")
         _require(0 < self.top_p <= 1, "top-p", self.top_p, "above 0 and at most 1")
         _require(0 <= self.min_p <= 1, "min-p", self.min_p, "between 0 and 1")
-        positive = math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0
-        _require(positive, "repetition-penalty", self.repetition_penalty, "a positive number")
+        _require(
+            0.001 <= self.repetition_penalty <= 1000, "repetition-penalty", self.repetition_penalty, "between 0.001 and 1000"
+        )
         _require(0 <= self.seed < 2**64, "seed", self.seed, "between 0 and 2^64 - 1")
 
 

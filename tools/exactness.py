@@ -119,6 +119,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--every", type=positive, default=1, help="only each n-th prompt of the file")
     parser.add_argument("--max-new-tokens", type=positive, default=64, help="longest answer, default %(default)s")
     parser.add_argument("--link-gbps", type=float, default=5.0, help="rate of the emulated link, default %(default)s")
+    parser.add_argument(
+        "--rows", nargs="+", metavar="NAME", help="only rows named so, such as 'safetensors, disk'; default all six"
+    )
     parser.add_argument("--out", type=Path, help="result file, default benchmarks/results/exactness-DATE.json")
     return parser.parse_args()
 
@@ -142,6 +145,8 @@ def compare(options: argparse.Namespace, folder: Path) -> int:
     print(TABLE_HEAD)
     results = []
     for row in rows({"gguf": gguf, "safetensors": folder}, context_of(answers, options.max_new_tokens), options.link_gbps):
+        if options.rows and row.name not in options.rows:
+            continue
         results.append(run_row(row, answers, options.max_new_tokens))
         print(table_lines(results[-1]), flush=True)
     finish("exactness", report(results, gguf, options), options.out)

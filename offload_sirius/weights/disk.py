@@ -105,7 +105,7 @@ def largest_piece_nbytes(checkpoint: Checkpoint) -> int:
 
 
 class Fill:
-    """A number of pieces on their way to their places. Over when all are there, or when the first one failed."""
+    """A number of pieces on their way to their places. Over when each is there or has failed."""
 
     def __init__(self, num_pieces: int, on_bytes: Callable[[int], None] | None = None) -> None:
         self._left = num_pieces
@@ -133,19 +133,21 @@ class Fill:
 
     def piece_done(self, nbytes: int) -> None:
         """A reader has put nbytes in place."""
+        if self._on_bytes is not None:
+            self._on_bytes(nbytes)
+        self._piece_over(None)
+
+    def piece_failed(self, error: BaseException) -> None:
+        """A reader could not: everyone who waits learns why, once no other reader writes to these places any more."""
+        self._piece_over(error)
+
+    def _piece_over(self, error: BaseException | None) -> None:
         with self._lock:
+            self._error = self._error or error
             self._left -= 1
-            if self._on_bytes is not None:
-                self._on_bytes(nbytes)
             last = self._left == 0
         if last:
             self._end()
-
-    def fail(self, error: BaseException) -> None:
-        """A reader could not: everyone who waits learns why."""
-        with self._lock:
-            self._error = self._error or error
-        self._end()
 
     def _end(self) -> None:
         with self._lock:
@@ -257,8 +259,12 @@ class ReaderPool:
             )
             for index, buffer in enumerate(self._buffers)
         ]
-        for thread in self._threads:
-            thread.start()
+        try:
+            for thread in self._threads:
+                thread.start()
+        except RuntimeError:  # no more threads: those that run would wait for work for ever
+            self.close()
+            raise
 
     @property
     def bytes_per_second(self) -> float | None:
@@ -285,7 +291,8 @@ class ReaderPool:
             self._jobs.clear()
             self._wake.notify_all()
         for thread in self._threads:
-            thread.join()
+            if thread.ident is not None:
+                thread.join()
         for file in self._files.values():
             file.close()
         self._files.clear()
@@ -302,10 +309,9 @@ class ReaderPool:
             job, fill = taken
             try:
                 self._put(job, self._read(job.piece, buffer), scratch)
-            except BaseException as error:
-                fill.fail(error)
-            else:
                 fill.piece_done(job.piece.nbytes)
+            except BaseException as error:
+                fill.piece_failed(error)
 
     def _take(self) -> tuple[Job, Fill] | None:
         with self._wake:

@@ -7,6 +7,7 @@ there. Satisfies the model's WeightSource. Knows no files and no streams; those 
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -15,6 +16,7 @@ from typing import Literal
 
 from torch import Tensor
 
+from offload_sirius.errors import OffloadSiriusError
 from offload_sirius.weights.buffers import LayerBuffer
 from offload_sirius.weights.copiers import Copier, Transfer
 from offload_sirius.weights.embedding import Embedding
@@ -63,6 +65,7 @@ class WeightStreamer:
         self._embedding = embedding
         self._ring: deque[Flight] = deque()
         self._next = 0
+        self._broken_off = False
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """token_ids int64 [S] on the host -> [S, D] on the device."""
@@ -73,7 +76,7 @@ class WeightStreamer:
         resident = self._residents.get(layer)
         if resident is not None:
             return resident
-        if not self._ring or self._ring[0].layer != layer:
+        if self._broken_off or not self._ring or self._ring[0].layer != layer:
             self._restart_at(layer)
         self._wait(self._ring[0].attention)
         return self._ring[0].slot
@@ -129,14 +132,20 @@ class WeightStreamer:
     def _restart_at(self, layer: int) -> None:
         """The first layer ever, or a pass that was given up half-way: let what is under way arrive, and begin at the layer."""
         for flight in self._ring:
-            flight.attention.wait()
-            flight.records.wait()
+            for transfer in (flight.attention, flight.records):
+                with contextlib.suppress(OffloadSiriusError):  # whoever asked for that layer was told; this pass reads it again
+                    transfer.wait()
         self._ring.clear()
+        self._broken_off = False
         self._next = self._streamed.index(layer)
         for slot in self._slots:
             self._start(slot)
 
     def _wait(self, transfer: Transfer) -> None:
         began = time.perf_counter()
-        transfer.wait()
+        try:
+            transfer.wait()
+        except BaseException:  # a read error, or an interruption: what is in the ring is not to be trusted
+            self._broken_off = True
+            raise
         self.wait_seconds += time.perf_counter() - began

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from offload_sirius.errors import WeightReadError
 from offload_sirius.weights.buffers import LayerBuffer
 from offload_sirius.weights.layout import Part, layer_layout
 from offload_sirius.weights.streamer import WeightStreamer
@@ -162,3 +163,18 @@ def test_an_error_of_the_link_reaches_the_model() -> None:
     copier.start = lambda layer, part, slot: Broken(slot.parts[part], layer)  # type: ignore[method-assign]
     with pytest.raises(OSError, match="broken"):
         streamer.attention(0)
+
+
+def test_a_pass_that_met_a_read_error_does_not_disturb_the_next() -> None:
+    streamer, copier = make(3, set(), 2)
+    start = copier.start
+
+    class Broken(LateTransfer):
+        def wait(self) -> None:
+            raise WeightReadError("broken")
+
+    copier.start = lambda layer, part, slot: Broken(slot.parts[part], layer)  # type: ignore[method-assign]
+    with pytest.raises(WeightReadError, match="broken"):
+        streamer.attention(0)
+    copier.start = start  # type: ignore[method-assign]
+    run_pass(streamer, 3)
