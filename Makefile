@@ -19,7 +19,7 @@ help:
 demo: $(INSTALLED)
 	$(BIN)/offload-sirius generate --model smollm2-135m \
 		--prompt "What is the capital of France? Answer in one sentence." \
-		--device-memory 150MB --host-memory 400MB --max-new-tokens 64
+		--device-memory 150MB --host-memory 1GB --max-new-tokens 64
 
 test: $(INSTALLED)
 	$(BIN)/pytest
