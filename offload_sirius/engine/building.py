@@ -81,6 +81,8 @@ def _join(
         progress.end()
     if not plan.disk_layers and plan.embedding_place != "disk":
         readers.close()  # nothing is read any more: give their buffers back
+    else:
+        readers.retune()
 
     streamer = WeightStreamer(
         residents=device.residents,

@@ -13,20 +13,27 @@ NOISE = 0.1
 class DepthTuner:
     """Tries a few queue depths in turn, over real reads, and then keeps the fastest.
 
-    A quarter, half and all of the readers are each timed over two windows. All of them is the safest guess on solid-state
-    disks, so a smaller depth is kept only where it is faster by more than the noise.
+    A quarter, half, two thirds and all of the readers are each timed over two windows. All of them is the safest guess on
+    solid-state disks, so a smaller depth is kept only where it is faster by more than the noise.
     """
 
     def __init__(self, num_readers: int, window_nbytes: int = WINDOW_NBYTES) -> None:
-        self._candidates = sorted({max(num_readers // 4, 1), max(num_readers // 2, 1), num_readers}, reverse=True)
-        self._trials = [depth for depth in self._candidates for _ in range(2)]
+        shares = (num_readers // 4, num_readers // 2, num_readers * 2 // 3, num_readers)
+        self._candidates = sorted({max(share, 1) for share in shares}, reverse=True)
         self._rates: dict[int, float] = {}
         self._window_nbytes = window_nbytes
         self._nbytes = 0
         self._since = 0.0
-        self.depth = num_readers
-        """Reads that may be under way at a time."""
         self.best_bytes_per_second: float | None = None
+        self.restart(0.0)
+
+    def restart(self, busy_seconds: float) -> None:
+        """Begin the trials anew: what is read from now on is another kind of work. busy_seconds: the running total so far."""
+        self._trials = [depth for depth in self._candidates for _ in range(2)]
+        self._rates.clear()
+        self._nbytes, self._since = 0, busy_seconds
+        self.depth = self._candidates[0]
+        """Reads that may be under way at a time."""
 
     def record(self, nbytes: int, busy_seconds: float) -> None:
         """A read of nbytes has ended; busy_seconds is the running total of time in which the disk was reading."""

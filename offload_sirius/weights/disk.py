@@ -271,6 +271,11 @@ class ReaderPool:
         """Best rate of reading seen over a stretch of many pieces, None before there was one."""
         return self._tuner.best_bytes_per_second
 
+    def retune(self) -> None:
+        """Look for the best queue depth anew: loading writes to memory for the first time, which makes its rates others."""
+        with self._wake:
+            self._tuner.restart(self.busy_seconds)
+
     def submit(self, jobs: Iterable[Job], on_bytes: Callable[[int], None] | None = None, *, urgent: bool = False) -> Fill:
         """Queue jobs, behind all others or (urgent) before them. Returns at once; on_bytes is called by the readers."""
         queued = list(jobs)
