@@ -23,6 +23,7 @@ LinkGbps = Annotated[float | None, _option(EngineConfig, "link_gbps", PLACE, met
 Dtype = Annotated[str, _option(EngineConfig, "dtype", PLACE, metavar="DTYPE")]
 MaxContext = Annotated[int | None, _option(EngineConfig, "max_context", PLACE, metavar="N")]
 Threads = Annotated[int | None, _option(EngineConfig, "threads", PLACE, metavar="N")]
+SharedHostBuffers = Annotated[int | None, _option(EngineConfig, "shared_host_buffers", PLACE, metavar="N")]
 
 Mode = Annotated[str, _option(GenerationConfig, "mode", DECODING, metavar="MODE")]
 MaxNewTokens = Annotated[int, _option(GenerationConfig, "max_new_tokens", DECODING, metavar="N")]

@@ -50,6 +50,7 @@ def generate(
     dtype: flags.Dtype = _ENGINE.dtype,
     max_context: flags.MaxContext = _ENGINE.max_context,
     threads: flags.Threads = _ENGINE.threads,
+    shared_host_buffers: flags.SharedHostBuffers = _ENGINE.shared_host_buffers,
     max_new_tokens: flags.MaxNewTokens = _GENERATION.max_new_tokens,
     stop: flags.Stop = None,
     ignore_eos: flags.IgnoreEos = _GENERATION.ignore_eos,
@@ -72,6 +73,7 @@ def generate(
         dtype=dtype,  # type: ignore[arg-type]  # checked by EngineConfig
         max_context=max_context,
         threads=threads,
+        shared_host_buffers=shared_host_buffers,
     )
     sampling = SamplingConfig(
         temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty, seed=seed

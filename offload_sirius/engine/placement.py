@@ -57,6 +57,7 @@ def place(checkpoint: Checkpoint, config: EngineConfig) -> Placement:
         reader_nbytes=reader_nbytes(checkpoint),
         embedding_on_device=spec.tied_head,
         staged=device.type == "cuda",
+        num_shared_buffers=config.shared_host_buffers,
     )
     plan = _plan_within(spec, layout, demand, config, device)
     return Placement(device=device, dtype=dtype, context=context, layout=layout, plan=plan)

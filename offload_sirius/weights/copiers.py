@@ -5,7 +5,7 @@ DiskCopier   checkpoint's files -> memory, by reader threads
 TieredCopier host layers by one of these, disk layers by another
 PacedCopier  any of them, no faster than a set rate: the emulated link
 
-Those that upload to a CUDA device are in cuda.py.
+Those that upload to a device with memory of its own are in uploads.py.
 """
 
 from __future__ import annotations

@@ -8,9 +8,7 @@ read a piece also turns it into its place while others read on.
 
 from __future__ import annotations
 
-import contextlib
 import errno
-import mmap
 import os
 import threading
 import time
@@ -28,12 +26,11 @@ from offload_sirius.errors import WeightReadError
 from offload_sirius.weights.buffers import write_rows
 from offload_sirius.weights.depth import DepthTuner
 from offload_sirius.weights.layout import align
+from offload_sirius.weights.mapping import HUGE_PAGE_NBYTES, map_memory
 from offload_sirius_loaders.checkpoint import Checkpoint, TensorInfo
 
 BLOCK_NBYTES = 4096
 """O_DIRECT wants offset, length and address as multiples of the logical block size, which is at most this."""
-
-HUGE_PAGE_NBYTES = 2 << 20
 
 PIECE_NBYTES = 2 * HUGE_PAGE_NBYTES - 2 * BLOCK_NBYTES
 """One read, and also the most bytes a piece may have once decoded: bounds what a reader thread holds. With the blocks at both
@@ -222,13 +219,7 @@ def read_buffers(count: int, nbytes: int) -> list[memoryview]:
     a machine runs, and one read of some MiB then becomes many requests: such reads were seen to take 1.7 times as long.
     """
     step = align(nbytes, HUGE_PAGE_NBYTES) if nbytes > HUGE_PAGE_NBYTES // 2 else align(nbytes, BLOCK_NBYTES)
-    # Private: shared anonymous memory, which is mmap's default, gets no huge pages on most systems.
-    memory = mmap.mmap(-1, count * step + HUGE_PAGE_NBYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        with contextlib.suppress(OSError):  # a kernel built without them
-            memory.madvise(mmap.MADV_HUGEPAGE)
-    lead = -np.frombuffer(memory, np.uint8).ctypes.data % HUGE_PAGE_NBYTES
-    view = memoryview(memory)[lead : lead + count * step]
+    view = map_memory(count * step)
     # Touched now and by one thread: pages that many threads bring in at the same time come from all over memory.
     np.frombuffer(view, np.uint8)[::BLOCK_NBYTES] = 0
     return [view[index * step : (index + 1) * step] for index in range(count)]

@@ -31,6 +31,12 @@ DISK_AHEAD_NBYTES = 256 << 20
 
 MIN_READERS, MAX_READERS = 2, 32
 
+NUM_STAGING = 2
+"""Host buffers of a layer's size through which a device with memory of its own is filled: one is read into, one uploaded."""
+
+CHUNK_NBYTES, NUM_CHUNKS = 8 << 20, 4
+"""Pinned buffers through which host memory passes that could not be pinned."""
+
 EmbeddingPlace = Literal["device", "host", "disk"]
 """device: the head's own matrix, where the two are tied. disk: rows are read as they are needed."""
 
@@ -49,6 +55,8 @@ class Demand:
     """The head is the embedding table, so that its rows can be taken from there."""
     staged: bool
     """The device has its own memory: what is read from disk passes through host buffers of a layer's size."""
+    num_shared_buffers: int | None = None
+    """All streamed layers are in host memory and share that many buffers there: for timing shapes that exceed it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,23 +185,23 @@ def _place_on_host(spec: ModelSpec, layout: LayerLayout, demand: Demand, budgets
     """Readers first, as nothing loads without them (three quarters at most); then the embedding table; then layers.
 
     readers   = readers * (one read buffer + one decoded piece)
-    staging   = 2 * layer, on a device with its own memory
+    staging   = what `_staging_nbytes` says, on a device with its own memory
     embedding = V * D * element, unless the device has it or its rows are read from disk
-    layers    = layers in host memory * layer
+    layers    = layers in host memory * layer in whole pages
     """
     num_readers = max(MIN_READERS, min(MAX_READERS, budgets.host_nbytes * 3 // 4 // demand.reader_nbytes))
-    staging_nbytes = 2 * layout.nbytes if demand.staged else 0
-    needed = MIN_READERS * demand.reader_nbytes + staging_nbytes
+    needed = MIN_READERS * demand.reader_nbytes + (_staging_nbytes(layout, 0) if demand.staged else 0)
     if budgets.host_nbytes < needed:
         raise BudgetError(
             f"host budget {format_size(budgets.host_nbytes)} is too small: reading weights takes {format_size(needed)}; "
             f"give at least --host-memory {as_flag(needed)}"
         )
-    room = budgets.host_nbytes - num_readers * demand.reader_nbytes - staging_nbytes
+    room = budgets.host_nbytes - num_readers * demand.reader_nbytes
     embedding_nbytes = spec.vocab_size * spec.width * layout.element_nbytes
     place: EmbeddingPlace = "device" if demand.embedding_on_device else "host" if embedding_nbytes <= room else "disk"
     embedding_nbytes = embedding_nbytes if place == "host" else 0
-    num_host = max(0, min(num_streamed, (room - embedding_nbytes) // layout.nbytes))
+    num_host, staging_nbytes = _host_layers(layout, demand, num_streamed, room - embedding_nbytes)
+    num_buffers = num_host if demand.num_shared_buffers is None else min(num_host, demand.num_shared_buffers)
     return _HostPlacement(
         num_disk_layers=num_streamed - num_host,
         num_readers=num_readers,
@@ -202,9 +210,29 @@ def _place_on_host(spec: ModelSpec, layout: LayerLayout, demand: Demand, budgets
             "readers": num_readers * demand.reader_nbytes,
             "staging": staging_nbytes,
             "embedding": embedding_nbytes,
-            "layers": num_host * layout.nbytes,
+            "layers": num_buffers * layout.host_nbytes,
         },
     )
+
+
+def _host_layers(layout: LayerLayout, demand: Demand, num_streamed: int, room_nbytes: int) -> tuple[int, int]:
+    """Layers that host memory holds, and the bytes that filling a device with its own memory takes beside them."""
+    if demand.num_shared_buffers is not None:
+        return num_streamed, _staging_nbytes(layout, demand.num_shared_buffers) if demand.staged else 0
+    for staging_nbytes in (_staging_nbytes(layout, num_streamed), _staging_nbytes(layout, 0)) if demand.staged else (0,):
+        num_host = max(0, min(num_streamed, (room_nbytes - staging_nbytes) // layout.host_nbytes))
+        if num_host == num_streamed:
+            break
+    return num_host, staging_nbytes
+
+
+def _staging_nbytes(layout: LayerLayout, num_host: int) -> int:
+    """Host bytes through which a device with its own memory is filled, where that many layers and no others are streamed.
+
+    chunks = for layers that the driver refuses to pin
+    layers = for what is read from disk; two of the arena serve while it is being filled, where it has as many
+    """
+    return NUM_CHUNKS * CHUNK_NBYTES + (0 if num_host >= NUM_STAGING else NUM_STAGING * layout.host_nbytes)
 
 
 def as_flag(nbytes: int) -> str:

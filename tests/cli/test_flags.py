@@ -20,7 +20,7 @@ DOCUMENTED = {
     "generate": (
         "--model --mode --device --device-memory --host-memory --link-gbps --dtype --max-context --threads --temperature --top-k "
         "--top-p --min-p --repetition-penalty --seed --stop --max-new-tokens --prompt --prompt-file --chat --ignore-eos "
-        "--json --verbose"
+        "--shared-host-buffers --json --verbose"
     ),
     "doctor": "--path --json",
     "models": "--json",
@@ -28,7 +28,7 @@ DOCUMENTED = {
 SETTINGS = [
     (config, name)
     for config, names in (
-        (EngineConfig, "model device device_memory host_memory link_gbps dtype max_context threads"),
+        (EngineConfig, "model device device_memory host_memory link_gbps dtype max_context threads shared_host_buffers"),
         (GenerationConfig, "mode max_new_tokens ignore_eos chat"),
         (SamplingConfig, "temperature top_k top_p min_p repetition_penalty seed"),
     )

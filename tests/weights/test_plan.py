@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -78,8 +79,31 @@ def test_a_tied_embedding_is_taken_from_the_head() -> None:
     assert made.host_bill["embedding"] == 0
 
 
-def test_staging_buffers_are_on_the_bill_of_a_device_with_memory_of_its_own() -> None:
-    assert plan(24 * GIB, 64 * GIB, staged=True).host_bill["staging"] == 2 * LAYER
+@pytest.mark.parametrize(
+    ("device_nbytes", "host_nbytes", "staging_nbytes"),
+    [
+        (24 * GIB, 200 * GIB, 32 * MIB),  # every streamed layer is in the arena, two of which serve while it is filled
+        (24 * GIB, 64 * GIB, 32 * MIB + 2 * LAYER),  # some come from disk, in every pass
+        (200 * GIB, 10 * GIB, 32 * MIB + 2 * LAYER),  # residents only
+    ],
+)
+def test_staging_buffers_are_on_the_bill_of_a_device_with_memory_of_its_own(
+    device_nbytes: int, host_nbytes: int, staging_nbytes: int
+) -> None:
+    assert plan(device_nbytes, host_nbytes, staged=True).host_bill["staging"] == staging_nbytes
+
+
+def test_pinned_memory_is_hardly_more_than_what_is_streamed_from_it() -> None:
+    made = plan(24 * GIB, 200 * GIB, staged=True)
+    assert made.host_bill["layers"] + made.host_bill["staging"] <= 1.02 * made.pass_nbytes
+
+
+def test_shared_buffers_hold_every_streamed_layer_of_a_shape_that_exceeds_memory() -> None:
+    needs = replace(demand(staged=True), num_shared_buffers=8)
+    made = make_plan(SPEC, LAYOUT, needs, Budgets(device_nbytes=24 * GIB, host_nbytes=64 * GIB))
+    assert len(made.host_layers) == 69
+    assert made.disk_layers == ()
+    assert made.host_bill["layers"] == 8 * LAYER
 
 
 def test_small_layers_get_more_slots_so_that_the_head_does_not_idle_the_link() -> None:
