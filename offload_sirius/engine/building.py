@@ -17,6 +17,7 @@ from offload_sirius.engine.progress import Progress
 from offload_sirius.errors import ConfigError
 from offload_sirius.model.kv_cache import KVCache
 from offload_sirius.model.transformer import Transformer
+from offload_sirius.trace import Tracer
 from offload_sirius.weights.copiers import Copier, DiskCopier, HostCopier, PacedCopier, TieredCopier
 from offload_sirius.weights.device import DeviceStore
 from offload_sirius.weights.disk import ReaderPool
@@ -32,13 +33,13 @@ NUM_STAGING = 2
 """Host buffers of a layer's size through which a device with memory of its own is filled: one is read into, one uploaded."""
 
 
-def build(model: Model, config: EngineConfig, progress: Progress) -> Engine:
+def build(model: Model, config: EngineConfig, progress: Progress, tracer: Tracer | None = None) -> Engine:
     """Plan where the weights go, bring them there, and join everything that a pass needs."""
     began = time.perf_counter()
     placement = place(model.checkpoint, config)
     checkpoint = _on_disk(model.checkpoint, progress) if placement.plan.disk_layers else model.checkpoint
     with memory_errors(placement.plan), ExitStack() as stores:
-        joined = _join(checkpoint, placement, config, progress, stores)
+        joined = _join(checkpoint, placement, config, progress, tracer, stores)
         stores.callback(checkpoint.close)
         closing = stores.pop_all()
     streamer, transformer, readers, nbytes = joined
@@ -53,11 +54,17 @@ def build(model: Model, config: EngineConfig, progress: Progress) -> Engine:
         device_nbytes=nbytes,
         loaded_nbytes=readers.nbytes_read,
         load_seconds=time.perf_counter() - began,
+        tracer=tracer,
     )
 
 
 def _join(
-    checkpoint: Checkpoint, placement: Placement, config: EngineConfig, progress: Progress, stores: ExitStack
+    checkpoint: Checkpoint,
+    placement: Placement,
+    config: EngineConfig,
+    progress: Progress,
+    tracer: Tracer | None,
+    stores: ExitStack,
 ) -> tuple[WeightStreamer, Transformer, ReaderPool, int]:
     """Disk, host, device, matmul. What is opened on the way is closed by `stores`, last first."""
     spec, plan, layout, dtype = checkpoint.spec, placement.plan, placement.layout, placement.dtype
@@ -88,14 +95,15 @@ def _join(
         residents=device.residents,
         streamed_layers=plan.streamed_layers,
         slots=device.slots,
-        copier=_copier(checkpoint, placement, config, readers, host, staging),
+        copier=_copier(checkpoint, placement, config, readers, host, staging, tracer),
         embedding=embedding,
         final_norm=device.final_norm,
         head=device.head,
+        tracer=tracer,
     )
     stores.callback(streamer.close)
     cache = KVCache(spec, capacity=placement.context, dtype=dtype, device=placement.device)
-    transformer = Transformer(spec, streamer, cache)
+    transformer = Transformer(spec, streamer, cache, tracer=tracer)
     return streamer, transformer, readers, device.nbytes + cache.nbytes + transformer.nbytes
 
 
@@ -115,22 +123,30 @@ def _copier(
     readers: ReaderPool,
     host: HostStore,
     staging: HostStore,
+    tracer: Tracer | None,
 ) -> Copier | None:
     """The link: each layer by the copier of its tier, and no faster than --link-gbps where that is given."""
     plan = placement.plan
     if not plan.streamed_layers:
         return None
-    from_host, from_disk = _tier_copiers(checkpoint, placement.device, readers, host, staging)
+    # Of an emulated link only the pace is drawn, not the copying that stands for it.
+    tier_tracer = tracer if config.link_gbps is None else None
+    from_host, from_disk = _tier_copiers(checkpoint, placement.device, readers, host, staging, tier_tracer)
     tiers = dict.fromkeys(plan.host_layers, from_host) | dict.fromkeys(plan.disk_layers, from_disk)
     copier = TieredCopier(tiers)
-    return copier if config.link_gbps is None else PacedCopier(copier, config.link_gbps * 1e9)
+    return copier if config.link_gbps is None else PacedCopier(copier, config.link_gbps * 1e9, tracer)
 
 
 def _tier_copiers(
-    checkpoint: Checkpoint, device: torch.device, readers: ReaderPool, host: HostStore, staging: HostStore
+    checkpoint: Checkpoint,
+    device: torch.device,
+    readers: ReaderPool,
+    host: HostStore,
+    staging: HostStore,
+    tracer: Tracer | None,
 ) -> tuple[Copier, Copier]:
     if device.type != "cuda":
-        return HostCopier(host), DiskCopier(checkpoint, readers)
+        return HostCopier(host, tracer), DiskCopier(checkpoint, readers, tracer)
     from offload_sirius.weights.cuda import CudaCopier, StagedCopier
 
     uploads = CudaCopier(host, device)

@@ -20,7 +20,7 @@ DOCUMENTED = {
     "generate": (
         "--model --mode --device --device-memory --host-memory --link-gbps --dtype --max-context --threads --temperature --top-k "
         "--top-p --min-p --repetition-penalty --seed --stop --max-new-tokens --prompt --prompt-file --chat --ignore-eos "
-        "--json --verbose"
+        "--trace --json --verbose"
     ),
     "doctor": "--path --json",
     "models": "--json",
