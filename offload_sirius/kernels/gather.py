@@ -44,7 +44,8 @@ def gather(records: Tensor, indices: Tensor, kept: Tensor) -> None:
     num_words = words_in.shape[1]
     block = BLOCK_NBYTES // word.itemsize
     grid = (len(indices), math.ceil(num_words / block))
-    _kernel()[grid](words_in, indices, words_out, num_words, BLOCK=block)
+    with torch.cuda.device_of(kept):  # the current device is where Triton runs it
+        _kernel()[grid](words_in, indices, words_out, num_words, BLOCK=block)
 
 
 def _widest_word(records: Tensor, kept: Tensor) -> torch.dtype:
@@ -60,8 +61,9 @@ def _kernel() -> Any:
     import triton
     import triton.language as tl
 
+    # No annotations but constexpr: the compiler evaluates them, and knows no names but its own.
     @triton.jit  # type: ignore[untyped-decorator]
-    def gather_records(records: Any, indices: Any, kept: Any, num_words: Any, BLOCK: tl.constexpr) -> None:  # noqa: N803
+    def gather_records(records, indices, kept, num_words, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: N803
         row = tl.program_id(0).to(tl.int64)
         record = tl.load(indices + row)
         words = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)

@@ -6,12 +6,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from offload_sirius.kernels.gather import gather, gather_reference, has_triton
+from offload_sirius.kernels.gather import _kernel, gather, gather_reference, has_triton
 
 CASES = [
     # records, width, type
@@ -69,6 +70,22 @@ def test_the_kernel_in_the_interpreter_gathers_what_the_reference_does() -> None
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, env=environment)
     assert (done.returncode, done.stdout) == (0, "same\n"), done.stderr
+
+
+@needs_triton
+def test_the_kernel_compiles_for_a_gpu_and_moves_sixteen_bytes_a_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    import triton
+
+    source = triton.compiler.ASTSource(
+        _kernel(),
+        signature={"records": "*i64", "indices": "*i64", "kept": "*i64", "num_words": "i32", "BLOCK": "constexpr"},
+        constexprs={"BLOCK": 1024},
+        attrs={(argument,): [["tt.divisibility", 16]] for argument in (0, 2, 3)},
+    )
+    compiled = triton.compile(source, target=triton.backends.compiler.GPUTarget("cuda", 80, 32))
+    loads = [line for line in compiled.asm["ptx"].splitlines() if "ld.global" in line]
+    assert sum("v2.b64" in line or "v4.b32" in line for line in loads) == len(loads) - 1, "all but the index"
 
 
 @pytest.mark.gpu
