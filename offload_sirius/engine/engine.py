@@ -72,6 +72,11 @@ class Engine:
         return self.model.spec
 
     @property
+    def device(self) -> torch.device:
+        """What computes."""
+        return self._placement.device
+
+    @property
     def plan(self) -> Plan:
         """What is resident and what is streamed."""
         return self._placement.plan
