@@ -87,10 +87,9 @@ def measure_link(
     device: torch.device, sizes: Iterable[int], path: Path, progress: Progress, num_repeats: int = NUM_REPEATS
 ) -> LinkReport:
     """Measure. sizes: bytes of a copy, all of which fit (see fitting_sizes); path: as measure_disk takes it."""
-    sizes = sorted(sizes)
-    copies = _copy_rates(device, sizes, progress, num_repeats)
+    disk = _disk_rates(path, progress, num_repeats)  # first, as it is where a path can be wrong
+    copies = _copy_rates(device, sorted(sizes), progress, num_repeats)
     gathers = _gather_rates(device, progress, num_repeats)
-    disk = _disk_rates(path, progress, num_repeats)
     return LinkReport(device=str(device), copies=copies, disk=disk, gathers=gathers)
 
 

@@ -17,7 +17,7 @@ from offload_sirius.bench.spread import NUM_REPEATS, Spread, spread_of
 from offload_sirius.bench.ways import ONE_THREAD, WALK_NBYTES, host_ways
 from offload_sirius.config import EngineConfig
 from offload_sirius.decode.result import Generation
-from offload_sirius.engine import Engine, Model
+from offload_sirius.engine import Engine, Model, NoProgress, Progress
 from offload_sirius.engine.placement import place
 from offload_sirius.errors import ConfigError
 from offload_sirius.trace import Tracer
@@ -121,10 +121,12 @@ def streaming_config(model: Model, config: EngineConfig, *, num_passes: int, all
     return config
 
 
-def measure_stream(engine: Engine, tracer: Tracer, num_passes: int = NUM_REPEATS) -> StreamReport:
+def measure_stream(
+    engine: Engine, tracer: Tracer, num_passes: int = NUM_REPEATS, progress: Progress | None = None
+) -> StreamReport:
     """Measure an engine that streams, told of by the tracer it was built with."""
     ceilings = _ceilings(engine)
-    passes = run_passes(engine, num_passes)
+    passes = run_passes(engine, num_passes, progress or NoProgress())
     began, ended = passes.moments[0], passes.moments[-1]
     result = passes.result
     return StreamReport(
@@ -154,16 +156,24 @@ class RunPasses:
         return tuple(after - before for before, after in pairwise(self.moments))
 
 
-def run_passes(engine: Engine, num_passes: int) -> RunPasses:
+def run_passes(engine: Engine, num_passes: int, progress: Progress) -> RunPasses:
     """Passes of the full model, one token each, after those that warm up."""
-    stream = engine.stream(PROMPT, max_new_tokens=NUM_WARMUPS + num_passes, ignore_eos=True)
-    moments = [time.perf_counter() for piece in stream if piece.token_id is not None]
+    num_tokens, moments = NUM_WARMUPS + num_passes, []
+    stream = engine.stream(PROMPT, max_new_tokens=num_tokens, ignore_eos=True)
+    progress.begin("passes", num_tokens * engine.plan.pass_nbytes)
+    try:
+        for piece in stream:
+            if piece.token_id is not None:  # not the rest of the text that may come behind the last token
+                moments.append(time.perf_counter())
+                progress.advance(engine.plan.pass_nbytes)
+    finally:
+        progress.end()
     return RunPasses(moments=tuple(moments[NUM_WARMUPS - 1 :]), result=stream.result)
 
 
 def pass_seconds(engine: Engine, num_passes: int) -> list[float]:
     """Seconds of each pass."""
-    return list(run_passes(engine, num_passes).seconds)
+    return list(run_passes(engine, num_passes, NoProgress()).seconds)
 
 
 def checkpoint_files(checkpoint: Checkpoint) -> list[Path]:

@@ -142,10 +142,11 @@ def _stream(
         opened = open_model(config.model)
         config = streaming_config(opened, config, num_passes=num_passes, all_streamed=all_streamed)
         tracer = asked_for or Tracer()
-        with build(opened, config, LoadProgress(), tracer) as engine:
+        progress = LoadProgress()
+        with build(opened, config, progress, tracer) as engine:
             if verbose:
                 explain(engine)
-            report = measure_stream(engine, tracer, num_passes)
+            report = measure_stream(engine, tracer, num_passes, progress)
     if plot is not None:
         plot_stream(report, Path(plot))
     return report
