@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -48,7 +49,8 @@ def test_every_figure_is_measured_and_told_as_progress(short_walks: int, tmp_pat
     assert [(rate.way, rate.run_length) for rate in report.gathers] == [
         (way, length) for way in ("gather", "runs") for length in (1, 2, num_kept)
     ]
-    for rate in (*report.copies, *report.disk.rates, *report.gathers):
+    rates: list[Any] = [*report.copies, *report.disk.rates, *report.gathers]
+    for rate in rates:
         assert 0 < rate.bytes_per_second.lowest <= rate.bytes_per_second.median <= rate.bytes_per_second.highest
     assert progress.done == progress.begun
     assert progress.begun[1] == 2 * 3 * (short_walks + 512 * KIB)

@@ -23,7 +23,7 @@ CASES = [
     (5, 2500, torch.float32),
     (3, 2049, torch.int64),
 ]
-needs_triton = pytest.mark.skipif(not has_triton(), reason="triton is not installed: there is no wheel for this system")
+needs_triton = pytest.mark.skipif(not has_triton(), reason="triton is not installed")
 
 
 def table(num_records: int, width: int, dtype: torch.dtype) -> Tensor:
