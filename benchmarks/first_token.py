@@ -3,8 +3,8 @@
     python benchmarks/first_token.py --model 'synthetic:llama-3-70b?layers=40' --prompt-tokens 1000
     python benchmarks/first_token.py --model synthetic:tinyllama-1.1b --link-gbps 0.5 --prompt-tokens 100
 
-A prompt is one pass whatever its length, so on a device that computes faster than weights arrive the ratio is near 1. Medians of a
-few prompts and passes.
+A prompt is one pass whatever its length, so on a device that computes faster than weights arrive the ratio is near 1.
+Medians of a few prompts and passes.
 """
 
 from __future__ import annotations

@@ -38,6 +38,15 @@ MinP = Annotated[float, _option(SamplingConfig, "min_p", SAMPLING, metavar="P")]
 RepetitionPenalty = Annotated[float, _option(SamplingConfig, "repetition_penalty", SAMPLING, metavar="R")]
 Seed = Annotated[int, _option(SamplingConfig, "seed", SAMPLING, metavar="N")]
 
+Trace = Annotated[
+    str | None,
+    typer.Option(
+        "--trace",
+        help="Write what was copied, computed, waited for and sampled when, for ui.perfetto.dev.",
+        metavar="FILE",
+        rich_help_panel=OUTPUT,
+    ),
+]
 Json = Annotated[
     bool, typer.Option("--json", help="Print one JSON object with text and figures instead of the text.", rich_help_panel=OUTPUT)
 ]

@@ -15,14 +15,16 @@ from offload_sirius.engine.engine import Engine
 from offload_sirius.engine.opened import Model, Prompt, open_model
 from offload_sirius.engine.progress import NoProgress, Progress
 from offload_sirius.errors import ConfigError
+from offload_sirius.trace import Tracer
 
 __all__ = ["Engine", "Model", "NoProgress", "Progress", "Prompt", "build", "load", "open_model"]
 
 
-def load(model: str | None = None, *, progress: Progress | None = None, **settings: Any) -> Engine:
+def load(model: str | None = None, *, progress: Progress | None = None, tracer: Tracer | None = None, **settings: Any) -> Engine:
     """Open a model, plan, and load it.
 
-    model: alias, hub id, directory, file, or synthetic:SHAPE; settings: the fields of EngineConfig.
+    model: alias, hub id, directory, file, or synthetic:SHAPE; settings: the fields of EngineConfig;
+    tracer: is told of every copy, wait, computation and choice, and writes them as a trace when asked.
     Raises one of offload_sirius.errors.USER_ERRORS, each with one line that says what to do.
     """
     given = settings if model is None else settings | {"model": model}
@@ -30,4 +32,4 @@ def load(model: str | None = None, *, progress: Progress | None = None, **settin
     if unknown := sorted(set(given) - set(known)):
         raise ConfigError(f"unknown setting {unknown[0]}; known are {', '.join(known)}")
     config = EngineConfig(**given)
-    return build(open_model(config.model), config, progress or NoProgress())
+    return build(open_model(config.model), config, progress or NoProgress(), tracer)

@@ -16,6 +16,7 @@ from offload_sirius.engine.progress import Progress
 from offload_sirius.errors import ConfigError
 from offload_sirius.model.kv_cache import KVCache
 from offload_sirius.model.transformer import Transformer
+from offload_sirius.trace import Tracer
 from offload_sirius.weights.device import DeviceStore
 from offload_sirius.weights.disk import ReaderPool
 from offload_sirius.weights.embedding import DiskEmbedding, Embedding, TableEmbedding
@@ -26,13 +27,13 @@ from offload_sirius_loaders.checkpoint import Checkpoint
 from offload_sirius_loaders.writer import write_checkpoint
 
 
-def build(model: Model, config: EngineConfig, progress: Progress) -> Engine:
+def build(model: Model, config: EngineConfig, progress: Progress, tracer: Tracer | None = None) -> Engine:
     """Plan where the weights go, bring them there, and join everything that a pass needs."""
     began = time.perf_counter()
     placement = place(model.checkpoint, config)
     checkpoint = _on_disk(model.checkpoint, progress) if placement.plan.disk_layers else model.checkpoint
     with memory_errors(placement.plan), ExitStack() as stores:
-        joined = _join(checkpoint, placement, config, progress, stores)
+        joined = _join(checkpoint, placement, config, progress, tracer, stores)
         stores.callback(checkpoint.close)
         closing = stores.pop_all()
     streamer, transformer, readers, nbytes = joined
@@ -47,15 +48,23 @@ def build(model: Model, config: EngineConfig, progress: Progress) -> Engine:
         device_nbytes=nbytes,
         loaded_nbytes=readers.nbytes_read,
         load_seconds=time.perf_counter() - began,
+        tracer=tracer,
     )
 
 
 def _join(
-    checkpoint: Checkpoint, placement: Placement, config: EngineConfig, progress: Progress, stores: ExitStack
+    checkpoint: Checkpoint,
+    placement: Placement,
+    config: EngineConfig,
+    progress: Progress,
+    tracer: Tracer | None,
+    stores: ExitStack,
 ) -> tuple[WeightStreamer, Transformer, ReaderPool, int]:
     """Disk, host, device, matmul. What is opened on the way is closed by `stores`, last first."""
     spec, plan, layout, dtype = checkpoint.spec, placement.plan, placement.layout, placement.dtype
     uplink = uplink_to(placement.device)
+    if uplink is not None and tracer is not None:
+        tracer.clock = uplink.clock()
 
     readers = ReaderPool(checkpoint, plan.num_readers)
     stores.callback(readers.close)
@@ -82,14 +91,15 @@ def _join(
         residents=device.residents,
         streamed_layers=plan.streamed_layers,
         slots=device.slots,
-        copier=make_link(Origins(checkpoint, readers, arenas), plan, uplink, config.link_gbps, progress),
+        copier=make_link(Origins(checkpoint, readers, arenas), plan, uplink, config.link_gbps, progress, tracer),
         embedding=embedding,
         final_norm=device.final_norm,
         head=device.head,
+        tracer=tracer,
     )
     stores.callback(streamer.close)
     cache = KVCache(spec, capacity=placement.context, dtype=dtype, device=placement.device)
-    transformer = Transformer(spec, streamer, cache)
+    transformer = Transformer(spec, streamer, cache, tracer=tracer)
     return streamer, transformer, readers, device.nbytes + cache.nbytes + transformer.nbytes
 
 

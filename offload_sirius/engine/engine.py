@@ -22,6 +22,7 @@ from offload_sirius.engine.opened import Model, Prompt
 from offload_sirius.engine.placement import Placement, memory_errors
 from offload_sirius.errors import ConfigError
 from offload_sirius.model.transformer import Transformer, activation_nbytes
+from offload_sirius.trace import Tracer
 from offload_sirius.weights.plan import Plan
 from offload_sirius.weights.streamer import WeightStreamer
 from offload_sirius_loaders.checkpoint import Checkpoint
@@ -44,10 +45,12 @@ class Engine:
         device_nbytes: int,
         loaded_nbytes: int,
         load_seconds: float,
+        tracer: Tracer | None = None,
     ) -> None:
         """Made by `build`.
 
-        checkpoint: what the weights are read from; device_nbytes: all device buffers; closing: gives back all that was opened.
+        checkpoint: what the weights are read from; device_nbytes: all device buffers; closing: gives back all that was opened;
+        tracer: as the streamer has it.
         """
         self.model = model
         self.checkpoint = checkpoint
@@ -60,12 +63,18 @@ class Engine:
         self._closing = weakref.finalize(self, closing.close)
         self._device_nbytes = device_nbytes
         self._loaded_nbytes = loaded_nbytes
+        self._tracer = tracer
         self._closed = False
 
     @property
     def spec(self) -> ModelSpec:
         """The model's shape."""
         return self.model.spec
+
+    @property
+    def device(self) -> torch.device:
+        """What computes."""
+        return self._placement.device
 
     @property
     def plan(self) -> Plan:
@@ -113,7 +122,7 @@ class Engine:
         self._streamer.phase = "prefill"
         self._transformer.cache.truncate(0)
         with memory_errors(self.plan):
-            for token_id in decode_full(self._transformer, Sampler(sampling), prompt_ids):
+            for token_id in decode_full(self._transformer, Sampler(sampling), prompt_ids, self._tracer):
                 yield token_id
                 self._streamer.phase = "full"
                 torch.set_num_threads(self.config.threads or self._decode_threads())

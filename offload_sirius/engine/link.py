@@ -13,6 +13,7 @@ import torch
 from offload_sirius import machine
 from offload_sirius.engine.placement import Placement
 from offload_sirius.engine.progress import Progress
+from offload_sirius.trace import Tracer
 from offload_sirius.units import format_size
 from offload_sirius.weights.buffers import LayerBuffer
 from offload_sirius.weights.copiers import Copier, DiskCopier, HostCopier, PacedCopier, TieredCopier
@@ -79,16 +80,25 @@ def make_arenas(placement: Placement, spec: ModelSpec, uplink: Uplink | None, nu
     return Arenas(layers=layers, staging=arena(tuple(range(NUM_STAGING)) if own else ()), uploaded=True)
 
 
-def make_link(origins: Origins, plan: Plan, uplink: Uplink | None, link_gbps: float | None, progress: Progress) -> Copier | None:
+def make_link(
+    origins: Origins, plan: Plan, uplink: Uplink | None, link_gbps: float | None, progress: Progress, tracer: Tracer | None
+) -> Copier | None:
     """What the streamer copies with, no faster than link_gbps where that is given; None where nothing is streamed."""
     if not plan.streamed_layers:
         return None
-    copier = _tiers(origins, plan) if uplink is None else UplinkCopier(_routes(origins, plan, uplink, progress), uplink)
-    return copier if link_gbps is None else PacedCopier(copier, link_gbps * 1e9)
+    # Of an emulated link only the pace is drawn, not the copying that stands for it.
+    inner_tracer = tracer if link_gbps is None else None
+    if uplink is None:
+        copier = _tiers(origins, plan, inner_tracer)
+    else:
+        uplink.draw_on(inner_tracer)
+        copier = UplinkCopier(_routes(origins, plan, uplink, progress), uplink)
+    return copier if link_gbps is None else PacedCopier(copier, link_gbps * 1e9, tracer)
 
 
-def _tiers(origins: Origins, plan: Plan) -> Copier:
-    from_host, from_disk = HostCopier(origins.arenas.layers), DiskCopier(origins.checkpoint, origins.readers)
+def _tiers(origins: Origins, plan: Plan, tracer: Tracer | None) -> Copier:
+    from_host = HostCopier(origins.arenas.layers, tracer)
+    from_disk = DiskCopier(origins.checkpoint, origins.readers, tracer)
     return TieredCopier(dict.fromkeys(plan.host_layers, from_host) | dict.fromkeys(plan.disk_layers, from_disk))
 
 

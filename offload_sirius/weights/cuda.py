@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from offload_sirius.trace import Tracer
 from offload_sirius.weights.uploads import Event
 
 PCI_DEVICES = Path("/sys/bus/pci/devices")
@@ -32,6 +33,32 @@ class CudaEvent:
     def synchronize(self) -> None:
         """See uploads.Event."""
         self.event.synchronize()
+
+
+class CudaClock:
+    """Moments in the work of a device as times of the host's clock. See trace.Clock."""
+
+    def __init__(self, device: torch.device) -> None:
+        """Waits for the device once, to tie the two clocks to each other."""
+        self._device = device
+        self._base = self._record()
+        self._base.synchronize()
+        self._base_seconds = time.perf_counter()
+
+    def mark(self) -> Callable[[], float]:
+        """The moment behind everything the device has been given to compute so far; asking for its time waits for it."""
+        event = self._record()
+        return lambda: self.seconds(event)
+
+    def seconds(self, event: torch.cuda.Event) -> float:
+        """When an event came, on the clock of time.perf_counter. Waits for it."""
+        event.synchronize()
+        return self._base_seconds + float(self._base.elapsed_time(event)) / 1e3
+
+    def _record(self) -> torch.cuda.Event:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self._device))
+        return event
 
 
 @dataclass(frozen=True)
@@ -54,7 +81,17 @@ class CudaUplink:
         self._copies: deque[_Copy] = deque()
         self._busy_seconds = 0.0
         self._peak_bytes_per_second: float | None = None
+        self._clock = CudaClock(device)
+        self._tracer: Tracer | None = None
         self.nbytes_copied = 0
+
+    def clock(self) -> CudaClock:
+        """See uploads.Uplink."""
+        return self._clock
+
+    def draw_on(self, tracer: Tracer | None) -> None:
+        """See uploads.Uplink."""
+        self._tracer = tracer
 
     def mark(self) -> CudaEvent:
         """See uploads.Uplink."""
@@ -106,6 +143,8 @@ class CudaUplink:
     def close(self) -> None:
         """See uploads.Uplink."""
         self._stream.synchronize()
+        with self._lock:
+            self._collect()
 
     def _collect(self) -> None:
         """Read the timings of copies that have ended: copies on one stream do not overlap, so their times add up."""
@@ -113,34 +152,11 @@ class CudaUplink:
             copy = self._copies.popleft()
             seconds = copy.began.elapsed_time(copy.done) / 1e3
             self._busy_seconds += seconds
+            if self._tracer is not None:
+                began, ended = self._clock.seconds(copy.began), self._clock.seconds(copy.done)
+                self._tracer.span("copy", copy.name, began, ended, bytes=copy.nbytes)
             if seconds:
                 self._peak_bytes_per_second = max(copy.nbytes / seconds, self._peak_bytes_per_second or 0.0)
-
-
-class CudaClock:
-    """Moments in the work of a device as times of the host's clock. See trace.Clock."""
-
-    def __init__(self, device: torch.device) -> None:
-        """Waits for the device once, to tie the two clocks to each other."""
-        self._device = device
-        self._base = self._record()
-        self._base.synchronize()
-        self._base_seconds = time.perf_counter()
-
-    def mark(self) -> Callable[[], float]:
-        """The moment behind everything the device has been given to compute so far; asking for its time waits for it."""
-        event = self._record()
-        return lambda: self.seconds(event)
-
-    def seconds(self, event: torch.cuda.Event) -> float:
-        """When an event came, on the clock of time.perf_counter. Waits for it."""
-        event.synchronize()
-        return self._base_seconds + float(self._base.elapsed_time(event)) / 1e3
-
-    def _record(self) -> torch.cuda.Event:
-        event = torch.cuda.Event(enable_timing=True)
-        event.record(torch.cuda.current_stream(self._device))
-        return event
 
 
 def numa_node_of(device: torch.device) -> int | None:

@@ -111,6 +111,9 @@ class Fill:
         self._error: BaseException | None = None
         self._on_bytes = on_bytes
         self._when_over: list[Callable[[], None]] = []
+        self.began = time.perf_counter()
+        """When the first of its pieces was taken by a reader; until then, when it was asked for."""
+        self._taken = False
         if num_pieces == 0:
             self._over.set()
 
@@ -127,6 +130,11 @@ class Fill:
                 self._when_over.append(call)
                 return
         call()
+
+    def piece_taken(self) -> None:
+        """A reader turns to a piece. One reader at a time."""
+        if not self._taken:
+            self._taken, self.began = True, time.perf_counter()
 
     def piece_done(self, nbytes: int) -> None:
         """A reader has put nbytes in place."""
@@ -318,7 +326,9 @@ class ReaderPool:
             if self._reading == 0:
                 self._busy_since = time.perf_counter()
             self._reading += 1
-            return self._jobs.popleft()
+            job, fill = self._jobs.popleft()
+            fill.piece_taken()
+            return job, fill
 
     def _read(self, piece: Piece, buffer: memoryview) -> npt.NDArray[np.uint8]:
         try:

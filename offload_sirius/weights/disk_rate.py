@@ -40,7 +40,7 @@ class DiskRate:
 
 def measure_disk(path: Path, sample_nbytes: int = SAMPLE_NBYTES) -> DiskRate:
     """Read a file, the largest one below a folder, or (where there is none worth it) a temporary one. Raises ConfigError."""
-    with _file_to_read(path) as file_path:
+    with file_to_read(path) as file_path:
         nbytes = min(file_path.stat().st_size, sample_nbytes)
         seconds = {queue: read_seconds([file_path], nbytes, *queue) for queue in QUEUES}
         depth, read_nbytes = min(QUEUES, key=lambda queue: seconds[queue])
@@ -112,7 +112,8 @@ def _read_all(reads: list[tuple[DirectFile, int, int]], depth: int, read_nbytes:
 
 
 @contextmanager
-def _file_to_read(path: Path) -> Iterator[Path]:
+def file_to_read(path: Path) -> Iterator[Path]:
+    """See measure_disk. A temporary file is gone at the end."""
     if path.is_file():
         yield path
         return

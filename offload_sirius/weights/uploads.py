@@ -21,6 +21,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from offload_sirius.trace import Clock, Tracer
 from offload_sirius.weights.buffers import LayerBuffer
 from offload_sirius.weights.copiers import Transfer, layer_jobs
 from offload_sirius.weights.disk import ReaderPool
@@ -71,6 +72,12 @@ class Uplink(Registrar, Protocol):
     @property
     def peak_bytes_per_second(self) -> float | None:
         """Rate of the fastest copy."""
+
+    def clock(self) -> Clock:
+        """Gives the moments of what the device computes."""
+
+    def draw_on(self, tracer: Tracer | None) -> None:
+        """Draw every copy from now on; None draws none."""
 
     def close(self) -> None:
         """Wait for what is under way."""

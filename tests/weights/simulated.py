@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from offload_sirius.trace import HostClock, Tracer
 from offload_sirius.weights.uploads import Event
 
 POISON = 0xFF
@@ -51,6 +52,7 @@ class SimulatedUplink:
         self.most_pinned_nbytes = 0
         self.from_pageable_nbytes = 0
         self._max_pinned_nbytes = max_pinned_nbytes
+        self._tracer: Tracer | None = None
         self._libc = ctypes.CDLL(None, use_errno=True) if lock else None
         self._delay_seconds = delay_seconds
         self._executor = ThreadPoolExecutor(1, "simulated-uplink")
@@ -64,10 +66,10 @@ class SimulatedUplink:
         done = FlagEvent()
         self.from_pageable_nbytes += 0 if self.reads(source) else source.numel()
         destination.fill_(POISON)
-        self._executor.submit(self._copy, source, destination, last_use, done)
+        self._executor.submit(self._copy, source, destination, last_use, done, name)
         return done
 
-    def _copy(self, source: Tensor, destination: Tensor, last_use: Event, done: FlagEvent) -> None:
+    def _copy(self, source: Tensor, destination: Tensor, last_use: Event, done: FlagEvent, name: str) -> None:
         try:
             last_use.synchronize()
             began = time.perf_counter()
@@ -75,6 +77,8 @@ class SimulatedUplink:
             destination.copy_(source)
             seconds = time.perf_counter() - began
             self.busy_seconds += seconds
+            if self._tracer is not None:
+                self._tracer.span("copy", name, began, began + seconds, bytes=source.numel())
             self.nbytes_copied += source.numel()
             self.peak_bytes_per_second = max(source.numel() / seconds, self.peak_bytes_per_second or 0.0)
         except BaseException as error:
@@ -99,6 +103,12 @@ class SimulatedUplink:
         nbytes = self.pinned.pop(address)
         if self._libc:
             self._libc.munlock(ctypes.c_void_p(address), ctypes.c_size_t(nbytes))
+
+    def clock(self) -> HostClock:
+        return HostClock()
+
+    def draw_on(self, tracer: Tracer | None) -> None:
+        self._tracer = tracer
 
     def close(self) -> None:
         self._executor.shutdown()
@@ -170,6 +180,12 @@ class SimulatedDevice:
 
     def unregister(self, address: int) -> None:
         pass
+
+    def clock(self) -> HostClock:
+        return HostClock()
+
+    def draw_on(self, tracer: Tracer | None) -> None:
+        assert tracer is None, "this device has no time"
 
     def close(self) -> None:
         while self._step():
