@@ -15,6 +15,7 @@ from offload_sirius.engine import NoProgress, build, open_model
 from offload_sirius.engine.placement import place
 from offload_sirius.errors import ConfigError
 from offload_sirius.trace import Tracer
+from offload_sirius.weights.layout import PAGE_NBYTES, align
 from offload_sirius.weights.plan import MIN_READERS
 
 MODEL = "synthetic:tiny?dtype=F32&layers=8"
@@ -79,7 +80,7 @@ def test_a_pass_over_an_emulated_link_is_held_against_its_rate() -> None:
 def test_each_tier_has_a_ceiling_and_the_slower_one_bounds_a_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = place(OPENED.checkpoint, config_for()).plan
     readers = MIN_READERS * whole.host_bill["readers"] // whole.num_readers
-    host_memory = str(readers + whole.host_bill["embedding"] + 3 * whole.layer_nbytes)
+    host_memory = str(readers + whole.host_bill["embedding"] + 3 * align(whole.layer_nbytes, PAGE_NBYTES))
     monkeypatch.setattr(stream, "read_seconds", lambda files, nbytes, *queue: nbytes / 1000)
     report = report_of(config_for(host_memory=host_memory))
     assert [gap.tier for gap in report.layers].count("disk") == 5
