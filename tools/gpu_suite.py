@@ -78,7 +78,7 @@ def judge_link(figures: Figures) -> Verdict:
 
 
 def judge_stream(least: float, *, most_host: float | None = None) -> Callable[[Figures], Verdict]:
-    """Full passes must use that share of the link's measured rate, and host memory be no more than that many times their bytes."""
+    """Full passes must use that share of the link's rate, and take at most that many times their bytes of host memory."""
 
     def judge(figures: Figures) -> Verdict:
         share, seconds = figures["link_share"], figures["seconds"]["median"]
