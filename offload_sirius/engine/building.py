@@ -22,14 +22,13 @@ from offload_sirius.weights.device import DeviceStore
 from offload_sirius.weights.disk import ReaderPool
 from offload_sirius.weights.embedding import DiskEmbedding, Embedding, TableEmbedding
 from offload_sirius.weights.host import HostStore
-from offload_sirius.weights.load import Loader, load_nbytes
+from offload_sirius.weights.load import Loader
+from offload_sirius.weights.pieces import load_nbytes
+from offload_sirius.weights.plan import NUM_STAGING
 from offload_sirius.weights.streamer import WeightStreamer
 from offload_sirius_loaders import open_checkpoint
 from offload_sirius_loaders.checkpoint import Checkpoint
 from offload_sirius_loaders.writer import write_checkpoint
-
-NUM_STAGING = 2
-"""Host buffers of a layer's size through which a device with memory of its own is filled: one is read into, one uploaded."""
 
 
 def build(model: Model, config: EngineConfig, progress: Progress) -> Engine:

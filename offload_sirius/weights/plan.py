@@ -31,6 +31,9 @@ DISK_AHEAD_NBYTES = 256 << 20
 
 MIN_READERS, MAX_READERS = 2, 32
 
+NUM_STAGING = 2
+"""Host buffers of a layer's size through which a device with memory of its own is filled: one is read into, one uploaded."""
+
 EmbeddingPlace = Literal["device", "host", "disk"]
 """device: the head's own matrix, where the two are tied. disk: rows are read as they are needed."""
 
@@ -177,12 +180,12 @@ def _place_on_host(spec: ModelSpec, layout: LayerLayout, demand: Demand, budgets
     """Readers first, as nothing loads without them (three quarters at most); then the embedding table; then layers.
 
     readers   = readers * (one read buffer + one decoded piece)
-    staging   = 2 * layer, on a device with its own memory
+    staging   = NUM_STAGING * layer, on a device with its own memory
     embedding = V * D * element, unless the device has it or its rows are read from disk
     layers    = layers in host memory * layer
     """
     num_readers = max(MIN_READERS, min(MAX_READERS, budgets.host_nbytes * 3 // 4 // demand.reader_nbytes))
-    staging_nbytes = 2 * layout.nbytes if demand.staged else 0
+    staging_nbytes = NUM_STAGING * layout.nbytes if demand.staged else 0
     needed = MIN_READERS * demand.reader_nbytes + staging_nbytes
     if budgets.host_nbytes < needed:
         raise BudgetError(
