@@ -13,9 +13,12 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from offload_sirius.errors import ConfigError
+
+DtypeName = Literal["bfloat16", "float32"]
+"""A type that weights are held and computed in: a machine has rates for each."""
 
 GIVEN, ASSUMED = "given", "assumed"
 

@@ -26,14 +26,14 @@ from offload_sirius.engine.planning import (
     rates_of,
 )
 from offload_sirius.errors import BudgetError, DeviceError
-from offload_sirius.rates import Rates, rates_file, read_rates
+from offload_sirius.rates import DtypeName, Rates, rates_file, read_rates
 from offload_sirius.units import format_size
 from offload_sirius.weights.layout import LayerLayout
 from offload_sirius.weights.plan import Plan
 from offload_sirius.weights.predict import Prediction
 from offload_sirius_loaders.checkpoint import Checkpoint
 
-DTYPES: dict[str, torch.dtype] = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+DTYPES: dict[DtypeName, torch.dtype] = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 @dataclass(frozen=True, kw_only=True)

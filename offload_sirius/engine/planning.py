@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 from offload_sirius import machine
 from offload_sirius.config import EngineConfig, PlanConfig
@@ -21,16 +21,15 @@ from offload_sirius.model.costs import (
     mixing_flops,
     position_tables_nbytes,
 )
-from offload_sirius.rates import Rates, Stored, assumed_cpu_rates, assumed_gpu_rates
+from offload_sirius.rates import DtypeName, Rates, Stored, assumed_cpu_rates, assumed_gpu_rates
 from offload_sirius.units import MIB, Size, format_size
-from offload_sirius.weights.layout import PARTS, LayerLayout, layer_layout
+from offload_sirius.weights.layout import PARTS, LayerLayout, Part, layer_layout
 from offload_sirius.weights.pieces import load_nbytes, reader_nbytes, stored_part_nbytes
 from offload_sirius.weights.plan import MAX_READERS, Budgets, Demand, Plan, as_flag, make_plan
 from offload_sirius.weights.predict import Prediction, Setting, Work, predict
 from offload_sirius_loaders.checkpoint import Checkpoint
 from offload_sirius_loaders.spec import ModelSpec
 
-DtypeName = Literal["bfloat16", "float32"]
 ELEMENT_NBYTES: dict[DtypeName, int] = {"bfloat16": 2, "float32": 4}
 
 DEFAULT_CONTEXT = 4096
@@ -115,9 +114,11 @@ def hardware_asked_for(config: EngineConfig, asked: PlanConfig, stored: Stored) 
 
 def rates_of(hardware: Hardware, dtype: DtypeName, stored: Stored) -> Rates:
     """What was measured on this hardware, else what is assumed of its kind."""
-    measured = stored.rates.get(hardware.rates_key(dtype))
-    if measured is not None:
-        return measured
+    return stored.rates.get(hardware.rates_key(dtype)) or assumed_rates(hardware)
+
+
+def assumed_rates(hardware: Hardware) -> Rates:
+    """Of hardware nobody has measured."""
     return assumed_gpu_rates() if hardware.own_memory else assumed_cpu_rates(hardware.num_cores)
 
 
@@ -165,13 +166,18 @@ class Planned:
         )
         return replace(self, budgets=budgets, plan=make_plan(self.spec, self.layout, self.demand, budgets))
 
+    @property
+    def stored_nbytes(self) -> dict[Part, int]:
+        """Bytes of each part of a layer as its files have them."""
+        return {part: stored_part_nbytes(self.checkpoint, 0, part) for part in PARTS}
+
     def setting(self, rates: Rates) -> Setting:
         """What a prediction needs."""
         emulated = self.config.link_gbps if self.hardware != DESCRIBED else None
         return Setting(
             plan=self.plan,
             layout=self.layout,
-            stored_nbytes={part: stored_part_nbytes(self.checkpoint, 0, part) for part in PARTS},
+            stored_nbytes=self.stored_nbytes,
             load_nbytes=None if self.computed and not self.plan.disk_layers else load_nbytes(self.checkpoint, self.plan),
             own_memory=self.hardware.own_memory,
             paced_bytes_per_second=_per_second(emulated, 1e9),
@@ -259,6 +265,13 @@ def context_of(config: EngineConfig, spec: ModelSpec) -> int:
     return config.max_context
 
 
+def require_prompt(config: EngineConfig, spec: ModelSpec, prompt_tokens: int) -> None:
+    """Raises ConfigError for a prompt that leaves no room for an answer."""
+    context = context_of(config, spec)
+    if prompt_tokens > context:
+        raise ConfigError(f"--prompt-tokens is {prompt_tokens}, the context has {context} positions; give a larger --max-context")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
     """One way to run a model, and how fast it would be."""
@@ -317,6 +330,7 @@ def prediction_figures(prediction: Prediction) -> dict[str, Any]:
     """A prediction as plain values."""
     return {
         "seconds_per_token": prediction.seconds_per_token,
+        "seconds_per_pass": prediction.seconds_per_pass,
         "first_token_seconds": prediction.first_token_seconds,
         "load_seconds": prediction.load_seconds,
         "bound": prediction.bound,

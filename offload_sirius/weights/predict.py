@@ -106,16 +106,26 @@ class PassBill:
     @property
     def bound(self) -> Bound:
         """What takes longest."""
-        seconds: dict[Bound, float] = {"link": self.link_seconds, "disk": self.disk_seconds, "compute": self.compute_seconds}
-        return max(seconds, key=lambda each: seconds[each])
+        return max(self._seconds, key=lambda each: self._seconds[each])
+
+    @property
+    def bound_seconds(self) -> float:
+        """How long that takes: a pass takes as long, or longer where it has to wait."""
+        return self._seconds[self.bound]
+
+    @property
+    def _seconds(self) -> dict[Bound, float]:
+        return {"link": self.link_seconds, "disk": self.disk_seconds, "compute": self.compute_seconds}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prediction:
     """What is to be expected of a plan."""
 
+    seconds_per_pass: float
+    """Between two tokens of an answer, once it is under way."""
     seconds_per_token: float
-    """Between two tokens of an answer, once it is under way: one pass."""
+    """The same over the sequences that a pass gives a token each."""
     first_token_seconds: float
     """From a prompt to its first token, the ring being empty."""
     load_seconds: float | None
@@ -138,8 +148,10 @@ def predict(setting: Setting, token: Work, prompt: Work) -> Prediction:
         began = replay.run(of_token)
     for _ in range(COUNTED_PASSES):
         ended = replay.run(of_token)
+    seconds_per_pass = (ended - began) / COUNTED_PASSES
     return Prediction(
-        seconds_per_token=(ended - began) / COUNTED_PASSES,
+        seconds_per_pass=seconds_per_pass,
+        seconds_per_token=seconds_per_pass / token.num_head_rows,
         first_token_seconds=first,
         load_seconds=load_seconds(setting),
         bound=token_bill.bound,
