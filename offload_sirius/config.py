@@ -59,6 +59,7 @@ class EngineConfig:
     link_gbps: float | None = _setting(None, "Emulate a host-to-device link of this many GB/s (1e9 bytes) by pacing real copies.")
     dtype: Dtype = _setting("auto", "auto (float32 for float32 checkpoints, else bfloat16), bfloat16 or float32.")
     max_context: int | None = _setting(None, "Positions to plan the KV cache for. Default: prompt and answer, 4096 in Python.")
+    auto: bool = _setting(False, "Choose by predicted speed what is left to choose: bfloat16 or float32, where --dtype is auto.")
     threads: int | None = _setting(
         None, "CPU threads to compute with. Default: the physical cores, less one while layers come from disk."
     )
@@ -96,6 +97,36 @@ class EngineConfig:
     def host_size(self) -> Size:
         """The host budget as given."""
         return parse_size(self.host_memory)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanConfig:
+    """What a prediction is asked for beside a model and its place, and rates of machines one does not have."""
+
+    device_tflops: float | None = _setting(
+        None, "Describe a device with memory of its own: TFLOPS (1e12) of its matmuls in this dtype."
+    )
+    device_gbps: float | None = _setting(
+        None, "Describe a device with memory of its own: GB/s (1e9 bytes) at which it reads its memory."
+    )
+    disk_gbps: float | None = _setting(
+        None, "Rate of the disk in GB/s (1e9 bytes). Default: measured by doctor --measure, or assumed."
+    )
+    prompt_tokens: int = _setting(512, "Tokens of the prompt.")
+    batch: int = _setting(1, "Sequences that would be decoded together in every pass; generate decodes one.")
+
+    def __post_init__(self) -> None:
+        for name in ("device_tflops", "device_gbps", "disk_gbps"):
+            found = getattr(self, name)
+            if found is not None:
+                _require(1e-6 <= found <= 1e6, name.replace("_", "-"), found, "between 0.000001 and 1,000,000")
+        _require(1 <= self.prompt_tokens <= 10**7, "prompt-tokens", self.prompt_tokens, "between 1 and 10,000,000")
+        _require(1 <= self.batch <= 10**4, "batch", self.batch, "between 1 and 10,000")
+
+    @property
+    def describes_device(self) -> bool:
+        """The device is one that need not be here."""
+        return self.device_tflops is not None or self.device_gbps is not None
 
 
 @dataclass(frozen=True, kw_only=True)

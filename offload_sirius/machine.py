@@ -1,6 +1,7 @@
 """What this process may use of the machine it runs on: memory, cores, file systems. Reads psutil, /proc and cgroup files.
 
-Linux. Knows nothing of what the memory is for, and of no GPU. `root` is the file system these are read from: tests give a folder.
+Linux. Knows nothing of what the memory is for, and of a GPU only whether a driver may have one. `root` is the file system these
+are read from: tests give a folder.
 """
 
 from __future__ import annotations
@@ -18,6 +19,10 @@ from offload_sirius.units import KIB
 _ROOT = Path("/")
 _UNLIMITED_NBYTES = 1 << 60
 """Version 1 writes no limit as the largest multiple of a page below 2^63."""
+
+
+_GPU_DEVICES = ("nvidiactl", "kfd", "dxg")
+"""NVIDIA's driver, AMD's, and Windows' for a Linux inside it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +100,18 @@ def physical_cores(root: Path = _ROOT) -> int:
     quotas = [_cpu_quota(version, folder) for version, folder in _groups("cpu", root)]
     # Rounded down: a thread more than the quota pays for is stopped for part of every period, and the others wait for it.
     return max(1, int(min([len(cores), *(quota for quota in quotas if quota is not None)])))
+
+
+def cpu_model(root: Path = _ROOT) -> str:
+    """What the CPU calls itself, `AMD EPYC` say; its architecture where it does not."""
+    lines = (_text(root / "proc/cpuinfo") or "").splitlines()
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, "") or os.uname().machine
+
+
+def may_have_gpu(root: Path = _ROOT) -> bool:
+    """Whether a driver has left what torch needs to find a GPU: where this is false, nobody has to import torch to ask."""
+    return any((root / "dev" / name).exists() for name in _GPU_DEVICES)
 
 
 def peak_resident_nbytes(root: Path = _ROOT) -> int:

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 import offload_sirius
 from offload_sirius.decode.stream import TextPiece
 from offload_sirius.engine import Engine
-from offload_sirius.model.transformer import activation_nbytes
+from offload_sirius.model.costs import activation_nbytes
 from offload_sirius.weights.plan import MIN_SLOTS
 
 PROMPT = [1, 2, 3, 4, 5]

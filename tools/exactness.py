@@ -36,7 +36,7 @@ from offload_sirius.config import EngineConfig
 from offload_sirius.engine import Engine, Model, open_model
 from offload_sirius.engine.placement import place
 from offload_sirius.errors import USER_ERRORS, PromptError
-from offload_sirius.weights.disk import reader_nbytes
+from offload_sirius.weights.pieces import reader_nbytes
 from offload_sirius.weights.plan import MIN_READERS
 
 EQUAL, DIFFERENT, WRONG_INPUT = 0, 1, 2

@@ -49,6 +49,18 @@ def open_checkpoint(model: str) -> Checkpoint:
     raise CheckpointError(f"{model!r} is not a known model{_did_you_mean(model)}; accepted are {_ACCEPTED}")
 
 
+def hub_id_of(model: str) -> str | None:
+    """The hub id under which `open_checkpoint` would look for a model; None for all that is not looked for there."""
+    from offload_sirius_loaders.hub import ALIASES, DEMO_ALIAS, demo_gguf
+
+    if model.startswith("synthetic:") or os.path.exists(os.path.expanduser(model)):
+        return None
+    if model in ALIASES:
+        return None if model == DEMO_ALIAS and demo_gguf() else ALIASES[model]
+    is_path = model.startswith(_PATH_STARTS) or model.endswith(_FILE_SUFFIXES)
+    return model if _HUB_ID.fullmatch(model) and not is_path else None
+
+
 def _open_path(path: Path, name: str) -> Checkpoint:
     try:
         gguf_file = _gguf_file(path)

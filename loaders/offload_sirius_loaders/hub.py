@@ -86,6 +86,21 @@ def download(repo_id: str) -> Path:
     return snapshot
 
 
+def is_cached(repo_id: str) -> bool:
+    """Whether a hub model is complete in the cache. No network."""
+    return _cached_snapshot(repo_id) is not None
+
+
+def fetch_config(repo_id: str) -> Path:
+    """The config.json of a hub model, downloaded where it is not in the cache. Raises CheckpointError as `download` does."""
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(repo_id, "config.json"))
+    except Exception as error:  # beside its own errors the hub raises those of whichever HTTP library it is built on
+        raise CheckpointError(f"{repo_id}: {_reason(repo_id, error)}") from error
+
+
 def cached_models() -> list[CachedModel]:
     """Every complete model in the hub's cache, by name. No network."""
     from huggingface_hub import scan_cache_dir

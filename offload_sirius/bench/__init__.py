@@ -1,0 +1,1 @@
+"""What a machine can do, measured with the same parts that run a model."""

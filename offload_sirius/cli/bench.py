@@ -131,7 +131,7 @@ def _stream(
     config: EngineConfig, num_passes: int, trace: str | None, plot: str | None, *, all_streamed: bool, verbose: bool
 ) -> StreamReport:
     from offload_sirius.bench.plot import plot_stream, require_plot
-    from offload_sirius.bench.stream import measure_stream, streaming_config
+    from offload_sirius.bench.stream import PROMPT, measure_stream, streaming_config
     from offload_sirius.cli.console import LoadProgress
     from offload_sirius.engine import build, open_model
     from offload_sirius.trace import Tracer
@@ -145,7 +145,7 @@ def _stream(
         progress = LoadProgress()
         with build(opened, config, progress, tracer) as engine:
             if verbose:
-                explain(engine)
+                explain(engine, len(PROMPT))
             report = measure_stream(engine, tracer, num_passes, progress)
     if plot is not None:
         plot_stream(report, Path(plot))

@@ -10,9 +10,13 @@ from typing import Any
 
 from offload_sirius.decode.result import Generation
 from offload_sirius.decode.stream import TextPiece
+from offload_sirius.weights.predict import Bound, Prediction
 
 PLAIN_PROGRESS_SECONDS = 5.0
 """Where stderr is no terminal, a line this often."""
+
+BOUNDS: dict[Bound, str] = {"link": "the link", "disk": "the disk", "compute": "computing"}
+"""What a pass may be held up by, for people."""
 
 SLOW_TOKEN_SECONDS = 0.5
 """A model that takes longer a token shows its rate while it writes."""
@@ -136,3 +140,12 @@ def summary(result: Generation) -> str:
         per_token = link.copied_bytes / max(result.new_tokens, 1) / 1e9
         parts.append(f"{per_token:.3f} GB a token over the link at {link.gbytes_per_second:.2f} GB/s, {link.busy_share:.0%} busy")
     return ", ".join(parts)
+
+
+def predicted(prediction: Prediction) -> str:
+    """One line of what was to be expected, and of what that rests on."""
+    rests_on = ", ".join(sorted(set(prediction.sources.values())))
+    return (
+        f"predicted: {prediction.seconds_per_token:.3g} s a token, first after {prediction.first_token_seconds:.3g} s, "
+        f"bound by {BOUNDS[prediction.bound]} (rates: {rests_on})"
+    )

@@ -1,12 +1,12 @@
-"""`offload-sirius doctor`: what this machine has, what limits it, what is missing."""
+"""`offload-sirius doctor`: what this machine has, what limits it, what is missing, and how fast it was found to be."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -16,9 +16,12 @@ from offload_sirius.cli import flags
 from offload_sirius.errors import ConfigError
 from offload_sirius.units import format_size
 
+if TYPE_CHECKING:
+    from offload_sirius.rates import DtypeName, Rates
+
 EXAMPLES = """\b
 Examples:
-  offload-sirius doctor
+  offload-sirius doctor --measure
   offload-sirius doctor --path /data/models --json
 """
 
@@ -38,10 +41,17 @@ def doctor(
         str | None,
         typer.Option("--path", help="File or folder whose disk is measured; default the cache folder's.", metavar="PATH"),
     ] = None,
+    measure: Annotated[
+        bool,
+        typer.Option("--measure", help="Measure link, disk, memory and matmul, and keep the rates: predictions rest on them."),
+    ] = False,
     as_json: flags.Json = False,
 ) -> None:
-    """Report devices, memory, disk speed, and what is missing."""
-    findings = [*_software(), *_devices(), *_memory(), *_disk(Path(path) if path else None)]
+    """Report devices, memory, disk speed, measured rates, and what is missing."""
+    place = Path(path) if path else None
+    if measure:
+        _measure(place)
+    findings = [*_software(), *_devices(), *_memory(), *_disk(place), *_rates()]
     if as_json:
         typer.echo(json.dumps({finding.name: finding.value for finding in findings}))
         return
@@ -127,6 +137,50 @@ def _disk(path: Path | None) -> list[Finding]:
             advice="" if rate.direct else "this file system refuses O_DIRECT; a local disk streams faster",
         ),
     ]
+
+
+def _measure(path: Path | None) -> None:
+    """Measure both types of weights, and keep what was found."""
+    import datetime
+
+    from offload_sirius.bench.rates import measure_rates
+    from offload_sirius.cli.console import say
+    from offload_sirius.engine.placement import DTYPES, find_device, hardware_of
+    from offload_sirius.engine.planning import assumed_rates
+    from offload_sirius.rates import rates_file, write_rates
+
+    device = find_device("auto")
+    hardware = hardware_of(device)
+    source = f"measured {datetime.date.today().isoformat()}"
+    for name, dtype in DTYPES.items():
+        say(f"measuring {hardware.model}, {name}")
+        rates = measure_rates(device, dtype, path or _cache_folder(), assumed_rates(hardware), source)
+        write_rates(rates_file(cache_folder()), hardware.rates_key(name), rates)
+
+
+def _rates() -> list[Finding]:
+    """What `--measure` has found, on this run or an earlier one."""
+    from offload_sirius.engine.placement import DTYPES, find_device, hardware_of
+    from offload_sirius.rates import rates_file, read_rates
+
+    stored = read_rates(rates_file(cache_folder()))
+    hardware = hardware_of(find_device("auto"))
+    return [_rates_finding(name, stored.rates.get(hardware.rates_key(name)), stored.problem) for name in DTYPES]
+
+
+def _rates_finding(dtype: DtypeName, rates: Rates | None, problem: str) -> Finding:
+    name = f"rates_{dtype}"
+    if rates is None:
+        return Finding(
+            name=name, value=None, text="not measured", advice=problem or "measure with `offload-sirius doctor --measure`"
+        )
+    text = (
+        f"link {rates.link_bytes_per_second / 1e9:.2f} GB/s, disk {rates.disk_bytes_per_second / 1e9:.2f} GB/s, "
+        f"device memory {rates.device_bytes_per_second / 1e9:.4g} GB/s, "
+        f"matmul {rates.device_flops_per_second / 1e12:.3g} TFLOPS, "
+        f"{rates.layer_overhead_seconds * 1e3:.3g} ms a layer beside; {rates.sources['device_bytes_per_second']}"
+    )
+    return Finding(name=name, value=asdict(rates), text=text)
 
 
 def _cache_folder() -> Path:

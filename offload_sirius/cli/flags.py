@@ -6,9 +6,10 @@ from typing import Annotated, Any
 
 import typer
 
-from offload_sirius.config import EngineConfig, GenerationConfig, SamplingConfig, help_of
+from offload_sirius.config import EngineConfig, GenerationConfig, PlanConfig, SamplingConfig, help_of
 
 MODEL, PLACE, DECODING, SAMPLING, PROMPT, OUTPUT = "Model", "Memory and device", "Decoding", "Sampling", "Prompt", "Output"
+DESCRIBED = "A machine you do not have"
 
 
 def _option(config: type, name: str, panel: str, **more: Any) -> Any:
@@ -22,6 +23,7 @@ HostMemory = Annotated[str, _option(EngineConfig, "host_memory", PLACE, metavar=
 LinkGbps = Annotated[float | None, _option(EngineConfig, "link_gbps", PLACE, metavar="GB/S")]
 Dtype = Annotated[str, _option(EngineConfig, "dtype", PLACE, metavar="DTYPE")]
 MaxContext = Annotated[int | None, _option(EngineConfig, "max_context", PLACE, metavar="N")]
+Auto = Annotated[bool, typer.Option("--auto", help=help_of(EngineConfig, "auto"), rich_help_panel=PLACE)]
 Threads = Annotated[int | None, _option(EngineConfig, "threads", PLACE, metavar="N")]
 SharedHostBuffers = Annotated[int | None, _option(EngineConfig, "shared_host_buffers", PLACE, metavar="N")]
 
@@ -30,6 +32,12 @@ MaxNewTokens = Annotated[int, _option(GenerationConfig, "max_new_tokens", DECODI
 Stop = Annotated[list[str] | None, _option(GenerationConfig, "stop", DECODING, metavar="TEXT")]
 IgnoreEos = Annotated[bool, typer.Option("--ignore-eos", help=help_of(GenerationConfig, "ignore_eos"), rich_help_panel=DECODING)]
 Chat = Annotated[bool, typer.Option("--chat/--no-chat", help=help_of(GenerationConfig, "chat"), rich_help_panel=PROMPT)]
+
+DeviceTflops = Annotated[float | None, _option(PlanConfig, "device_tflops", DESCRIBED, metavar="TFLOPS")]
+DeviceGbps = Annotated[float | None, _option(PlanConfig, "device_gbps", DESCRIBED, metavar="GB/S")]
+DiskGbps = Annotated[float | None, _option(PlanConfig, "disk_gbps", DESCRIBED, metavar="GB/S")]
+PromptTokens = Annotated[int, _option(PlanConfig, "prompt_tokens", DECODING, metavar="N")]
+Batch = Annotated[int, _option(PlanConfig, "batch", DECODING, metavar="B")]
 
 Temperature = Annotated[float, _option(SamplingConfig, "temperature", SAMPLING, metavar="T")]
 TopK = Annotated[int, _option(SamplingConfig, "top_k", SAMPLING, metavar="K")]

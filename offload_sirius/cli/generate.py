@@ -51,6 +51,7 @@ def generate(
     link_gbps: flags.LinkGbps = _ENGINE.link_gbps,
     dtype: flags.Dtype = _ENGINE.dtype,
     max_context: flags.MaxContext = _ENGINE.max_context,
+    auto: flags.Auto = _ENGINE.auto,
     threads: flags.Threads = _ENGINE.threads,
     shared_host_buffers: flags.SharedHostBuffers = _ENGINE.shared_host_buffers,
     max_new_tokens: flags.MaxNewTokens = _GENERATION.max_new_tokens,
@@ -75,6 +76,7 @@ def generate(
         link_gbps=link_gbps,
         dtype=dtype,  # type: ignore[arg-type]  # checked by EngineConfig
         max_context=max_context,
+        auto=auto,
         threads=threads,
         shared_host_buffers=shared_host_buffers,
     )
@@ -106,7 +108,7 @@ def _run(
     # Everything was checked that can be without them: only now the second that torch takes.
     from dataclasses import replace
 
-    from offload_sirius.cli.console import LoadProgress
+    from offload_sirius.cli.console import LoadProgress, say
     from offload_sirius.engine import build, open_model
 
     model = open_model(engine_config.model)
@@ -118,8 +120,10 @@ def _run(
         # The engine would say so too, but only after it has loaded.
         model.room_for(len(prompt_ids), generation.max_new_tokens, engine_config.max_context)
     with build(model, engine_config, LoadProgress(), tracer) as engine:
+        if engine.rates_problem:
+            say(engine.rates_problem)
         if verbose:
-            explain(engine)
+            explain(engine, len(prompt_ids))
         return _answer(engine, prompt_ids, generation, as_json=as_json)
 
 
@@ -148,9 +152,9 @@ def _answer(engine: Engine, prompt_ids: list[int], generation: GenerationConfig,
     return EXIT_INTERRUPTED if result.finish_reason == "interrupted" else EXIT_DONE
 
 
-def explain(engine: Engine) -> None:
-    """Say where the weights are and what that takes."""
-    from offload_sirius.cli.console import say
+def explain(engine: Engine, num_prompt: int) -> None:
+    """Say where the weights are, what that takes, and what may be expected of it."""
+    from offload_sirius.cli.console import predicted, say
     from offload_sirius.units import format_size
 
     plan = engine.plan
@@ -160,3 +164,4 @@ def explain(engine: Engine) -> None:
     )
     for where, bill in (("device", plan.device_bill), ("host", plan.host_bill)):
         say(f"{where}: " + ", ".join(f"{what} {format_size(nbytes)}" for what, nbytes in bill.items() if nbytes))
+    say(predicted(engine.predict(num_prompt)))

@@ -7,17 +7,30 @@ print(engine.generate("Why is the sky blue?").text)
 from __future__ import annotations
 
 from dataclasses import fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from offload_sirius.config import EngineConfig
-from offload_sirius.engine.building import build
-from offload_sirius.engine.engine import Engine
-from offload_sirius.engine.opened import Model, Prompt, open_model
 from offload_sirius.engine.progress import NoProgress, Progress
 from offload_sirius.errors import ConfigError
 from offload_sirius.trace import Tracer
 
+if TYPE_CHECKING:
+    from offload_sirius.engine.building import build
+    from offload_sirius.engine.engine import Engine
+    from offload_sirius.engine.opened import Model, Prompt, open_model
+
 __all__ = ["Engine", "Model", "NoProgress", "Progress", "Prompt", "build", "load", "open_model"]
+
+_HOMES = {"Engine": "engine", "Model": "opened", "Prompt": "opened", "build": "building", "open_model": "opened"}
+
+
+def __getattr__(name: str) -> Any:
+    # Planning takes no weights and no torch: it shall not wait for those who do.
+    if name in _HOMES:
+        from importlib import import_module
+
+        return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def load(model: str | None = None, *, progress: Progress | None = None, tracer: Tracer | None = None, **settings: Any) -> Engine:
@@ -27,6 +40,9 @@ def load(model: str | None = None, *, progress: Progress | None = None, tracer: 
     tracer: is told of every copy, wait, computation and choice, and writes them as a trace when asked.
     Raises one of offload_sirius.errors.USER_ERRORS, each with one line that says what to do.
     """
+    from offload_sirius.engine.building import build
+    from offload_sirius.engine.opened import open_model
+
     given = settings if model is None else settings | {"model": model}
     known = [each.name for each in fields(EngineConfig)]
     if unknown := sorted(set(given) - set(known)):

@@ -20,7 +20,8 @@ from offload_sirius.trace import Tracer
 from offload_sirius.weights.device import DeviceStore
 from offload_sirius.weights.disk import ReaderPool
 from offload_sirius.weights.embedding import DiskEmbedding, Embedding, TableEmbedding
-from offload_sirius.weights.load import Loader, load_nbytes
+from offload_sirius.weights.load import Loader
+from offload_sirius.weights.pieces import load_nbytes
 from offload_sirius.weights.streamer import WeightStreamer
 from offload_sirius_loaders import open_checkpoint
 from offload_sirius_loaders.checkpoint import Checkpoint

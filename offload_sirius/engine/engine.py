@@ -20,10 +20,13 @@ from offload_sirius.decode.stream import Outcome, TextStream
 from offload_sirius.decode.text import Detokenizer, StopMatcher
 from offload_sirius.engine.opened import Model, Prompt
 from offload_sirius.engine.placement import Placement, memory_errors
+from offload_sirius.engine.planning import plan_figures, prediction_figures
 from offload_sirius.errors import ConfigError
-from offload_sirius.model.transformer import Transformer, activation_nbytes
+from offload_sirius.model.costs import activation_nbytes
+from offload_sirius.model.transformer import Transformer
 from offload_sirius.trace import Tracer
 from offload_sirius.weights.plan import Plan
+from offload_sirius.weights.predict import Prediction
 from offload_sirius.weights.streamer import WeightStreamer
 from offload_sirius_loaders.checkpoint import Checkpoint
 from offload_sirius_loaders.spec import ModelSpec
@@ -80,6 +83,15 @@ class Engine:
     def plan(self) -> Plan:
         """What is resident and what is streamed."""
         return self._placement.plan
+
+    @property
+    def rates_problem(self) -> str:
+        """One line where the rates measured on this machine could not be read; predictions then rest on assumed ones."""
+        return self._placement.rates_problem
+
+    def predict(self, prompt_tokens: int) -> Prediction:
+        """What may be expected for a prompt of that many tokens and an answer that fills the context."""
+        return self._placement.predict(prompt_tokens)
 
     def generate(self, prompt: Prompt, config: GenerationConfig | None = None, **settings: Any) -> Generation:
         """A whole answer. prompt: text, messages, or token ids; settings: fields of GenerationConfig and SamplingConfig."""
@@ -153,9 +165,13 @@ class Engine:
             passes=Passes(prefill=min(num_new, 1), full=max(num_new - 1, 0)),
             link=counters.figures(last - outcome.began, self._loaded_nbytes),
             memory=self._memory(num_prompt),
-            plan=plan_figures(self._placement),
+            plan=self._plan_figures(num_prompt),
             settings=asdict(self.config) | asdict(config),
         )
+
+    def _plan_figures(self, num_prompt: int) -> dict[str, Any]:
+        predicted = prediction_figures(self._placement.predict(num_prompt))
+        return plan_figures(self._placement.planned) | {"predicted": predicted}
 
     def _memory(self, num_prompt: int) -> MemoryFigures:
         device = self._placement.device
@@ -194,20 +210,6 @@ class _Counters:
             measured_peak_gbytes_per_second=peak / 1e9 if peak else None,
             busy_share=min((streamer.busy_seconds - self._busy_seconds) / seconds, 1.0) if streams else None,
         )
-
-
-def plan_figures(placement: Placement) -> dict[str, Any]:
-    """A plan as plain values."""
-    plan = placement.plan
-    return {
-        "device": str(placement.device),
-        "dtype": str(placement.dtype).removeprefix("torch."),
-        "context": placement.context,
-        **asdict(plan),
-        "device_nbytes": plan.device_nbytes,
-        "host_nbytes": plan.host_nbytes,
-        "pass_nbytes": plan.pass_nbytes,
-    }
 
 
 def with_settings(config: GenerationConfig, settings: dict[str, Any]) -> GenerationConfig:

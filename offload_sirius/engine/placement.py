@@ -1,4 +1,4 @@
-"""From settings and the machine to a plan: which device, which type, how much memory, and where each layer goes.
+"""The part of planning that needs torch: which device there is, what it has free, and what running out of memory looks like.
 
 Reads sizes, never weights; allocates nothing.
 """
@@ -13,54 +13,92 @@ from dataclasses import dataclass
 import torch
 
 from offload_sirius import machine
+from offload_sirius.cache import cache_folder
 from offload_sirius.config import EngineConfig
-from offload_sirius.errors import BudgetError, ConfigError, DeviceError
-from offload_sirius.model.kv_cache import kv_cache_nbytes
-from offload_sirius.model.transformer import activation_nbytes, position_tables_nbytes
-from offload_sirius.units import MIB, format_size
-from offload_sirius.weights.disk import reader_nbytes
-from offload_sirius.weights.layout import LayerLayout, layer_layout
-from offload_sirius.weights.plan import MAX_READERS, Budgets, Demand, Plan, as_flag, make_plan
+from offload_sirius.engine.planning import (
+    Candidate,
+    Hardware,
+    Planned,
+    candidates,
+    free_host_nbytes,
+    host_hardware,
+    plan_model,
+    rates_of,
+)
+from offload_sirius.errors import BudgetError, DeviceError
+from offload_sirius.rates import DtypeName, Rates, rates_file, read_rates
+from offload_sirius.units import format_size
+from offload_sirius.weights.layout import LayerLayout
+from offload_sirius.weights.plan import Plan
+from offload_sirius.weights.predict import Prediction
 from offload_sirius_loaders.checkpoint import Checkpoint
-from offload_sirius_loaders.spec import ModelSpec
 
-DEFAULT_CONTEXT = 4096
-"""Positions planned for where nobody says how long prompt and answer will be."""
-
-HOST_RESERVE_NBYTES = 192 * MIB
-"""Host memory left to the program itself: libraries that load late, scratch memory of matmuls, text."""
+DTYPES: dict[DtypeName, torch.dtype] = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Placement:
-    """Everything that is decided before a byte is allocated."""
+    """What was decided, on a device of torch's."""
 
+    planned: Planned
     device: torch.device
-    dtype: torch.dtype
-    context: int
-    """Positions of the KV cache."""
-    layout: LayerLayout
-    plan: Plan
+    rates: Rates
+    """What the prediction is made with."""
+    rates_problem: str
+    """One line where the rates measured before could not be read."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type weights are held and computed in."""
+        return DTYPES[self.planned.dtype]
+
+    @property
+    def context(self) -> int:
+        """Positions of the KV cache."""
+        return self.planned.context
+
+    @property
+    def layout(self) -> LayerLayout:
+        """Where everything lies in a layer."""
+        return self.planned.layout
+
+    @property
+    def plan(self) -> Plan:
+        """Where each layer lives."""
+        return self.planned.plan
+
+    def predict(self, prompt_tokens: int) -> Prediction:
+        """What may be expected for a prompt of that many tokens and an answer that fills the context."""
+        return self.planned.predict(self.rates, prompt_tokens)
 
 
 def place(checkpoint: Checkpoint, config: EngineConfig) -> Placement:
     """Decide. Raises BudgetError with the smallest budget that works, DeviceError, ConfigError."""
-    spec = checkpoint.spec
     device = find_device(config.device)
-    dtype = compute_dtype(config, spec)
-    context = context_of(config, spec)
-    layout = layer_layout(spec, dtype.itemsize)
-    demand = Demand(
-        kv_cache_nbytes=kv_cache_nbytes(spec, batch=1, capacity=context, element_nbytes=dtype.itemsize),
-        position_tables_nbytes=position_tables_nbytes(spec, context, dtype.itemsize),
-        activation_nbytes=activation_nbytes(spec, context, dtype.itemsize),
-        reader_nbytes=reader_nbytes(checkpoint),
-        embedding_on_device=spec.tied_head,
-        staged=device.type == "cuda",
-        num_shared_buffers=config.shared_host_buffers,
+    hardware = hardware_of(device)
+    stored = read_rates(rates_file(cache_folder()))
+
+    def consider(config: EngineConfig) -> Candidate:
+        planned = plan_model(checkpoint, config, hardware)
+        return Candidate(planned=planned, prediction=planned.predict(rates_of(hardware, planned.dtype, stored), planned.context))
+
+    planned = candidates(config, checkpoint.spec, consider)[0].planned
+    rates = rates_of(hardware, planned.dtype, stored)
+    return Placement(planned=planned, device=device, rates=rates, rates_problem=stored.problem)
+
+
+def hardware_of(device: torch.device) -> Hardware:
+    """What a device of torch's has, and the host beside it."""
+    if device.type != "cuda":
+        return host_hardware()
+    return Hardware(
+        device=str(device),
+        model=f"{torch.cuda.get_device_name(device)} on {machine.cpu_model()}",
+        own_memory=True,
+        free_device_nbytes=int(torch.cuda.mem_get_info(device)[0]),
+        free_host_nbytes=free_host_nbytes(),
+        num_cores=machine.physical_cores(),
     )
-    plan = _plan_within(spec, layout, demand, config, device)
-    return Placement(device=device, dtype=dtype, context=context, layout=layout, plan=plan)
 
 
 def find_device(name: str) -> torch.device:
@@ -76,59 +114,6 @@ def find_device(name: str) -> torch.device:
     if index >= num_devices:
         raise DeviceError(f"--device {name}: the last CUDA device is cuda:{num_devices - 1}; use one up to it")
     return torch.device("cuda", index)
-
-
-def compute_dtype(config: EngineConfig, spec: ModelSpec) -> torch.dtype:
-    """The type weights are held and computed in. auto: float32 for what is stored so, bfloat16 for everything shorter."""
-    if config.dtype == "auto":
-        return torch.float32 if spec.stored_dtype == "F32" else torch.bfloat16
-    return {"bfloat16": torch.bfloat16, "float32": torch.float32}[config.dtype]
-
-
-def context_of(config: EngineConfig, spec: ModelSpec) -> int:
-    """Positions to plan for. Raises ConfigError for more than the model has."""
-    if config.max_context is None:
-        return min(DEFAULT_CONTEXT, spec.max_positions)
-    if config.max_context > spec.max_positions:
-        raise ConfigError(f"--max-context is {config.max_context}; {spec.name} has {spec.max_positions} positions")
-    return config.max_context
-
-
-def _plan_within(spec: ModelSpec, layout: LayerLayout, demand: Demand, config: EngineConfig, device: torch.device) -> Plan:
-    """Without a GPU the device's budget and the host's are parts of one memory: the host's share is of what the device leaves,
-    and the device's of what the readers leave, since a disk read by too few of them costs more than a few residents save."""
-    free_host = max(machine.free_host_nbytes() - HOST_RESERVE_NBYTES, 0)
-    if device.type == "cuda":
-        free_device = int(torch.cuda.mem_get_info(device)[0])
-        budgets = Budgets(device_nbytes=config.device_size.resolve(free_device), host_nbytes=config.host_size.resolve(free_host))
-        plan = make_plan(spec, layout, demand, budgets)
-        _require_free(("device",), plan.device_nbytes, free_device)
-        _require_free(("host",), plan.host_nbytes, free_host)
-        return plan
-    readers_nbytes = min(MAX_READERS * demand.reader_nbytes, free_host // 4)
-    free_device = free_host - readers_nbytes
-    device_nbytes = config.device_size.resolve(free_device)
-    unlimited = make_plan(spec, layout, demand, Budgets(device_nbytes=device_nbytes, host_nbytes=1 << 62))
-    _require_free(("device",), unlimited.device_nbytes, free_device)
-    host_nbytes = config.host_size.resolve(free_host - unlimited.device_nbytes)
-    plan = make_plan(spec, layout, demand, Budgets(device_nbytes=device_nbytes, host_nbytes=host_nbytes))
-    _require_free(("device", "host"), plan.device_nbytes + plan.host_nbytes, free_host)
-    return plan
-
-
-def _require_free(places: tuple[str, ...], needed_nbytes: int, free_nbytes: int) -> None:
-    if needed_nbytes > free_nbytes:
-        flags = " and ".join(f"--{place}-memory" for place in places)
-        together = "together " if len(places) > 1 else ""
-        raise BudgetError(
-            f"{' and '.join(places)} memory: the plan takes {format_size(needed_nbytes)}, {format_size(free_nbytes)} are free; "
-            f"give smaller {flags}, {together}at most {as_flag(_rounded_down(free_nbytes))}"
-        )
-
-
-def _rounded_down(nbytes: int) -> int:
-    """Less by what as_flag rounds up, which is at most a hundredth, so that what it says is not above nbytes."""
-    return nbytes * 99 // 100
 
 
 @contextmanager

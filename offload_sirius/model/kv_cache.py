@@ -14,19 +14,6 @@ from offload_sirius.errors import PromptError
 from offload_sirius_loaders.spec import ModelSpec
 
 
-def kv_cache_nbytes(spec: ModelSpec, batch: int, capacity: int, element_nbytes: int) -> int:
-    """Bytes of a cache for that many sequences of `capacity` positions."""
-    return (
-        2  # keys and values
-        * spec.num_layers
-        * batch
-        * spec.num_kv_heads
-        * capacity
-        * spec.head_dim
-        * element_nbytes
-    )
-
-
 class KVCache:
     """Room for `capacity` positions of each of `batch` sequences, which all have the same length."""
 

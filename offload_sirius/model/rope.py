@@ -21,16 +21,6 @@ Rotation = tuple[Tensor, Tensor]
 """Cosines and signed sines, each [S, 1, E]."""
 
 
-def rotary_nbytes(spec: ModelSpec, num_positions: int, element_nbytes: int) -> int:
-    """Bytes of the table."""
-    return (
-        2  # cosines and sines
-        * num_positions
-        * spec.head_dim
-        * element_nbytes
-    )
-
-
 def rotate(x: Tensor, rotation: Rotation) -> Tensor:
     """Turn every head of every token: x [..., S, heads, E] -> the same shape."""
     cos, signed_sin = rotation

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from offload_sirius.errors import PromptError
+from offload_sirius.model.costs import CHUNK_SIZE
 from offload_sirius.model.kv_cache import KVCache
 from offload_sirius.model.ops import (
     activation_named,
@@ -25,75 +26,10 @@ from offload_sirius.model.ops import (
     rms_norm,
     window_mask,
 )
-from offload_sirius.model.rope import RotaryTable, Rotation, rotary_nbytes, rotate
+from offload_sirius.model.rope import RotaryTable, Rotation, rotate
 from offload_sirius.model.source import AttentionWeights, NeuronWeights, WeightSource
 from offload_sirius.trace import Tracer, during
 from offload_sirius_loaders.spec import ModelSpec
-
-CHUNK_SIZE = 512
-"""Tokens of a prompt that are computed at once: enough to keep the arithmetic units busy, few enough for small activations."""
-
-
-def activation_nbytes(spec: ModelSpec, num_tokens: int, element_nbytes: int, chunk_size: int = CHUNK_SIZE) -> int:
-    """Upper bound of the device bytes that a prefill of that many tokens needs beside weights, cache and position tables.
-
-    Enough for steps of one token afterwards, too. What kernels take for themselves (tiles, packed operands) is not in it.
-    """
-    hidden = num_tokens * spec.width * element_nbytes
-    rows = min(chunk_size, num_tokens)
-    return hidden + max(
-        _norm_nbytes(spec, rows, element_nbytes),
-        _attention_nbytes(spec, rows, num_tokens, element_nbytes),
-        _feed_forward_nbytes(spec, rows, element_nbytes),
-        _logits_nbytes(spec, element_nbytes),
-    )
-
-
-def position_tables_nbytes(spec: ModelSpec, num_positions: int, element_nbytes: int) -> int:
-    """Device bytes that a model keeps for that many positions beside the cache: rotations, and their numbers as int64."""
-    return rotary_nbytes(spec, num_positions, element_nbytes) + 8 * num_positions
-
-
-def _norm_nbytes(spec: ModelSpec, num_rows: int, element_nbytes: int) -> int:
-    row_nbytes = (
-        3 * 4  # input, its square, and the result in float32
-        + element_nbytes  # result
-    )
-    return num_rows * spec.width * row_nbytes
-
-
-def _attention_nbytes(spec: ModelSpec, num_rows: int, num_positions: int, element_nbytes: int) -> int:
-    heads_per_row = (
-        spec.num_heads + 2 * spec.num_kv_heads  # projected queries, keys and values
-        + 2 * (spec.num_heads + spec.num_kv_heads)  # queries and keys, turned and with swapped halves
-        + 3 * spec.num_heads  # queries in rows of their group, what they mix, and that in rows of tokens
-    )  # fmt: skip
-    group_size = spec.num_heads // spec.num_kv_heads
-    mask_nbytes = (
-        3  # causal, window, and both
-        + group_size  # both for every row of a group
-        + 2 * group_size * element_nbytes  # the same as numbers to be added, and padded to the kernel's alignment
-    )
-    return (
-        2 * num_rows * spec.width * element_nbytes  # normed input, and output
-        + heads_per_row * num_rows * spec.head_dim * element_nbytes
-        + num_rows * num_positions * mask_nbytes
-    )
-
-
-def _feed_forward_nbytes(spec: ModelSpec, num_rows: int, element_nbytes: int) -> int:
-    row_elements = (
-        2 * spec.width  # normed input, and output
-        + 2 * spec.ffn_width  # gate and what the activation makes of it, or that and up
-    )
-    return num_rows * row_elements * element_nbytes
-
-
-def _logits_nbytes(spec: ModelSpec, element_nbytes: int) -> int:
-    return spec.vocab_size * (
-        element_nbytes  # as computed
-        + 4  # in float32
-    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,37 +27,12 @@ from offload_sirius.weights.buffers import write_rows
 from offload_sirius.weights.depth import DepthTuner
 from offload_sirius.weights.layout import align
 from offload_sirius.weights.mapping import HUGE_PAGE_NBYTES, map_memory
+from offload_sirius.weights.pieces import BLOCK_NBYTES, PIECE_NBYTES, Piece, largest_piece_nbytes, pieces_of
 from offload_sirius_loaders.checkpoint import Checkpoint, TensorInfo
-
-BLOCK_NBYTES = 4096
-"""O_DIRECT wants offset, length and address as multiples of the logical block size, which is at most this."""
-
-PIECE_NBYTES = 2 * HUGE_PAGE_NBYTES - 2 * BLOCK_NBYTES
-"""One read, and also the most bytes a piece may have once decoded: bounds what a reader thread holds. With the blocks at both
-ends that O_DIRECT reads along, it fills its huge pages."""
 
 READER_NICENESS = 10
 """Scheduling priority of reader threads below that of whoever computes, on Linux's scale of 0 to 19. Measured with as many
 compute threads as cores: passes from disk take 1.1 times the disk's own time, and 1.4 times at equal priority."""
-
-
-@dataclass(frozen=True)
-class Piece:
-    """Some rows of one tensor: the unit of reading."""
-
-    info: TensorInfo
-    first_row: int
-    num_rows: int
-
-    @property
-    def offset(self) -> int:
-        """First byte in the file."""
-        return self.info.offset + self.first_row * self.info.row_nbytes
-
-    @property
-    def nbytes(self) -> int:
-        """Stored bytes."""
-        return self.num_rows * self.info.row_nbytes
 
 
 @dataclass(frozen=True)
@@ -74,31 +49,6 @@ class Job:
 def tensor_jobs(info: TensorInfo, place: Tensor) -> list[Job]:
     """Everything there is to read of a tensor. place: all of the tensor's rows."""
     return [Job(piece, place, piece.first_row) for piece in pieces_of(info)]
-
-
-def pieces_of(info: TensorInfo) -> list[Piece]:
-    """Cut a tensor into pieces of at most PIECE_NBYTES, stored and decoded, where its rows allow it."""
-    element_nbytes = 4 if info.element == "F32" else 2
-    columns = info.shape[-1]
-    per_row = max(columns * element_nbytes, info.row_nbytes, 1)
-    step = max(PIECE_NBYTES // per_row // info.row_multiple, 1) * info.row_multiple
-    return [Piece(info, start, min(step, info.num_rows - start)) for start in range(0, info.num_rows, step)]
-
-
-def reader_nbytes(checkpoint: Checkpoint) -> int:
-    """Host memory one reader thread holds at most: its buffer, and a decoded piece with what decoding needs beside it.
-
-    piece = bytes of the largest piece (a tensor whose rows must stay together may exceed PIECE_NBYTES)
-    blocks = quantised blocks pass through float32 arrays, about four at a time in the gguf library
-    """
-    buffer = align(largest_piece_nbytes(checkpoint) + 2 * BLOCK_NBYTES, HUGE_PAGE_NBYTES)
-    blocks = any(info.dtype not in ("F32", "F16", "BF16") for info in checkpoint.tensors.values())
-    return buffer + PIECE_NBYTES * (4 if blocks else 1)
-
-
-def largest_piece_nbytes(checkpoint: Checkpoint) -> int:
-    """Stored bytes of the largest piece of any tensor."""
-    return max(max(piece.nbytes for piece in pieces_of(info)) for info in checkpoint.tensors.values())
 
 
 class Fill:

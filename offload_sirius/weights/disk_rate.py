@@ -15,7 +15,8 @@ from pathlib import Path
 
 from offload_sirius.errors import ConfigError
 from offload_sirius.units import MIB, format_size
-from offload_sirius.weights.disk import BLOCK_NBYTES, DirectFile, read_buffers
+from offload_sirius.weights.disk import DirectFile, read_buffers
+from offload_sirius.weights.pieces import BLOCK_NBYTES
 
 QUEUES = ((2, 8 * MIB), (8, 8 * MIB), (16, 16 * MIB), (32, 4 * MIB))
 """(reads at a time, bytes each)"""

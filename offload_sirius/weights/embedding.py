@@ -7,7 +7,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from offload_sirius.weights.disk import Job, Piece, ReaderPool
+from offload_sirius.weights.disk import Job, ReaderPool
+from offload_sirius.weights.pieces import Piece
 from offload_sirius_loaders.checkpoint import TensorInfo
 
 

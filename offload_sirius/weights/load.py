@@ -14,27 +14,14 @@ from torch import Tensor
 from offload_sirius.weights.buffers import LayerBuffer
 from offload_sirius.weights.copiers import layer_jobs
 from offload_sirius.weights.device import DeviceStore
-from offload_sirius.weights.disk import Fill, Job, Piece, ReaderPool, pieces_of, tensor_jobs
+from offload_sirius.weights.disk import Fill, Job, ReaderPool, tensor_jobs
 from offload_sirius.weights.host import HostStore, allocate_bytes
 from offload_sirius.weights.layout import PARTS
-from offload_sirius.weights.plan import Plan
+from offload_sirius.weights.pieces import Piece, head_role, pieces_of
 from offload_sirius_loaders.checkpoint import Checkpoint, TensorInfo
 from offload_sirius_loaders.spec import Role
 
 OnBytes = Callable[[int], None]
-
-
-def load_nbytes(checkpoint: Checkpoint, plan: Plan) -> int:
-    """Stored bytes that `Loader` will read, for a progress bar."""
-    layers = plan.resident_layers + plan.host_layers
-    roles = ["final_norm", _head_role(checkpoint), *(["embedding"] if plan.embedding_place == "host" else [])]
-    infos = [checkpoint.tensors[None, role] for role in roles]  # type: ignore[index]
-    infos += [checkpoint.tensors[layer, role] for layer in layers for role in checkpoint.spec.layer_roles()]
-    return sum(info.nbytes for info in infos)
-
-
-def _head_role(checkpoint: Checkpoint) -> Role:
-    return "embedding" if checkpoint.spec.tied_head else "head"
 
 
 class Loader:
@@ -52,7 +39,7 @@ class Loader:
 
     def load_device(self, device: DeviceStore, staging: list[LayerBuffer]) -> None:
         """Fill head, final norm and residents. staging: host buffers to pass through; none where the device is the host."""
-        tensors: dict[Role, Tensor] = {"final_norm": device.final_norm, _head_role(self._checkpoint): device.head}
+        tensors: dict[Role, Tensor] = {"final_norm": device.final_norm, head_role(self._checkpoint): device.head}
         for role, place in tensors.items():
             if staging:
                 self._upload_tensor(self.info(None, role), place, staging[0].storage)

@@ -12,16 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from offload_sirius.config import Dtype, EngineConfig
-from offload_sirius.engine.placement import (
-    DEFAULT_CONTEXT,
-    HOST_RESERVE_NBYTES,
-    Placement,
-    compute_dtype,
-    context_of,
-    find_device,
-    memory_errors,
-    place,
-)
+from offload_sirius.engine.placement import Placement, find_device, memory_errors, place
+from offload_sirius.engine.planning import DEFAULT_CONTEXT, HOST_RESERVE_NBYTES, context_of, dtype_of
 from offload_sirius.errors import BudgetError, ConfigError, DeviceError
 from offload_sirius.units import GIB, MIB, parse_size
 from offload_sirius.weights.plan import MAX_READERS
@@ -70,17 +62,17 @@ def test_without_a_gpu_auto_is_the_cpu_and_cuda_is_refused() -> None:
 @pytest.mark.parametrize(
     ("stored", "asked", "dtype"),
     [
-        ("F32", "auto", torch.float32),
-        ("BF16", "auto", torch.bfloat16),
-        ("F16", "auto", torch.bfloat16),
-        ("Q4_1", "auto", torch.bfloat16),
-        ("BF16", "float32", torch.float32),
-        ("F32", "bfloat16", torch.bfloat16),
+        ("F32", "auto", "float32"),
+        ("BF16", "auto", "bfloat16"),
+        ("F16", "auto", "bfloat16"),
+        ("Q4_1", "auto", "bfloat16"),
+        ("BF16", "float32", "float32"),
+        ("F32", "bfloat16", "bfloat16"),
     ],
 )
-def test_the_dtype_is_as_asked_or_follows_what_is_stored(stored: str, asked: Dtype, dtype: torch.dtype) -> None:
+def test_the_dtype_is_as_asked_or_follows_what_is_stored(stored: str, asked: Dtype, dtype: str) -> None:
     spec = replace(CHECKPOINT.spec, stored_dtype=stored)
-    assert compute_dtype(EngineConfig(dtype=asked), spec) == dtype
+    assert dtype_of(EngineConfig(dtype=asked), spec) == dtype
 
 
 @pytest.mark.parametrize(("asked", "positions", "context"), [(None, 8192, DEFAULT_CONTEXT), (None, 64, 64), (64, 64, 64)])
@@ -126,6 +118,7 @@ def on_cuda(monkeypatch: pytest.MonkeyPatch, *, free_device: int, free_host: int
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free_device, free_device))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a GPU")
     with_free_memory(free_host, monkeypatch)
     return place(CHECKPOINT, EngineConfig(model=MODEL, **settings))
 

@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from offload_sirius.errors import PromptError
-from offload_sirius.model.kv_cache import KVCache, kv_cache_nbytes
+from offload_sirius.model.costs import kv_cache_nbytes
+from offload_sirius.model.kv_cache import KVCache
 from offload_sirius_loaders.spec import ModelSpec, RopeSpec
 
 SPEC = ModelSpec(

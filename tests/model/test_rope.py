@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from offload_sirius.model.rope import RotaryTable, rotary_nbytes, rotate
+from offload_sirius.model.costs import rotary_nbytes
+from offload_sirius.model.rope import RotaryTable, rotate
 from offload_sirius_loaders.spec import ModelSpec, RopeKind, RopeSpec
 
 HEAD_DIM = 8

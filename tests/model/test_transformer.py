@@ -13,10 +13,11 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from offload_sirius.errors import ConfigError, PromptError
+from offload_sirius.model.costs import activation_nbytes, position_tables_nbytes
 from offload_sirius.model.dense import DenseSource
 from offload_sirius.model.kv_cache import KVCache
 from offload_sirius.model.source import AttentionWeights, NeuronWeights
-from offload_sirius.model.transformer import TokenTree, Transformer, activation_nbytes, position_tables_nbytes
+from offload_sirius.model.transformer import TokenTree, Transformer
 from offload_sirius_loaders.checkpoint import Key
 from offload_sirius_loaders.spec import ModelSpec, RopeSpec
 

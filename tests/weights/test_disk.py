@@ -12,50 +12,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from offload_sirius.errors import WeightReadError
 from offload_sirius.weights.disk import (
-    BLOCK_NBYTES,
-    PIECE_NBYTES,
     DirectFile,
     Fill,
     ReaderPool,
-    pieces_of,
     read_buffers,
     tensor_jobs,
 )
-from offload_sirius_loaders.checkpoint import Checkpoint, TensorInfo
-
-
-def info(rows: int, columns: int, row_multiple: int = 1) -> TensorInfo:
-    return TensorInfo(
-        name="t",
-        dtype="F32",
-        element="F32",
-        shape=(rows, columns),
-        file=Path("x"),
-        offset=100,
-        nbytes=rows * columns * 4,
-        row_multiple=row_multiple,
-    )
-
-
-@given(st.integers(1, 5000), st.integers(1, 3000), st.sampled_from([1, 2, 64, 128]))
-def test_pieces_cover_a_tensor_once_and_in_order(rows: int, columns: int, row_multiple: int) -> None:
-    tensor = info(rows * row_multiple, columns, row_multiple)
-    pieces = pieces_of(tensor)
-    assert pieces[0].offset == 100
-    for before, after in pairwise(pieces):
-        assert after.offset == before.offset + before.nbytes
-        assert after.first_row % row_multiple == 0
-    assert sum(piece.nbytes for piece in pieces) == tensor.nbytes
-
-
-def test_pieces_are_bounded_unless_rows_must_stay_together() -> None:
-    assert PIECE_NBYTES - 4096 * 4 < max(piece.nbytes for piece in pieces_of(info(4096, 4096))) <= PIECE_NBYTES
-    assert max(piece.nbytes for piece in pieces_of(info(4096, 4096, 4096))) == 4096 * 4096 * 4
+from offload_sirius.weights.pieces import BLOCK_NBYTES
+from offload_sirius_loaders.checkpoint import Checkpoint
 
 
 @pytest.fixture

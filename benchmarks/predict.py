@@ -1,0 +1,173 @@
+"""Does the planner know beforehand how long a token takes? Predicted against measured, over the emulated link on a CPU.
+
+    python benchmarks/predict.py             # three shapes, three device budgets, two link rates: about ten minutes
+    python benchmarks/predict.py --shape 0   # one of the shapes
+
+The ceiling is the measurement itself. Rates are measured in the same run, before anything is predicted, and again before each
+shape: the speed of a shared machine changes within minutes, and a prediction cannot know more than its rates do. Budgets are
+shares of the layers that stay on the device, so that some rows are bound by the link and others by computing. A token is one of
+the real decode loop; medians of several. Bytes of the plan must equal those of the counters exactly.
+Exit status: 0 every row within 15 %, 1 some row is not, or its bytes differ.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import tempfile
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from report import finish, machine_facts
+
+import offload_sirius
+from offload_sirius.bench.rates import measure_rates
+from offload_sirius.cache import cache_folder
+from offload_sirius.config import EngineConfig
+from offload_sirius.engine import Engine
+from offload_sirius.engine.placement import DTYPES
+from offload_sirius.engine.planning import Planned, assumed_rates, dtype_of, host_hardware, plan_model
+from offload_sirius.rates import DtypeName, Rates
+from offload_sirius_loaders import open_checkpoint
+
+WITHIN, BEYOND = 0, 1
+TOLERANCE = 0.15
+
+SHAPES = ("synthetic:tinyllama-1.1b", "synthetic:llama-3.2-1b?layers=8", "synthetic:llama-2-7b?layers=3&vocab=8192")
+"""Many small layers; a large head; few wide layers."""
+
+RESIDENT_SHARES = (0.0, 0.5, 0.8)
+"""Of the layers that do not have to be slots."""
+
+LINKS_GBPS = (1.0, 6.0)
+PROMPT = [1, 2, 3, 4, 5, 6, 7, 8]
+CONTEXT = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One run, and what was said of it beforehand."""
+
+    model: str
+    link_gbps: float
+    num_resident: int
+    num_streamed: int
+    bound: str
+    predicted_seconds: float
+    seconds: float
+    all_seconds: list[float]
+    plan_nbytes: int
+    """Of as many passes as were counted."""
+    counted_nbytes: int
+
+    @property
+    def error(self) -> float:
+        """Of the prediction, relative to what was measured."""
+        return self.predicted_seconds / self.seconds - 1
+
+
+def main() -> int:
+    options = arguments()
+    shapes = SHAPES if options.shape is None else SHAPES[options.shape : options.shape + 1]
+    rows: list[Row] = []
+    rates: dict[str, Any] = {}
+    for model in shapes:
+        measured = measured_rates(dtype_of(EngineConfig(), open_checkpoint(model).spec), options.disk)
+        rates[model] = {name: getattr(measured, name) for name in measured.sources}
+        print(f"{model}: " + ", ".join(f"{name} {value:.4g}" for name, value in rates[model].items()), flush=True)
+        for share in RESIDENT_SHARES:
+            for link_gbps in LINKS_GBPS:
+                rows.append(row(model, share, link_gbps, measured, options.passes))
+                show(rows[-1])
+    worst = max(rows, key=lambda each: abs(each.error))
+    exact = all(each.plan_nbytes == each.counted_nbytes for each in rows)
+    print(f"worst {worst.error:+.1%}; bytes of plan and counters are {'equal' if exact else 'NOT EQUAL'}")
+    result = {
+        "rows": [vars(each) | {"error": each.error} for each in rows],
+        "worst_error": worst.error,
+        "bytes_equal": exact,
+        "rates": rates,
+        **machine_facts(),
+    }
+    finish("predict", result, options.out)
+    return WITHIN if exact and abs(worst.error) <= TOLERANCE else BEYOND
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", type=int, choices=range(len(SHAPES)), help="only this one of the shapes")
+    parser.add_argument("--passes", type=int, default=9, help="tokens that count, default %(default)s")
+    parser.add_argument("--disk", type=Path, help="file or folder whose disk is measured, default a temporary one")
+    parser.add_argument("--out", type=Path, help="result file, default benchmarks/results/predict-DATE.json")
+    return parser.parse_args()
+
+
+def measured_rates(dtype: DtypeName, disk: Path | None) -> Rates:
+    """Rates of this machine, now."""
+    assumed = assumed_rates(host_hardware())
+    with tempfile.TemporaryDirectory(dir=existing(cache_folder())) as folder:
+        return measure_rates(torch.device("cpu"), DTYPES[dtype], disk or Path(folder), assumed, "measured now")
+
+
+def existing(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def row(model: str, share: float, link_gbps: float, rates: Rates, num_passes: int) -> Row:
+    """Predict, then run."""
+    config = EngineConfig(model=model, device="cpu", link_gbps=link_gbps, max_context=CONTEXT)
+    planned = with_residents(config, share)
+    predicted = planned.predict(rates, len(PROMPT))
+    with offload_sirius.load(**vars(planned.config)) as engine:
+        assert engine.plan == planned.plan
+        seconds, counted_nbytes = token_seconds(engine, num_passes)
+    return Row(
+        model=model,
+        link_gbps=link_gbps,
+        num_resident=len(planned.plan.resident_layers),
+        num_streamed=len(planned.plan.streamed_layers),
+        bound=predicted.bound,
+        predicted_seconds=predicted.seconds_per_token,
+        seconds=statistics.median(seconds),
+        all_seconds=seconds,
+        plan_nbytes=(num_passes + 1) * planned.plan.pass_nbytes,
+        counted_nbytes=counted_nbytes,
+    )
+
+
+def with_residents(config: EngineConfig, share: float) -> Planned:
+    """A plan whose device budget has room for two slots and that share of the other layers."""
+    checkpoint, hardware = open_checkpoint(config.model), host_hardware()
+    whole = plan_model(checkpoint, config, hardware).plan
+    assert not whole.streamed_layers, "this machine has no room for the whole model"
+    num_layers = len(whole.resident_layers)
+    num_room = 2 + int(share * (num_layers - 2))
+    fixed = whole.device_nbytes - whole.device_bill["resident_layers"]
+    budget = vars(config) | {"device_memory": str(fixed + num_room * whole.layer_nbytes)}
+    return plan_model(checkpoint, EngineConfig(**budget), hardware)
+
+
+def token_seconds(engine: Engine, num_passes: int) -> tuple[list[float], int]:
+    """Seconds between tokens, the first step left out as warm-up; streamed bytes of all steps by the counters."""
+    stream = engine.stream(PROMPT, max_new_tokens=num_passes + 2, ignore_eos=True)
+    moments = [piece.seconds for piece in stream if piece.token_id is not None]
+    return [after - before for before, after in pairwise(moments[1:])], stream.result.link.bytes.full
+
+
+def show(row: Row) -> None:
+    print(
+        f"{row.model:44} {row.link_gbps:4g} GB/s  {row.num_resident:2} resident {row.num_streamed:2} streamed  "
+        f"{row.bound:8} predicted {row.predicted_seconds:.3f} s  measured {row.seconds:.3f} s "
+        f"({min(row.all_seconds):.3f} to {max(row.all_seconds):.3f})  {row.error:+6.1%}  "
+        f"bytes {'equal' if row.plan_nbytes == row.counted_nbytes else 'DIFFER'}",
+        flush=True,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

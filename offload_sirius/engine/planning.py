@@ -1,0 +1,390 @@
+"""From settings, a model's headers and what a machine has to a plan and what may be expected of it. Without torch.
+
+`build` decides by the same functions as `plan`, so that what one predicts the other does. Reads sizes, never weights; allocates
+nothing. A device may also be described: then nothing of it is looked for on this machine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from offload_sirius import machine
+from offload_sirius.config import EngineConfig, PlanConfig
+from offload_sirius.errors import BudgetError, ConfigError
+from offload_sirius.model.costs import (
+    CHUNK_SIZE,
+    activation_nbytes,
+    attended_pairs,
+    kv_cache_nbytes,
+    mixing_flops,
+    position_tables_nbytes,
+)
+from offload_sirius.rates import DtypeName, Rates, Stored, assumed_cpu_rates, assumed_gpu_rates
+from offload_sirius.units import MIB, Size, format_size
+from offload_sirius.weights.layout import PARTS, LayerLayout, Part, layer_layout
+from offload_sirius.weights.pieces import load_nbytes, reader_nbytes, stored_part_nbytes
+from offload_sirius.weights.plan import MAX_READERS, Budgets, Demand, Plan, as_flag, make_plan
+from offload_sirius.weights.predict import Prediction, Setting, Work, predict
+from offload_sirius_loaders.checkpoint import Checkpoint
+from offload_sirius_loaders.spec import ModelSpec
+
+ELEMENT_NBYTES: dict[DtypeName, int] = {"bfloat16": 2, "float32": 4}
+
+DEFAULT_CONTEXT = 4096
+"""Positions planned for where nobody says how long prompt and answer will be."""
+
+HOST_RESERVE_NBYTES = 192 * MIB
+"""Host memory left to the program itself: libraries that load late, scratch memory of matmuls, text."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hardware:
+    """The device that is planned for, and the host beside it."""
+
+    device: str
+    """cpu, cuda:N, or `described`."""
+    model: str
+    """What device and host call themselves: measured rates are kept under it."""
+    own_memory: bool
+    """The device has memory of its own."""
+    free_device_nbytes: int | None
+    """None: the device computes in host memory, or is described."""
+    free_host_nbytes: int | None
+    """What this program leaves of it for weights. None: described, nothing is known of it."""
+    num_cores: int
+
+    def rates_key(self, dtype: DtypeName) -> str:
+        """What measured rates are kept under."""
+        return f"{self.model}, {dtype}"
+
+
+DESCRIBED = Hardware(device="described", model="", own_memory=True, free_device_nbytes=None, free_host_nbytes=None, num_cores=1)
+"""A device with memory of its own that need not be here: sizes and rates are those given, or assumed."""
+
+
+def host_hardware() -> Hardware:
+    """This machine without a GPU."""
+    cores = machine.physical_cores()
+    return Hardware(
+        device="cpu",
+        model=f"{machine.cpu_model()}, {cores} cores",
+        own_memory=False,
+        free_device_nbytes=None,
+        free_host_nbytes=free_host_nbytes(),
+        num_cores=cores,
+    )
+
+
+def free_host_nbytes() -> int:
+    """Host memory that is free for weights."""
+    return max(machine.free_host_nbytes() - HOST_RESERVE_NBYTES, 0)
+
+
+def hardware_named(device: str) -> Hardware:
+    """What --device stands for on this machine. Imports torch only where a GPU has to be asked. Raises DeviceError."""
+    if device == "cpu" or (device == "auto" and not machine.may_have_gpu()):
+        return host_hardware()
+    from offload_sirius.engine.placement import find_device, hardware_of
+
+    return hardware_of(find_device(device))
+
+
+def hardware_asked_for(config: EngineConfig, asked: PlanConfig, stored: Stored) -> Hardware:
+    """The device that a plan is asked for: one on this machine, or one that the flags describe.
+
+    Rates of a device describe one; so do an absolute device memory and a link that this machine does not have. Raises
+    ConfigError, DeviceError.
+    """
+    if asked.describes_device:
+        if config.device != "auto":
+            raise ConfigError(
+                f"--device is {config.device}, and --device-tflops or --device-gbps describe another; give one of them"
+            )
+        return DESCRIBED
+    here = hardware_named(config.device)
+    if config.device == "auto" and config.link_gbps is not None and config.device_size.nbytes is not None:
+        link = rates_of(here, "bfloat16", stored).link_bytes_per_second
+        free = here.free_device_nbytes if here.own_memory else here.free_host_nbytes
+        if config.link_gbps * 1e9 > link or config.device_size.nbytes > (free or 0):
+            return DESCRIBED
+    return here
+
+
+def rates_of(hardware: Hardware, dtype: DtypeName, stored: Stored) -> Rates:
+    """What was measured on this hardware, else what is assumed of its kind."""
+    return stored.rates.get(hardware.rates_key(dtype)) or assumed_rates(hardware)
+
+
+def assumed_rates(hardware: Hardware) -> Rates:
+    """Of hardware nobody has measured."""
+    return assumed_gpu_rates() if hardware.own_memory else assumed_cpu_rates(hardware.num_cores)
+
+
+def rates_asked_for(hardware: Hardware, dtype: DtypeName, stored: Stored, config: EngineConfig, asked: PlanConfig) -> Rates:
+    """The same, with those that were given. A link that is given is that of a described device; elsewhere it is emulated."""
+    return rates_of(hardware, dtype, stored).given(
+        link_bytes_per_second=_per_second(config.link_gbps if hardware == DESCRIBED else None, 1e9),
+        disk_bytes_per_second=_per_second(asked.disk_gbps, 1e9),
+        device_bytes_per_second=_per_second(asked.device_gbps, 1e9),
+        device_flops_per_second=_per_second(asked.device_tflops, 1e12),
+    )
+
+
+def _per_second(given: float | None, unit: float) -> float | None:
+    return None if given is None else given * unit
+
+
+@dataclass(frozen=True, kw_only=True)
+class Planned:
+    """Everything that is decided before a byte is allocated."""
+
+    checkpoint: Checkpoint
+    config: EngineConfig
+    hardware: Hardware
+    dtype: DtypeName
+    context: int
+    """Positions of the KV cache."""
+    batch: int
+    computed: bool
+    """Synthetic weights: nothing is read before the first token, but for those that are streamed from disk."""
+    layout: LayerLayout
+    demand: Demand
+    budgets: Budgets
+    plan: Plan
+
+    @property
+    def spec(self) -> ModelSpec:
+        """The model's shape."""
+        return self.checkpoint.spec
+
+    def with_more(self, *, device_nbytes: int = 0, host_nbytes: int = 0) -> Planned:
+        """The same with larger budgets, whether or not this machine has as much."""
+        budgets = Budgets(
+            device_nbytes=self.budgets.device_nbytes + device_nbytes, host_nbytes=self.budgets.host_nbytes + host_nbytes
+        )
+        return replace(self, budgets=budgets, plan=make_plan(self.spec, self.layout, self.demand, budgets))
+
+    @property
+    def stored_nbytes(self) -> dict[Part, int]:
+        """Bytes of each part of a layer as its files have them."""
+        return {part: stored_part_nbytes(self.checkpoint, 0, part) for part in PARTS}
+
+    def setting(self, rates: Rates) -> Setting:
+        """What a prediction needs."""
+        emulated = self.config.link_gbps if self.hardware != DESCRIBED else None
+        return Setting(
+            plan=self.plan,
+            layout=self.layout,
+            stored_nbytes=self.stored_nbytes,
+            load_nbytes=None if self.computed and not self.plan.disk_layers else load_nbytes(self.checkpoint, self.plan),
+            own_memory=self.hardware.own_memory,
+            paced_bytes_per_second=_per_second(emulated, 1e9),
+            rates=rates,
+        )
+
+    def predict(self, rates: Rates, prompt_tokens: int) -> Prediction:
+        """What may be expected for a prompt of that many tokens and an answer that fills the context."""
+        return predict(self.setting(rates), self._token_work(prompt_tokens), self._prompt_work(prompt_tokens))
+
+    def _token_work(self, prompt_tokens: int) -> Work:
+        """The token in the middle of the answer."""
+        positions = (prompt_tokens + self.context) // 2
+        return Work(
+            num_rows=self.batch,
+            num_chunks=1,
+            num_head_rows=self.batch,
+            mixing_nbytes=self._layer_cache_nbytes(positions),
+            mixing_flops=mixing_flops(self.spec, self.batch * positions),
+        )
+
+    def _prompt_work(self, prompt_tokens: int) -> Work:
+        return Work(
+            num_rows=self.batch * prompt_tokens,
+            num_chunks=self.batch * -(-prompt_tokens // CHUNK_SIZE),
+            num_head_rows=self.batch,
+            mixing_nbytes=self._layer_cache_nbytes(prompt_tokens),
+            mixing_flops=mixing_flops(self.spec, self.batch * attended_pairs(prompt_tokens)),
+        )
+
+    def _layer_cache_nbytes(self, positions: int) -> int:
+        nbytes = kv_cache_nbytes(self.spec, self.batch, positions, ELEMENT_NBYTES[self.dtype])
+        return nbytes // self.spec.num_layers
+
+
+def plan_model(
+    checkpoint: Checkpoint, config: EngineConfig, hardware: Hardware, *, batch: int = 1, computed: bool | None = None
+) -> Planned:
+    """Decide. computed: the weights are in no file; default: as the checkpoint says.
+
+    Raises BudgetError with the smallest budget that works, ConfigError.
+    """
+    spec, dtype = checkpoint.spec, dtype_of(config, checkpoint.spec)
+    element_nbytes, context = ELEMENT_NBYTES[dtype], context_of(config, spec)
+    layout = layer_layout(spec, element_nbytes)
+    demand = Demand(
+        kv_cache_nbytes=kv_cache_nbytes(spec, batch=batch, capacity=context, element_nbytes=element_nbytes),
+        position_tables_nbytes=position_tables_nbytes(spec, context, element_nbytes),
+        activation_nbytes=activation_nbytes(spec, context, element_nbytes, batch=batch),
+        reader_nbytes=reader_nbytes(checkpoint),
+        embedding_on_device=spec.tied_head,
+        staged=hardware.own_memory,
+        num_shared_buffers=config.shared_host_buffers,
+    )
+    budgets = _budgets(spec, layout, demand, config, hardware)
+    plan = make_plan(spec, layout, demand, budgets)
+    _require_free(plan, hardware)
+    return Planned(
+        checkpoint=checkpoint,
+        config=config,
+        hardware=hardware,
+        dtype=dtype,
+        context=context,
+        batch=batch,
+        computed=checkpoint.path is None if computed is None else computed,
+        layout=layout,
+        demand=demand,
+        budgets=budgets,
+        plan=plan,
+    )
+
+
+def dtype_of(config: EngineConfig, spec: ModelSpec) -> DtypeName:
+    """The type weights are held and computed in. auto: float32 for what is stored so, bfloat16 for everything shorter."""
+    if config.dtype == "auto":
+        return "float32" if spec.stored_dtype == "F32" else "bfloat16"
+    return config.dtype
+
+
+def context_of(config: EngineConfig, spec: ModelSpec) -> int:
+    """Positions to plan for. Raises ConfigError for more than the model has."""
+    if config.max_context is None:
+        return min(DEFAULT_CONTEXT, spec.max_positions)
+    if config.max_context > spec.max_positions:
+        raise ConfigError(f"--max-context is {config.max_context}; {spec.name} has {spec.max_positions} positions")
+    return config.max_context
+
+
+def require_prompt(config: EngineConfig, spec: ModelSpec, prompt_tokens: int) -> None:
+    """Raises ConfigError for a prompt that leaves no room for an answer."""
+    context = context_of(config, spec)
+    if prompt_tokens > context:
+        raise ConfigError(f"--prompt-tokens is {prompt_tokens}, the context has {context} positions; give a larger --max-context")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """One way to run a model, and how fast it would be."""
+
+    planned: Planned
+    prediction: Prediction
+
+
+Consider = Callable[[EngineConfig], Candidate]
+"""Plans and predicts. Raises BudgetError."""
+
+
+def candidates(config: EngineConfig, spec: ModelSpec, consider: Consider) -> list[Candidate]:
+    """What --auto chooses from, the fastest first; without it the one thing that was asked for.
+
+    Those for which the memory is too small are left out; where it is so for all, raises the BudgetError of the first.
+    """
+    considered = [_consider(each, consider) for each in alternatives(config, spec)]
+    found = [each for each in considered if isinstance(each, Candidate)]
+    if not found:
+        raise next(each for each in considered if isinstance(each, BudgetError))
+    return sorted(found, key=lambda candidate: candidate.prediction.seconds_per_token)
+
+
+def _consider(config: EngineConfig, consider: Consider) -> Candidate | BudgetError:
+    try:
+        return consider(config)
+    except BudgetError as error:
+        return error
+
+
+def alternatives(config: EngineConfig, spec: ModelSpec) -> list[EngineConfig]:
+    """Settings with everything settled that --auto may choose; what it would be without --auto comes first."""
+    usual = dtype_of(config, spec)
+    if not config.auto or config.dtype != "auto":
+        return [replace(config, dtype=usual)]
+    others = [dtype for dtype in ELEMENT_NBYTES if dtype != usual]
+    return [replace(config, dtype=dtype) for dtype in (usual, *others)]
+
+
+def plan_figures(planned: Planned) -> dict[str, Any]:
+    """A plan as plain values."""
+    plan = planned.plan
+    return {
+        "device": planned.hardware.device,
+        "dtype": planned.dtype,
+        "context": planned.context,
+        **asdict(plan),
+        "device_nbytes": plan.device_nbytes,
+        "host_nbytes": plan.host_nbytes,
+        "pass_nbytes": plan.pass_nbytes,
+    }
+
+
+def prediction_figures(prediction: Prediction) -> dict[str, Any]:
+    """A prediction as plain values."""
+    return {
+        "seconds_per_token": prediction.seconds_per_token,
+        "seconds_per_pass": prediction.seconds_per_pass,
+        "first_token_seconds": prediction.first_token_seconds,
+        "load_seconds": prediction.load_seconds,
+        "bound": prediction.bound,
+        "sources": dict(prediction.sources),
+    }
+
+
+def _budgets(spec: ModelSpec, layout: LayerLayout, demand: Demand, config: EngineConfig, hardware: Hardware) -> Budgets:
+    """Without a GPU the device's budget and the host's are parts of one memory: the host's share is of what the device leaves,
+    and the device's of what the readers leave, since a disk read by too few of them costs more than a few residents save."""
+    free_host = hardware.free_host_nbytes
+    if free_host is None:
+        return Budgets(
+            device_nbytes=_absolute("device-memory", config.device_memory, config.device_size),
+            host_nbytes=_absolute("host-memory", config.host_memory, config.host_size),
+        )
+    if hardware.free_device_nbytes is not None:
+        return Budgets(
+            device_nbytes=config.device_size.resolve(hardware.free_device_nbytes), host_nbytes=config.host_size.resolve(free_host)
+        )
+    free_device = free_host - min(MAX_READERS * demand.reader_nbytes, free_host // 4)
+    device_nbytes = config.device_size.resolve(free_device)
+    unlimited = make_plan(spec, layout, demand, Budgets(device_nbytes=device_nbytes, host_nbytes=1 << 62))
+    _require(("device",), unlimited.device_nbytes, free_device)
+    return Budgets(device_nbytes=device_nbytes, host_nbytes=config.host_size.resolve(free_host - unlimited.device_nbytes))
+
+
+def _absolute(flag: str, text: str, size: Size) -> int:
+    if size.nbytes is None:
+        raise ConfigError(f"--{flag} is {text}, a share of what is free; a device that is described needs a size, such as 24GiB")
+    return size.nbytes
+
+
+def _require_free(plan: Plan, hardware: Hardware) -> None:
+    if hardware.free_host_nbytes is None:
+        return
+    if hardware.free_device_nbytes is None:
+        _require(("device", "host"), plan.device_nbytes + plan.host_nbytes, hardware.free_host_nbytes)
+        return
+    _require(("device",), plan.device_nbytes, hardware.free_device_nbytes)
+    _require(("host",), plan.host_nbytes, hardware.free_host_nbytes)
+
+
+def _require(places: tuple[str, ...], needed_nbytes: int, free_nbytes: int) -> None:
+    if needed_nbytes > free_nbytes:
+        flags = " and ".join(f"--{place}-memory" for place in places)
+        together = "together " if len(places) > 1 else ""
+        raise BudgetError(
+            f"{' and '.join(places)} memory: the plan takes {format_size(needed_nbytes)}, {format_size(free_nbytes)} are free; "
+            f"give smaller {flags}, {together}at most {as_flag(_rounded_down(free_nbytes))}"
+        )
+
+
+def _rounded_down(nbytes: int) -> int:
+    """Less by what as_flag rounds up, which is at most a hundredth, so that what it says is not above nbytes."""
+    return nbytes * 99 // 100
