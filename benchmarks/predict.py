@@ -1,12 +1,12 @@
 """Does the planner know beforehand how long a token takes? Predicted against measured, over the emulated link on a CPU.
 
-    python benchmarks/predict.py             # three shapes, three device budgets, two link rates: about ten minutes
+    python benchmarks/predict.py             # three shapes, three device budgets, two link rates: some ten minutes
     python benchmarks/predict.py --shape 0   # one of the shapes
 
-The ceiling is the measurement itself. Rates are measured in the same run, before anything is predicted, and again before each
-shape: the speed of a shared machine changes within minutes, and a prediction cannot know more than its rates do. Budgets are
-shares of the layers that stay on the device, so that some rows are bound by the link and others by computing. A token is one of
-the real decode loop; medians of several. Bytes of the plan must equal those of the counters exactly.
+The ceiling is the measurement itself. Rates are measured anew before each row, and nothing of a row is known when they are: the
+speed of a shared machine changes within minutes, and a prediction knows no more than its rates do. Budgets are shares of the
+layers that stay on the device, so that some rows are bound by the link and others by computing. A token is one of the real decode
+loop; medians of several. Bytes of the plan must equal those of the counters exactly.
 Exit status: 0 every row within 15 %, 1 some row is not, or its bytes differ.
 """
 
@@ -17,9 +17,8 @@ import statistics
 import sys
 import tempfile
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
-from typing import Any
 
 import torch
 from report import finish, machine_facts
@@ -31,13 +30,13 @@ from offload_sirius.config import EngineConfig
 from offload_sirius.engine import Engine
 from offload_sirius.engine.placement import DTYPES
 from offload_sirius.engine.planning import Planned, assumed_rates, dtype_of, host_hardware, plan_model
-from offload_sirius.rates import DtypeName, Rates
+from offload_sirius.rates import NAMES, DtypeName, Rates
 from offload_sirius_loaders import open_checkpoint
 
 WITHIN, BEYOND = 0, 1
 TOLERANCE = 0.15
 
-SHAPES = ("synthetic:tinyllama-1.1b", "synthetic:llama-3.2-1b?layers=8", "synthetic:llama-2-7b?layers=3&vocab=8192")
+SHAPES = ("synthetic:tinyllama-1.1b", "synthetic:llama-3.2-1b?layers=8", "synthetic:llama-2-7b?layers=6&vocab=8192")
 """Many small layers; a large head; few wide layers."""
 
 RESIDENT_SHARES = (0.0, 0.5, 0.8)
@@ -63,6 +62,7 @@ class Row:
     plan_nbytes: int
     """Of as many passes as were counted."""
     counted_nbytes: int
+    rates: dict[str, float]
 
     @property
     def error(self) -> float:
@@ -74,15 +74,10 @@ def main() -> int:
     options = arguments()
     shapes = SHAPES if options.shape is None else SHAPES[options.shape : options.shape + 1]
     rows: list[Row] = []
-    rates: dict[str, Any] = {}
-    for model in shapes:
-        measured = measured_rates(dtype_of(EngineConfig(), open_checkpoint(model).spec), options.disk)
-        rates[model] = {name: getattr(measured, name) for name in measured.sources}
-        print(f"{model}: " + ", ".join(f"{name} {value:.4g}" for name, value in rates[model].items()), flush=True)
-        for share in RESIDENT_SHARES:
-            for link_gbps in LINKS_GBPS:
-                rows.append(row(model, share, link_gbps, measured, options.passes))
-                show(rows[-1])
+    for model, share, link_gbps in product(shapes, RESIDENT_SHARES, LINKS_GBPS):
+        rates = measured_rates(dtype_of(EngineConfig(), open_checkpoint(model).spec), options.disk)
+        rows.append(row(model, share, link_gbps, rates, options.passes))
+        show(rows[-1])
     worst = max(rows, key=lambda each: abs(each.error))
     exact = all(each.plan_nbytes == each.counted_nbytes for each in rows)
     print(f"worst {worst.error:+.1%}; bytes of plan and counters are {'equal' if exact else 'NOT EQUAL'}")
@@ -90,7 +85,6 @@ def main() -> int:
         "rows": [vars(each) | {"error": each.error} for each in rows],
         "worst_error": worst.error,
         "bytes_equal": exact,
-        "rates": rates,
         **machine_facts(),
     }
     finish("predict", result, options.out)
@@ -137,6 +131,7 @@ def row(model: str, share: float, link_gbps: float, rates: Rates, num_passes: in
         all_seconds=seconds,
         plan_nbytes=(num_passes + 1) * planned.plan.pass_nbytes,
         counted_nbytes=counted_nbytes,
+        rates={name: getattr(rates, name) for name in NAMES},
     )
 
 

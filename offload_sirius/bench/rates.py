@@ -37,8 +37,11 @@ PROMPT_TOKENS = 256
 """Rows of the matmuls by which arithmetic is measured."""
 
 NUM_SMALL_LAYERS = 8
-REPEATS = 7
-"""Of which the median counts."""
+STEP_REPEATS, PROMPT_REPEATS = 15, 5
+"""Runs of which the median counts. A step of the large layer takes some ten milliseconds, a prompt up to a second."""
+
+STEPS_BESIDE_COPIES = 40
+"""Steps whose mean counts and not their median: who gets which core changes from one to the next, and a pass meets all of it."""
 
 STEPS_AT_ONCE = 20
 """Steps of the smallest layers that are timed together: one takes a millisecond, too little to be timed alone."""
@@ -106,7 +109,7 @@ def measure_rates(device: torch.device, dtype: torch.dtype, disk: Path, assumed:
     large = _model(LARGE, dtype, device)
     nbytes = layer_layout(LARGE, dtype.itemsize).nbytes
     step_seconds = seconds_of(lambda: _step(large), device)
-    prompt_seconds = seconds_of(lambda: _prefill(large), device)
+    prompt_seconds = seconds_of(lambda: _prefill(large), device, PROMPT_REPEATS)
     link = _link_rates(large, step_seconds, dtype, device)
     flops = 2 * PROMPT_TOKENS * (nbytes // dtype.itemsize)
     measured = {
@@ -127,10 +130,10 @@ def measure_rates(device: torch.device, dtype: torch.dtype, disk: Path, assumed:
     return replace(assumed, **measured, sources=sources)
 
 
-def seconds_of(work: Callable[[], object], device: torch.device) -> float:
+def seconds_of(work: Callable[[], object], device: torch.device, repeats: int = STEP_REPEATS) -> float:
     """Median seconds of a piece of work, the first run left out."""
     seconds = []
-    for _ in range(REPEATS + 1):
+    for _ in range(repeats + 1):
         _synchronise(device)
         began = time.perf_counter()
         work()
@@ -199,10 +202,13 @@ def _link_rates(model: Transformer, step_seconds: float, dtype: torch.dtype, dev
         copy_seconds = seconds_of(lambda: _copy(copier, slot), device)
         with _copying(copier, slot):
             nbytes, began = copier.nbytes_copied, time.perf_counter()
-            beside_seconds = seconds_of(lambda: _step(model), device)
-            rate = (copier.nbytes_copied - nbytes) / (time.perf_counter() - began)
+            for _ in range(STEPS_BESIDE_COPIES):
+                _step(model)
+            _synchronise(device)
+            seconds = time.perf_counter() - began
+            rate = (copier.nbytes_copied - nbytes) / seconds
         alone = layout.nbytes / copy_seconds
-        return alone, min(step_seconds / beside_seconds, 1.0), min(rate / alone, 1.0)
+        return alone, min(step_seconds * STEPS_BESIDE_COPIES / seconds, 1.0), min(rate / alone, 1.0)
     finally:
         copier.close()
         host.close()

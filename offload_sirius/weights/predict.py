@@ -5,9 +5,10 @@ rate of what brings it. What both take together is found by replaying the stream
 same order, the attention block before the neurons, a slot given on at release, the first layers of the next pass under way while
 the head is computed. Where the link is the bottleneck the replay gives exactly its bytes over its rate.
 
-Copies within host memory take cores and memory from computing, and computing takes them from the copies. Let C be the seconds of
-a pass's computing alone, K those of its copying alone, and x and z the shares of speed that are left to each while both run. They
-run together until the first of them ends; the other goes on alone. So
+Copies within host memory take cores and memory from computing, and computing takes them from the copies: while both run, the one
+goes at a share x of its speed, the other at a share z of its own; alone, each has all of it. The replay lets them. Seen from
+afar, let C be the seconds of a pass's computing alone and K those of its copying alone; they run together until the first of them
+ends, so
 
     together = min(C / x, K / z)
     computing = C + together * (1 - x)
@@ -20,6 +21,7 @@ import heapq
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Literal
 
 from offload_sirius.rates import Rates
@@ -142,8 +144,8 @@ def predict(setting: Setting, token: Work, prompt: Work) -> Prediction:
     """Expected times. token: the pass of one new token; prompt: the pass over the prompt."""
     token_bill, prompt_bill = pass_bill(setting, token, decoding=True), pass_bill(setting, prompt, decoding=False)
     replay = _Replay(setting)
-    first = replay.run(_seconds_of_pass(setting, prompt, prompt_bill, decoding=False))
-    of_token = _seconds_of_pass(setting, token, token_bill, decoding=True)
+    first = replay.run(_pass_seconds(setting, prompt, decoding=False))
+    of_token = _pass_seconds(setting, token, decoding=True)
     for _ in range(SETTLING_PASSES):
         began = replay.run(of_token)
     for _ in range(COUNTED_PASSES):
@@ -251,27 +253,20 @@ def _share_of_cores(setting: Setting, *, decoding: bool) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class _PassSeconds:
-    """What the replay needs to know of a pass."""
+    """Computing, as the replay needs it: alone, without what copies take from it."""
 
     parts: Mapping[Part, float]
-    """Computing a part of a layer."""
+    """A part of a layer; the layer's overhead is counted with its attention."""
     behind_layers: float
     """Head, and what a step takes."""
-    copy_stretch: float
-    """Copies take this many times as long as alone."""
 
 
-def _seconds_of_pass(setting: Setting, work: Work, bill: PassBill, *, decoding: bool) -> _PassSeconds:
-    """Drags are spread over the whole pass; a layer's overhead is counted with its attention."""
-    stretch = bill.compute_seconds / (bill.compute_seconds - bill.drag_seconds)
+def _pass_seconds(setting: Setting, work: Work, *, decoding: bool) -> _PassSeconds:
     parts = _part_seconds(setting, work, decoding=decoding)
     parts["attention"] += _mixing_seconds(setting, work, decoding=decoding)
     parts["attention"] += work.num_chunks * setting.rates.layer_overhead_seconds
-    return _PassSeconds(
-        parts={part: seconds * stretch for part, seconds in parts.items()},
-        behind_layers=stretch * (bill.head_seconds + setting.rates.step_overhead_seconds),
-        copy_stretch=1 + bill.copy_drag_seconds / bill.copy_seconds if bill.copy_seconds else 1.0,
-    )
+    head = _weights_seconds(setting, setting.plan.device_bill["head"], work.num_head_rows, decoding=decoding)
+    return _PassSeconds(parts=parts, behind_layers=head + setting.rates.step_overhead_seconds)
 
 
 Arrival = Callable[[], float]
@@ -303,12 +298,63 @@ class _Lane:
         return self._ends[ticket]
 
 
+class _CopyingThread:
+    """Copies within host memory, in the order asked, by a thread that shares cores and memory with who computes."""
+
+    def __init__(self, rates: Rates) -> None:
+        self._compute_share = rates.compute_share_beside_copies
+        self._copy_share = rates.copy_share_beside_computing
+        self._left: deque[float] = deque()
+        """Seconds of copying alone that are left of each copy not yet ended."""
+        self._ends: list[float] = []
+        self._now = 0.0
+
+    def carry(self, seconds: float) -> Arrival:
+        """A copy that takes that long alone. Whoever asks when it ends does not compute until then."""
+        self._left.append(seconds)
+        ticket = len(self._ends) + len(self._left) - 1
+        return lambda: self._end_of(ticket)
+
+    def compute(self, seconds: float) -> float:
+        """Computing that takes that long alone. Returns the time at its end."""
+        while self._left and seconds / self._compute_share > self._left[0] / self._copy_share:
+            together = self._left[0] / self._copy_share
+            seconds -= together * self._compute_share
+            self._now += together
+            self._first_ends()
+        together = seconds / self._compute_share if self._left else seconds
+        if self._left:
+            self._left[0] -= together * self._copy_share
+        self._now += together
+        return self._now
+
+    def idle_until(self, time: float) -> float:
+        """Nobody computes until then. Returns the time."""
+        while self._left and self._now + self._left[0] <= time:
+            self._now += self._left[0]
+            self._first_ends()
+        if self._left:
+            self._left[0] -= time - self._now
+        self._now = time
+        return time
+
+    def _first_ends(self) -> None:
+        self._left.popleft()
+        self._ends.append(self._now)
+
+    def _end_of(self, ticket: int) -> float:
+        if ticket < len(self._ends):
+            return self._ends[ticket]
+        return self._now + sum(islice(self._left, ticket - len(self._ends) + 1))
+
+
 class _Replay:
     """The ring of the streamer in imagined time. See weights/streamer.py, weights/copiers.py and weights/cuda.py."""
 
     def __init__(self, setting: Setting) -> None:
         self._setting = setting
         self._link, self._pace, self._disk = _Lane(), _Lane(), _Lane()
+        self._thread = _CopyingThread(setting.rates)
         self._staged: dict[Part, deque[Arrival]] = {part: deque() for part in PARTS}
         self._streamed = setting.plan.streamed_layers
         self._disk_layers = frozenset(setting.plan.disk_layers)
@@ -321,36 +367,39 @@ class _Replay:
         """One pass more. Returns the time at its end."""
         if self._streamed and not self._ring:
             for _ in range(self._setting.plan.num_slots):
-                self._start(seconds)
+                self._start()
         streamed = set(self._streamed)
         for layer in range(self._num_layers):
             for part in PARTS:
                 if layer in streamed:
-                    self._now = max(self._now, self._ring[0][part]())
-                self._now += seconds.parts[part]
+                    self._now = self._thread.idle_until(max(self._now, self._ring[0][part]()))
+                self._now = self._thread.compute(seconds.parts[part])
             if layer in streamed:
                 self._ring.popleft()
-                self._start(seconds)
-        self._now += seconds.behind_layers
+                self._start()
+        self._now = self._thread.compute(seconds.behind_layers)
         return self._now
 
-    def _start(self, seconds: _PassSeconds) -> None:
+    def _start(self) -> None:
         """A slot is free: bring the next layer of the cycle into it, attention first."""
         layer = self._streamed[self._next]
         self._next = (self._next + 1) % len(self._streamed)
-        self._ring.append({part: self._bring(layer, part, seconds.copy_stretch) for part in PARTS})
+        self._ring.append({part: self._bring(layer, part) for part in PARTS})
 
-    def _bring(self, layer: int, part: Part, copy_stretch: float) -> Arrival:
+    def _bring(self, layer: int, part: Part) -> Arrival:
         setting = self._setting
-        arrival = self._from_disk(part) if layer in self._disk_layers else self._upload(part, self._now, copy_stretch)
+        arrival = self._from_disk(part) if layer in self._disk_layers else self._from_host(part)
         if setting.paced_bytes_per_second is None:
             return arrival
         paced = self._pace.carry(self._now, setting.layout.part_nbytes(part) / setting.paced_bytes_per_second)
         return lambda: max(arrival(), paced())
 
-    def _upload(self, part: Part, ready: float, stretch: float = 1.0) -> Arrival:
-        nbytes = self._setting.layout.part_nbytes(part)
-        return self._link.carry(ready, stretch * nbytes / self._setting.rates.link_bytes_per_second)
+    def _from_host(self, part: Part) -> Arrival:
+        seconds = self._upload_seconds(part)
+        return self._link.carry(self._now, seconds) if self._setting.own_memory else self._thread.carry(seconds)
+
+    def _upload_seconds(self, part: Part) -> float:
+        return self._setting.layout.part_nbytes(part) / self._setting.rates.link_bytes_per_second
 
     def _from_disk(self, part: Part) -> Arrival:
         """Into the slot, or into a staging buffer that is free again once it has been uploaded."""
@@ -359,5 +408,5 @@ class _Replay:
             return self._disk.carry(self._now, seconds)
         staged = self._staged[part]
         ready = max(self._now, staged.popleft()()) if len(staged) == NUM_STAGING else self._now
-        staged.append(self._upload(part, self._disk.carry(ready, seconds)()))
+        staged.append(self._link.carry(self._disk.carry(ready, seconds)(), self._upload_seconds(part)))
         return staged[-1]
