@@ -26,6 +26,7 @@ STREAM = StreamReport(
     model="synthetic:tiny",
     device="cpu",
     num_slots=2,
+    host_nbytes=100,
     pass_nbytes=1000,
     seconds=Spread(median=2.0, lowest=1.0, highest=3.0),
     all_seconds=(1.0, 2.0, 3.0),
