@@ -18,17 +18,21 @@ from .conftest import Run
 COMMANDS: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 DOCUMENTED = {
     "generate": (
-        "--model --mode --device --device-memory --host-memory --link-gbps --dtype --max-context --threads --temperature --top-k "
-        "--top-p --min-p --repetition-penalty --seed --stop --max-new-tokens --prompt --prompt-file --chat --ignore-eos "
+        "--model --mode --device --device-memory --host-memory --link-gbps --dtype --max-context --auto --threads --temperature "
+        "--top-k --top-p --min-p --repetition-penalty --seed --stop --max-new-tokens --prompt --prompt-file --chat --ignore-eos "
         "--json --verbose"
     ),
-    "doctor": "--path --json",
+    "plan": (
+        "--model --mode --device --device-memory --host-memory --link-gbps --dtype --max-context --auto --device-tflops "
+        "--device-gbps --disk-gbps --prompt-tokens --batch --json --verbose"
+    ),
+    "doctor": "--path --measure --json",
     "models": "--json",
 }
 SETTINGS = [
     (config, name)
     for config, names in (
-        (EngineConfig, "model device device_memory host_memory link_gbps dtype max_context threads"),
+        (EngineConfig, "model device device_memory host_memory link_gbps dtype max_context auto threads"),
         (GenerationConfig, "mode max_new_tokens ignore_eos chat"),
         (SamplingConfig, "temperature top_k top_p min_p repetition_penalty seed"),
     )
