@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from offload_sirius.config import EngineConfig, GenerationConfig, SamplingConfig, default_of, help_of
+from offload_sirius.config import EngineConfig, GenerationConfig, PlanConfig, SamplingConfig, default_of, help_of
 from offload_sirius.errors import ConfigError, NotBuiltError
 from offload_sirius.units import GIB, Size
 
-CONFIGS = (EngineConfig, SamplingConfig, GenerationConfig)
+CONFIGS = (EngineConfig, SamplingConfig, GenerationConfig, PlanConfig)
 
 
 def test_defaults_are_within_their_ranges() -> None:

@@ -249,3 +249,20 @@ def test_this_machine_can_be_read() -> None:
 
 def test_importing_it_does_not_import_torch() -> None:
     assert run_python("import sys, offload_sirius.machine; print('torch' in sys.modules)") == "False"
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "model"),
+    [
+        ("processor\t: 0\nmodel name\t: AMD EPYC\nprocessor\t: 1\nmodel name\t: AMD EPYC\n", "AMD EPYC"),
+        ("processor\t: 0\nBogoMIPS\t: 50.00\n", os.uname().machine),
+    ],
+)
+def test_a_cpu_is_called_as_it_calls_itself_or_by_its_architecture(cpuinfo: str, model: str, tmp_path: Path) -> None:
+    assert machine.cpu_model(write(tmp_path, {"proc/cpuinfo": cpuinfo})) == model
+
+
+@pytest.mark.parametrize("name", ["nvidiactl", "kfd", "dxg"])
+def test_a_driver_s_device_says_that_there_may_be_a_gpu(name: str, tmp_path: Path) -> None:
+    assert not machine.may_have_gpu(tmp_path)
+    assert machine.may_have_gpu(write(tmp_path, {f"dev/{name}": ""}))

@@ -8,11 +8,11 @@ A layer's time is taken apart by its size: what the smallest layers take is over
 from __future__ import annotations
 
 import statistics
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections import deque
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -26,10 +26,11 @@ from offload_sirius.model.kv_cache import KVCache
 from offload_sirius.model.transformer import Transformer
 from offload_sirius.rates import ASSUMED, Rates
 from offload_sirius.weights.buffers import LayerBuffer
-from offload_sirius.weights.copiers import Copier, HostCopier
+from offload_sirius.weights.copiers import Copier, HostCopier, Transfer
 from offload_sirius.weights.disk_rate import measure_disk
 from offload_sirius.weights.host import HostStore, allocate_bytes
 from offload_sirius.weights.layout import PARTS, layer_layout
+from offload_sirius.weights.plan import MIN_SLOTS
 from offload_sirius.weights.uploads import ChunkRoute, PinnedRoute, Uplink, UplinkCopier
 from offload_sirius_loaders.spec import ModelSpec, RopeSpec
 
@@ -40,8 +41,11 @@ NUM_SMALL_LAYERS = 8
 STEP_REPEATS, PROMPT_REPEATS = 15, 5
 """Runs of which the median counts. A step of the large layer takes some ten milliseconds, a prompt up to a second."""
 
-STEPS_BESIDE_COPIES = 40
+STEPS_BESIDE_COPIES = 20
 """Steps whose mean counts and not their median: who gets which core changes from one to the next, and a pass meets all of it."""
+
+SMALLEST_SHARE = 0.05
+"""Noise can say that copies and computing stop each other altogether."""
 
 STEPS_AT_ONCE = 20
 """Steps of the smallest layers that are timed together: one takes a millisecond, too little to be timed alone."""
@@ -62,6 +66,10 @@ LARGE = ModelSpec(
     layer_windows=(None,),
 )
 """A layer of 218 million parameters: more than any cache holds, little enough for any machine."""
+
+RING = replace(LARGE, name="ring", num_layers=4, width=2048, ffn_width=8192, layer_windows=(None,) * 4)
+"""Layers that are copied while others are computed on, as a ring of slots does it: each of another place, one at each second
+release. (One large copy over and over takes less from computing than these: half as much was seen.)"""
 
 SMALL = replace(LARGE, name="small", width=64, num_heads=2, num_kv_heads=1, head_dim=32, ffn_width=64)
 """A layer that takes no longer than its calls."""
@@ -101,33 +109,34 @@ class RandomWeights:
 def measure_rates(device: torch.device, dtype: torch.dtype, disk: Path, assumed: Rates, source: str) -> Rates:
     """Measure everything. assumed: for what cannot be; source: what is written beside the rest, `measured DATE`.
 
-    disk: a file or folder on the disk to measure. Takes 0.5 GB of device memory in bfloat16 and as much of the host's, twice
-    that in float32. Raises BudgetError, ConfigError.
+    disk: a file or folder on the disk to measure. Takes 1.8 GB of memory in bfloat16, twice that in float32. Raises BudgetError,
+    ConfigError.
     """
     torch.set_num_threads(machine.physical_cores())
+    measured = {
+        "disk_bytes_per_second": measure_disk(disk).bytes_per_second,
+        **_compute_rates(dtype, device),
+        **_link_rates(dtype, device),
+    }
+    sources = {**dict.fromkeys(assumed.sources, ASSUMED), **dict.fromkeys(measured, source)}
+    return replace(assumed, **measured, sources=sources)
+
+
+def _compute_rates(dtype: torch.dtype, device: torch.device) -> dict[str, float]:
     per_step, per_layer = _overheads(dtype, device)
     large = _model(LARGE, dtype, device)
     nbytes = layer_layout(LARGE, dtype.itemsize).nbytes
-    step_seconds = seconds_of(lambda: _step(large), device)
-    prompt_seconds = seconds_of(lambda: _prefill(large), device, PROMPT_REPEATS)
-    link = _link_rates(large, step_seconds, dtype, device)
-    flops = 2 * PROMPT_TOKENS * (nbytes // dtype.itemsize)
-    measured = {
-        "link_bytes_per_second": link[0],
-        "disk_bytes_per_second": measure_disk(disk).bytes_per_second,
+    step_seconds = seconds_of(partial(_step, large), device)
+    prompt_seconds = seconds_of(partial(_prefill, large), device, PROMPT_REPEATS)
+    rates = {
         "device_bytes_per_second": nbytes / (step_seconds - per_step - per_layer),
-        "device_flops_per_second": flops / (prompt_seconds - per_step - per_layer),
+        "device_flops_per_second": 2 * PROMPT_TOKENS * (nbytes // dtype.itemsize) / (prompt_seconds - per_step - per_layer),
         "layer_overhead_seconds": per_layer,
         "step_overhead_seconds": per_step,
     }
-    if device.type == "cpu":
-        measured |= {
-            "compute_share_beside_copies": link[1],
-            "copy_share_beside_computing": link[2],
-            "compute_share_beside_readers": _share_beside_readers(large, step_seconds, device),
-        }
-    sources = {**dict.fromkeys(assumed.sources, ASSUMED), **dict.fromkeys(measured, source)}
-    return replace(assumed, **measured, sources=sources)
+    if device.type == "cuda":
+        return rates
+    return rates | {"compute_share_beside_readers": _share_beside_readers(large, step_seconds, device)}
 
 
 def seconds_of(work: Callable[[], object], device: torch.device, repeats: int = STEP_REPEATS) -> float:
@@ -161,8 +170,11 @@ def _with_layers(spec: ModelSpec, num_layers: int) -> ModelSpec:
 
 
 def _model(spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> Transformer:
-    cache = KVCache(spec, capacity=spec.max_positions, dtype=dtype, device=device)
-    return Transformer(spec, RandomWeights(spec, dtype, device), cache)
+    return _model_of(spec, RandomWeights(spec, dtype, device), dtype, device)
+
+
+def _model_of(spec: ModelSpec, weights: RandomWeights, dtype: torch.dtype, device: torch.device) -> Transformer:
+    return Transformer(spec, weights, KVCache(spec, capacity=spec.max_positions, dtype=dtype, device=device))
 
 
 def _step(model: Transformer) -> None:
@@ -186,59 +198,110 @@ def _share_beside_readers(model: Transformer, alone_seconds: float, device: torc
     cores = machine.physical_cores()
     torch.set_num_threads(max(cores - 1, 1))
     try:
-        return min(alone_seconds / seconds_of(lambda: _step(model), device), 1.0)
+        return min(alone_seconds / seconds_of(partial(_step, model), device), 1.0)
     finally:
         torch.set_num_threads(cores)
 
 
-def _link_rates(model: Transformer, step_seconds: float, dtype: torch.dtype, device: torch.device) -> tuple[float, float, float]:
-    """Bytes per second of the link alone; the shares of speed that are left to computing and to copies while both run."""
-    layout = layer_layout(LARGE, dtype.itemsize)
-    uplink = uplink_to(device)
-    host = HostStore(range(1), LARGE, layout, dtype, registrar=uplink)
-    slot = LayerBuffer(allocate_bytes(layout.nbytes, device, "device"), LARGE, layout, dtype)
-    copier = _copier(host, uplink)
+class StreamedWeights(RandomWeights):
+    """Every second layer that is released has another one copied into a slot, as the streamer would."""
+
+    def __init__(self, spec: ModelSpec, dtype: torch.dtype, device: torch.device, copies: LayerCopies) -> None:
+        super().__init__(spec, dtype, device)
+        self._copies = copies
+
+    def release(self, layer: int) -> None:
+        """See WeightSource."""
+        if layer % 2:
+            self._copies.start_next()
+
+
+class LayerCopies:
+    """The link with layers in host memory behind it and slots before it."""
+
+    def __init__(self, spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> None:
+        layout = layer_layout(spec, dtype.itemsize)
+        self._num_layers = spec.num_layers
+        uplink = uplink_to(device)
+        self._host = HostStore(range(spec.num_layers), spec, layout, dtype, registrar=uplink)
+        self._slots = [
+            LayerBuffer(allocate_bytes(layout.nbytes, device, "device"), spec, layout, dtype) for _ in range(MIN_SLOTS)
+        ]
+        for buffer in self._host.buffers:
+            buffer.storage.fill_(1)  # pages that were never written are all the same one
+        self._copier = _copier(self._host, uplink)
+        self._under_way: deque[Transfer] = deque()
+        self._next = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all layers."""
+        return sum(buffer.storage.numel() for buffer in self._host.buffers)
+
+    @property
+    def busy_seconds(self) -> float:
+        """Time in which something was copied."""
+        return self._copier.busy_seconds
+
+    def start_next(self) -> None:
+        """Begin to copy the next layer into the next slot."""
+        slot = self._slots[self._next % len(self._slots)]
+        self._under_way.extend(self._copier.start(self._next % self._num_layers, part, slot) for part in PARTS)
+        self._next += 1
+
+    def wait(self) -> None:
+        """Until all is copied."""
+        while self._under_way:
+            self._under_way.popleft().wait()
+
+    def copy_all(self) -> None:
+        """Every layer once."""
+        for _ in range(self._num_layers):
+            self.start_next()
+        self.wait()
+
+    def close(self) -> None:
+        """End the copier, unpin."""
+        self._copier.close()
+        self._host.close()
+
+
+def _link_rates(dtype: torch.dtype, device: torch.device) -> dict[str, float]:
+    """The link alone, and where it takes the CPU's own memory and cores, what it leaves to computing and computing to it."""
+    copies = LayerCopies(RING, dtype, device)
     try:
-        copy_seconds = seconds_of(lambda: _copy(copier, slot), device)
-        with _copying(copier, slot):
-            nbytes, began = copier.nbytes_copied, time.perf_counter()
-            for _ in range(STEPS_BESIDE_COPIES):
-                _step(model)
-            _synchronise(device)
-            seconds = time.perf_counter() - began
-            rate = (copier.nbytes_copied - nbytes) / seconds
-        alone = layout.nbytes / copy_seconds
-        return alone, min(step_seconds * STEPS_BESIDE_COPIES / seconds, 1.0), min(rate / alone, 1.0)
+        copy_seconds = seconds_of(copies.copy_all, device)
+        link = {"link_bytes_per_second": copies.nbytes / copy_seconds}
+        return link if device.type == "cuda" else link | _shares(copies, copy_seconds / copies.nbytes, dtype, device)
     finally:
-        copier.close()
-        host.close()
+        copies.close()
+
+
+def _shares(copies: LayerCopies, seconds_per_byte: float, dtype: torch.dtype, device: torch.device) -> dict[str, float]:
+    """A step alone, then with copies beside it; what each takes longer, it has lost while both ran."""
+    alone = seconds_of(partial(_step, _model(RING, dtype, device)), device)
+    beside = _model_of(RING, StreamedWeights(RING, dtype, device, copies), dtype, device)
+    copied, began = copies.busy_seconds, time.perf_counter()
+    for _ in range(STEPS_BESIDE_COPIES):
+        _step(beside)
+    computing = (time.perf_counter() - began) / STEPS_BESIDE_COPIES
+    copies.wait()
+    copying = (copies.busy_seconds - copied) / STEPS_BESIDE_COPIES
+    copying_alone = copies.nbytes / 2 * seconds_per_byte
+    together = min(computing, copying)
+    return {
+        "compute_share_beside_copies": _as_share(1 - (computing - alone) / together),
+        "copy_share_beside_computing": _as_share(1 - (copying - copying_alone) / together),
+    }
+
+
+def _as_share(found: float) -> float:
+    return min(max(found, SMALLEST_SHARE), 1.0)
 
 
 def _copier(host: HostStore, uplink: Uplink | None) -> Copier:
     if uplink is None:
         return HostCopier(host)
-    route = (PinnedRoute if host.is_pinned(0) else ChunkRoute)(host, [0], uplink)
-    return UplinkCopier({0: route}, uplink)
-
-
-def _copy(copier: Copier, slot: LayerBuffer) -> None:
-    for transfer in [copier.start(0, part, slot) for part in PARTS]:
-        transfer.wait()
-
-
-@contextmanager
-def _copying(copier: Copier, slot: LayerBuffer) -> Iterator[None]:
-    """Copies follow each other without pause while the block runs."""
-    over = threading.Event()
-
-    def copy() -> None:
-        while not over.is_set():
-            _copy(copier, slot)
-
-    thread = threading.Thread(target=copy, name="copies")
-    thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        thread.join()
+    layers = range(len(host.buffers))
+    route = (PinnedRoute if host.is_pinned(layers[-1]) else ChunkRoute)(host, layers, uplink)
+    return UplinkCopier(dict.fromkeys(layers, route), uplink)

@@ -107,6 +107,7 @@ def stream(
     link_gbps: flags.LinkGbps = _ENGINE.link_gbps,
     dtype: flags.Dtype = _ENGINE.dtype,
     threads: flags.Threads = _ENGINE.threads,
+    shared_host_buffers: flags.SharedHostBuffers = _ENGINE.shared_host_buffers,
     passes: Annotated[int, typer.Option("--passes", help="Passes that count, after two that do not.", metavar="N")] = NUM_REPEATS,
     plot: Plot = None,
     trace: flags.Trace = None,
@@ -122,6 +123,7 @@ def stream(
         link_gbps=link_gbps,
         dtype=dtype,  # type: ignore[arg-type]  # checked by EngineConfig
         threads=threads,
+        shared_host_buffers=shared_host_buffers,
     )
     report = _stream(config, _at_least_one("--passes", passes), trace, plot, all_streamed=device_memory is None, verbose=verbose)
     _print(report.as_json() if as_json else _stream_table(report))

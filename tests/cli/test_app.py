@@ -64,7 +64,7 @@ def test_a_reader_that_leaves_ends_the_program_in_silence() -> None:
 def test_without_arguments_the_commands_are_shown(run: Run) -> None:
     ran = run()
     assert ran.code == 0
-    for command in ("generate", "doctor", "models", "bench"):
+    for command in ("generate", "plan", "bench", "doctor", "models"):
         assert f"\n  {command} " in ran.out
     assert "Examples:\n    offload-sirius generate --prompt" in ran.out
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import datetime
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
+from offload_sirius.rates import Rates
 from offload_sirius.units import MIB
 from offload_sirius.weights.disk_rate import DiskRate
 
@@ -24,6 +28,8 @@ NAMES = {
     "disk_file_system",
     "disk_free_bytes",
     "disk_gbytes_per_second",
+    "rates_bfloat16",
+    "rates_float32",
 }
 
 
@@ -54,11 +60,37 @@ def test_people_get_a_line_for_each_finding_and_advice_below_it(run: Run, measur
     lines = run("doctor", "--path", str(tmp_path)).out.splitlines()
     named = [line for line in lines if not line.startswith(" ")]
     assert {line[:24].strip().replace(" ", "_") for line in named} == NAMES
-    assert lines[-2:] == [
+    assert lines[-6:] == [
         "disk gbytes per second   2.00 GB/s by page cache, 8 reads of 4.00 MiB at a time",
         " " * 24 + " -> this file system refuses O_DIRECT; a local disk streams faster",
+        "rates bfloat16           not measured",
+        " " * 24 + " -> measure with `offload-sirius doctor --measure`",
+        "rates float32            not measured",
+        " " * 24 + " -> measure with `offload-sirius doctor --measure`",
     ]
     assert len(measured) == 1
+
+
+def test_what_was_measured_is_kept_and_shown_with_its_date(
+    run: Run, measured: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measure(device: torch.device, dtype: torch.dtype, disk: Path, assumed: Rates, source: str) -> Rates:
+        assert (device.type, disk) == ("cpu", tmp_path)
+        known = {"link_bytes_per_second": 5e9, "device_bytes_per_second": 8e9 * dtype.itemsize}
+        return replace(assumed, **known, sources={**assumed.sources, **dict.fromkeys(known, source)})  # type: ignore[arg-type]
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr("offload_sirius.bench.rates.measure_rates", measure)
+    first = run("doctor", "--measure", "--path", str(tmp_path))
+    assert [line.rpartition(", ")[2] for line in first.err.splitlines()] == ["bfloat16", "float32"]
+    shown = run("doctor", "--path", str(tmp_path)).out.splitlines()[-2:]
+    today = datetime.date.today().isoformat()
+    assert shown[0].startswith("rates bfloat16           link 5.00 GB/s, disk 3.00 GB/s, device memory 16 GB/s, ")
+    assert shown[1].startswith("rates float32            link 5.00 GB/s, disk 3.00 GB/s, device memory 32 GB/s, ")
+    assert all(line.endswith(f"; measured {today}") for line in shown)
+    found = json.loads(run("doctor", "--json", "--path", str(tmp_path)).out)
+    assert found["rates_float32"]["sources"]["link_bytes_per_second"] == f"measured {today}"
+    assert found["rates_float32"]["sources"]["disk_bytes_per_second"] == "assumed"
 
 
 def test_without_a_path_the_disk_of_the_cache_folder_is_measured(run: Run, measured: list[Path], tmp_path: Path) -> None:

@@ -21,21 +21,26 @@ COMMANDS: dict[str, Any] = {name: each for name, each in TOP.items() if name != 
 }
 DOCUMENTED = {
     "generate": (
-        "--model --mode --device --device-memory --host-memory --link-gbps --dtype --max-context --threads --temperature --top-k "
-        "--top-p --min-p --repetition-penalty --seed --stop --max-new-tokens --prompt --prompt-file --chat --ignore-eos "
+        "--model --mode --device --device-memory --host-memory --link-gbps --dtype --max-context --auto --threads --temperature "
+        "--top-k --top-p --min-p --repetition-penalty --seed --stop --max-new-tokens --prompt --prompt-file --chat --ignore-eos "
         "--shared-host-buffers --trace --json --verbose"
     ),
-    "doctor": "--path --json",
+    "plan": (
+        "--model --mode --device --device-memory --host-memory --link-gbps --dtype --max-context --auto --device-tflops "
+        "--device-gbps --disk-gbps --prompt-tokens --batch --json --verbose"
+    ),
+    "doctor": "--path --measure --json",
     "models": "--json",
     "bench link": "--device --sizes --path --repeats --plot --json",
     "bench stream": (
-        "--model --device --device-memory --host-memory --link-gbps --dtype --threads --passes --plot --trace --json --verbose"
+        "--model --device --device-memory --host-memory --link-gbps --dtype --threads --passes "
+        "--shared-host-buffers --plot --trace --json --verbose"
     ),
 }
 SETTINGS = [
     (config, name)
     for config, names in (
-        (EngineConfig, "model device device_memory host_memory link_gbps dtype max_context threads shared_host_buffers"),
+        (EngineConfig, "model device device_memory host_memory link_gbps dtype max_context auto threads shared_host_buffers"),
         (GenerationConfig, "mode max_new_tokens ignore_eos chat"),
         (SamplingConfig, "temperature top_k top_p min_p repetition_penalty seed"),
     )

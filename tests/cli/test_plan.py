@@ -134,7 +134,7 @@ def test_an_absolute_memory_and_a_link_beyond_this_machine_describe_another(run:
     beyond = planned(run, "--model", "llama-3-70b", "--device-memory", "24GiB", "--host-memory", "64GiB", "--link-gbps", "1000")
     assert beyond["plan"]["device"] == "described"
     assert beyond["rates"]["link_bytes_per_second"] == {"value": 1e12, "source": "given"}
-    emulated = planned(run, "--model", "synthetic:tiny", "--device-memory", "10MiB", "--link-gbps", "0.1")
+    emulated = planned(run, "--model", "synthetic:tiny", "--device-memory", "20MiB", "--link-gbps", "0.1")
     assert emulated["plan"]["device"] == "cpu"
     assert emulated["rates"]["link_bytes_per_second"]["source"] == "assumed"
 

@@ -63,7 +63,7 @@ def test_a_setting_that_does_not_exist_is_refused_with_those_that_do() -> None:
         offload_sirius.load(TINY, device_ram="20GiB")
     assert str(caught.value) == (
         "unknown setting device_ram; known are model, device, device_memory, host_memory, link_gbps, dtype, max_context, "
-        "threads, shared_host_buffers"
+        "auto, threads, shared_host_buffers"
     )
 
 

@@ -121,14 +121,20 @@ def test_the_first_token_waits_for_the_first_layer_and_hides_computing_behind_th
     assert link < first < link + computing
 
 
-def test_a_ring_without_a_free_slot_makes_the_disk_wait_for_the_upload() -> None:
-    """Two slots, every layer from disk: a layer's records are read, then uploaded, while the next layer is under way."""
+def test_a_pass_bound_by_the_disk_alone_takes_exactly_its_bytes_over_its_rate() -> None:
     made = plan(24 * GIB, 6 * GIB)
     assert not made.host_layers
     expected = predict(setting(made), TOKEN, PROMPT)
-    disk = len(made.disk_layers) * LAYER / DISK
-    assert disk <= expected.seconds_per_token < disk * 1.15
+    assert expected.seconds_per_token == pytest.approx(len(made.disk_layers) * LAYER / DISK, rel=1e-12)
     assert expected.bound == "disk"
+
+
+def test_with_host_layers_in_one_of_two_slots_the_disk_waits_while_its_layer_is_uploaded() -> None:
+    made = plan(24 * GIB, 64 * GIB)
+    assert (made.num_slots, made.host_layers[:3], made.disk_layers[:3]) == (2, (1, 2, 4), (3, 5, 7))
+    expected = predict(setting(made), TOKEN, PROMPT)
+    disk, upload = len(made.disk_layers) * LAYER / DISK, len(made.disk_layers) * LAYER / LINK
+    assert disk + 0.5 * upload < expected.seconds_per_token < disk + 1.1 * upload
 
 
 def test_an_emulated_link_carries_disk_layers_at_its_own_rate_beside_the_disk() -> None:

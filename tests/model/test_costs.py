@@ -1,0 +1,27 @@
+"""The arithmetic of a pass, by hand. What the model keeps and allocates is compared with its tensors beside the tensors."""
+
+from __future__ import annotations
+
+import pytest
+
+from offload_sirius.model.costs import activation_nbytes, attended_pairs, mixing_flops
+from offload_sirius_loaders import open_checkpoint
+
+LLAMA_70B = open_checkpoint("synthetic:llama-3-70b").spec
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "num_cached", "pairs"),
+    [(1, 0, 1), (1, 99, 100), (512, 0, 512 * 512), (513, 0, 512 * 512 + 513), (1024, 8, 512 * 520 + 512 * 1032)],
+)
+def test_a_chunk_sees_all_up_to_its_last_position(num_tokens: int, num_cached: int, pairs: int) -> None:
+    assert attended_pairs(num_tokens, num_cached) == pairs
+
+
+def test_attention_of_a_pair_is_a_product_for_the_score_and_one_for_the_value() -> None:
+    assert mixing_flops(LLAMA_70B, 1) == 4 * 64 * 128
+
+
+def test_further_sequences_add_their_hidden_states_while_their_logits_are_smaller_than_a_chunk() -> None:
+    one, three = (activation_nbytes(LLAMA_70B, 1024, 2, batch=batch) for batch in (1, 3))
+    assert three - one == 2 * 1024 * 8192 * 2
