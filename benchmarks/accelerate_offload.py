@@ -109,7 +109,7 @@ def reference_model(spec: ModelSpec) -> Any:
     )
     with torch.device("meta"):
         model = LlamaForCausalLM(config).to(torch.bfloat16)
-    rotary = LlamaForCausalLM(LlamaConfig(**(config.to_dict() | {"num_hidden_layers": 0}))).model.rotary_emb
+    rotary = LlamaForCausalLM(LlamaConfig(**(config.to_dict() | {"num_hidden_layers": 0, "vocab_size": 8}))).model.rotary_emb
     model = model.to_empty(device="cpu").eval()
     model.model.rotary_emb = rotary  # its table is computed and not a weight
     with torch.no_grad():

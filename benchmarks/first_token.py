@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
-from dataclasses import replace
+import sys
 from pathlib import Path
 
 from report import finish, machine_facts
@@ -19,12 +19,24 @@ from report import finish, machine_facts
 from offload_sirius.bench.stream import pass_seconds, streaming_config
 from offload_sirius.config import EngineConfig
 from offload_sirius.engine import NoProgress, build, open_model
+from offload_sirius.errors import USER_ERRORS, PromptError
 
 NUM_PASSES = 5
 
 
-def main() -> None:
+def main() -> int:
+    """Returns the exit status: 0, or 2 for what cannot be measured."""
     options = arguments()
+    try:
+        measure(options)
+    except USER_ERRORS as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def measure(options: argparse.Namespace) -> None:
+    """Load once; passes, then prompts."""
     model = open_model(options.model)
     config = EngineConfig(
         model=options.model,
@@ -32,8 +44,10 @@ def main() -> None:
         link_gbps=options.link_gbps,
         shared_host_buffers=options.shared_host_buffers,
     )
+    most = model.spec.max_positions // 2
+    if options.prompt_tokens > most:
+        raise PromptError(f"--prompt-tokens is {options.prompt_tokens}; give at most {most}, half of the model's positions")
     config = streaming_config(model, config, num_passes=options.prompt_tokens + NUM_PASSES, all_streamed=True)
-    config = replace(config, max_context=options.prompt_tokens + 1)
     with build(model, config, NoProgress()) as engine:
         one_pass = statistics.median(pass_seconds(engine, NUM_PASSES))
         prompt = [1 + index % 200 for index in range(options.prompt_tokens)]
@@ -68,4 +82,4 @@ def arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

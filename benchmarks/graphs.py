@@ -34,7 +34,9 @@ def main() -> int:
     model = open_model(options.model)
     config = EngineConfig(model=options.model, device="cuda", max_context=PROMPT_TOKENS + 1)
     with build(model, config, NoProgress()) as engine:
-        assert not engine.plan.streamed_layers, "give a model that fits the device"
+        if engine.plan.streamed_layers:
+            print(f"error: {options.model} does not fit the device; give one with fewer layers", file=sys.stderr)
+            return 2
         transformer = engine._transformer  # graphs are no part of an engine's surface
         transformer.prefill(torch.arange(1, PROMPT_TOKENS + 1))
         with torch.inference_mode():

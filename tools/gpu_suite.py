@@ -28,10 +28,13 @@ from typing import Any
 
 import torch
 
-from benchmarks.report import machine_facts
-
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+from report import machine_facts  # noqa: E402  beside the scripts, as they import it
+
 TOTAL_SECONDS = 8 * 60
+GPU_TESTS = ("tests/weights/test_cuda.py", "tests/kernels/test_gather.py")
+"""Files with tests that need a GPU, by name: others import packages that a machine for them need not have."""
 
 Figures = dict[str, Any]
 Verdict = tuple[bool, str]
@@ -77,14 +80,14 @@ def judge_link(figures: Figures) -> Verdict:
     return True, "see the result file"
 
 
-def judge_stream(least: float, *, most_host: float | None = None) -> Callable[[Figures], Verdict]:
+def judge_stream(least: float, *, most_pinned: float | None = None) -> Callable[[Figures], Verdict]:
     """Full passes must use that share of the link's rate, and take at most that many times their bytes of host memory."""
 
     def judge(figures: Figures) -> Verdict:
         share, seconds = figures["link_share"], figures["seconds"]["median"]
-        host = figures["host_nbytes"] / figures["pass_nbytes"]
-        found = f"{seconds:.3f} s a pass, {share:.1%} of the link (at least {least:.0%}), host memory {host:.3f} of its bytes"
-        return share >= least and (most_host is None or host <= most_host), found
+        pinned, pageable = figures["pinned_nbytes"] / figures["pass_nbytes"], figures["pageable_nbytes"]
+        found = f"{seconds:.3f} s a pass, {share:.1%} of the link (at least {least:.0%}), pinned {pinned:.3f} of its bytes"
+        return share >= least and (most_pinned is None or (pinned <= most_pinned and pageable == 0)), found
 
     return judge
 
@@ -112,7 +115,7 @@ PARTS = (
     Part(name="link", command=offload_sirius("bench", "link"), judge=judge_link, needs_cuda=False),
     Part(
         name="stream tiny over an emulated link",
-        command=stream("synthetic:small?layers=6", "--link-gbps", "0.1"),
+        command=stream("synthetic:small?layers=6", "--link-gbps", "0.02"),
         judge=judge_stream(0.9),
         needs_cuda=False,
     ),
@@ -121,7 +124,7 @@ PARTS = (
     Part(
         name="stream 70B int8-sized",
         command=stream(f"{SEVENTY}?layers=40"),
-        judge=judge_stream(0.97, most_host=1.02),
+        judge=judge_stream(0.97, most_pinned=1.02),
         limit_seconds=180,
     ),
     Part(name="stream 70B bf16, shared buffers", command=stream(SEVENTY, *SHARED), judge=judge_stream(0.97), limit_seconds=150),
@@ -145,19 +148,25 @@ def main() -> int:
     """Returns the exit status."""
     options = arguments()
     began, has_cuda = time.perf_counter(), torch.cuda.is_available()
+    path = options.out / f"gpu-suite{'-partial' if options.only else ''}-{datetime.date.today().isoformat()}.json"
     outcomes = [run_tests(has_cuda)] if not options.only or "tests" in options.only else []
     print(line(outcomes[0]) if outcomes else "tests left out", flush=True)
+    keep(path, outcomes, time.perf_counter() - began)
     for part in PARTS:
         if options.only and part.name not in options.only:
             continue
         outcomes.append(run_part(part, has_cuda, TOTAL_SECONDS - (time.perf_counter() - began)))
         print(line(outcomes[-1]), flush=True)
-    result = {"parts": [asdict(outcome) for outcome in outcomes], "seconds": time.perf_counter() - began, **machine_facts()}
-    path = options.out / f"gpu-suite-{datetime.date.today().isoformat()}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n")
+        keep(path, outcomes, time.perf_counter() - began)
     print(f"{path}: {sum(outcome.held is False for outcome in outcomes)} of {len(outcomes)} parts did not hold")
     return int(any(outcome.held is False for outcome in outcomes))
+
+
+def keep(path: Path, outcomes: list[Outcome], seconds: float) -> None:
+    """Write what there is so far, so that nothing is lost when the time is over."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    result = {"parts": [asdict(outcome) for outcome in outcomes], "seconds": seconds, **machine_facts()}
+    path.write_text(json.dumps(result, indent=1) + "\n")
 
 
 def arguments() -> argparse.Namespace:
@@ -173,7 +182,7 @@ def run_tests(has_cuda: bool) -> Outcome:
     if not has_cuda:
         return Outcome(name="tests", held=None, found="left out: no CUDA device", seconds=0.0, figures=None)
     began = time.perf_counter()
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", *GPU_TESTS]
     try:
         ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=180)
         last, held = (ran.stdout.strip().splitlines() or ["nothing printed"])[-1], ran.returncode == 0
@@ -197,8 +206,8 @@ def run_part(part: Part, has_cuda: bool, seconds_left: float) -> Outcome:
         held, found = part.judge(figures)
     except subprocess.TimeoutExpired:
         found = f"did not end within {limit:.0f} s"
-    except PartError as error:
-        found = str(error)
+    except (PartError, KeyError, TypeError, ZeroDivisionError) as error:  # the last three: figures that lack what is judged
+        found = f"{type(error).__name__}: {error}"
     return Outcome(name=part.name, held=held, found=found, seconds=time.perf_counter() - began, figures=figures)
 
 

@@ -71,8 +71,10 @@ class StreamReport:
     num_slots: int
     pass_nbytes: int
     """Bytes of layers that crossed the link in a pass, by the counters."""
-    host_nbytes: int
-    """Host memory for streamed layers and for uploading them, by plan: pinned where the device has memory of its own."""
+    pinned_nbytes: int
+    """Host memory of layers that the device reads directly."""
+    pageable_nbytes: int
+    """Host memory of layers that it does not: all of it on a CPU."""
     seconds: Spread
     """Of a pass."""
     all_seconds: tuple[float, ...]
@@ -136,7 +138,8 @@ def measure_stream(
         device=str(result.plan["device"]),
         num_slots=engine.plan.num_slots,
         pass_nbytes=result.link.bytes.full // result.passes.full,
-        host_nbytes=engine.plan.host_bill["layers"] + engine.plan.host_bill["staging"],
+        pinned_nbytes=result.memory.pinned_bytes,
+        pageable_nbytes=result.memory.pageable_bytes,
         seconds=spread_of(passes.seconds),
         all_seconds=passes.seconds,
         ceilings=ceilings,

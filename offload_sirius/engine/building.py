@@ -22,6 +22,7 @@ from offload_sirius.weights.disk import ReaderPool
 from offload_sirius.weights.embedding import DiskEmbedding, Embedding, TableEmbedding
 from offload_sirius.weights.load import Loader
 from offload_sirius.weights.pieces import load_nbytes
+from offload_sirius.weights.pinning import PinReport
 from offload_sirius.weights.streamer import WeightStreamer
 from offload_sirius_loaders import open_checkpoint
 from offload_sirius_loaders.checkpoint import Checkpoint
@@ -37,7 +38,7 @@ def build(model: Model, config: EngineConfig, progress: Progress, tracer: Tracer
         joined = _join(checkpoint, placement, config, progress, tracer, stores)
         stores.callback(checkpoint.close)
         closing = stores.pop_all()
-    streamer, transformer, readers, nbytes = joined
+    streamer, transformer, readers, nbytes, pinned = joined
     return Engine(
         model=model,
         checkpoint=checkpoint,
@@ -47,6 +48,7 @@ def build(model: Model, config: EngineConfig, progress: Progress, tracer: Tracer
         streamer=streamer,
         closing=closing,
         device_nbytes=nbytes,
+        pinned=pinned,
         loaded_nbytes=readers.nbytes_read,
         load_seconds=time.perf_counter() - began,
         tracer=tracer,
@@ -60,7 +62,7 @@ def _join(
     progress: Progress,
     tracer: Tracer | None,
     stores: ExitStack,
-) -> tuple[WeightStreamer, Transformer, ReaderPool, int]:
+) -> tuple[WeightStreamer, Transformer, ReaderPool, int, PinReport]:
     """Disk, host, device, matmul. What is opened on the way is closed by `stores`, last first."""
     spec, plan, layout, dtype = checkpoint.spec, placement.plan, placement.layout, placement.dtype
     uplink = uplink_to(placement.device)
@@ -69,7 +71,7 @@ def _join(
 
     readers = ReaderPool(checkpoint, plan.num_readers)
     stores.callback(readers.close)
-    arenas = make_arenas(placement, spec, uplink, config.shared_host_buffers)
+    arenas = make_arenas(placement, spec, uplink)
     stores.callback(arenas.close)
     device = DeviceStore(plan, spec, layout, dtype, placement.device)
 
@@ -77,7 +79,7 @@ def _join(
     try:
         loader = Loader(checkpoint, readers, progress.advance)
         loader.load_device(device, arenas.on_the_way)
-        loader.load_host_layers(arenas.layers, plan.host_layers)
+        loader.load_host_layers(arenas.layers, plan.host_layers[: plan.num_host_buffers])
         embedding = _embedding(placement, loader, readers, device)
     finally:
         progress.end()
@@ -85,8 +87,7 @@ def _join(
         readers.retune()
     else:
         readers.close()  # nothing is read any more: give their buffers back
-    if not plan.disk_layers:
-        arenas.staging.close()
+    arenas.give_back_unused(plan)
 
     streamer = WeightStreamer(
         residents=device.residents,
@@ -101,7 +102,7 @@ def _join(
     stores.callback(streamer.close)
     cache = KVCache(spec, capacity=placement.context, dtype=dtype, device=placement.device)
     transformer = Transformer(spec, streamer, cache, tracer=tracer)
-    return streamer, transformer, readers, device.nbytes + cache.nbytes + transformer.nbytes
+    return streamer, transformer, readers, device.nbytes + cache.nbytes + transformer.nbytes, arenas.report()
 
 
 def _embedding(placement: Placement, loader: Loader, readers: ReaderPool, device: DeviceStore) -> Embedding:

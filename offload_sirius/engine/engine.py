@@ -25,6 +25,7 @@ from offload_sirius.errors import ConfigError
 from offload_sirius.model.costs import activation_nbytes
 from offload_sirius.model.transformer import Transformer
 from offload_sirius.trace import Tracer
+from offload_sirius.weights.pinning import PinReport
 from offload_sirius.weights.plan import Plan
 from offload_sirius.weights.predict import Prediction
 from offload_sirius.weights.streamer import WeightStreamer
@@ -46,13 +47,15 @@ class Engine:
         streamer: WeightStreamer,
         closing: ExitStack,
         device_nbytes: int,
+        pinned: PinReport,
         loaded_nbytes: int,
         load_seconds: float,
         tracer: Tracer | None = None,
     ) -> None:
         """Made by `build`.
 
-        checkpoint: what the weights are read from; device_nbytes: all device buffers; closing: gives back all that was opened;
+        checkpoint: what the weights are read from; device_nbytes: all device buffers; pinned: host memory of
+        layers; closing: gives back all that was opened;
         tracer: as the streamer has it.
         """
         self.model = model
@@ -65,6 +68,7 @@ class Engine:
         # Also when nobody calls close: threads that copy while the interpreter ends would take the process down with them.
         self._closing = weakref.finalize(self, closing.close)
         self._device_nbytes = device_nbytes
+        self._pinned = pinned
         self._loaded_nbytes = loaded_nbytes
         self._tracer = tracer
         self._closed = False
@@ -184,6 +188,8 @@ class Engine:
             device_peak_bytes=peak_nbytes,
             host_plan_bytes=self.plan.host_nbytes,
             host_peak_bytes=machine.peak_resident_nbytes(),
+            pinned_bytes=self._pinned.pinned_nbytes,
+            pageable_bytes=self._pinned.pageable_nbytes,
         )
 
 

@@ -19,8 +19,9 @@ from offload_sirius.weights.buffers import LayerBuffer
 from offload_sirius.weights.copiers import Copier, DiskCopier, HostCopier, PacedCopier, TieredCopier
 from offload_sirius.weights.disk import ReaderPool
 from offload_sirius.weights.host import HostStore
+from offload_sirius.weights.pinning import PinReport
 from offload_sirius.weights.plan import NUM_STAGING, Plan, as_flag
-from offload_sirius.weights.uploads import COPY_THREADS, ChunkRoute, DiskRoute, PinnedRoute, Route, Uplink, UplinkCopier
+from offload_sirius.weights.uploads import ChunkRoute, Chunks, DiskRoute, PinnedRoute, Route, Uplink, UplinkCopier
 from offload_sirius_loaders.checkpoint import Checkpoint
 from offload_sirius_loaders.spec import ModelSpec
 
@@ -33,19 +34,32 @@ class Arenas:
     """Those that stay there."""
     staging: HostStore
     """Buffers through which the others come to a device with memory of its own; empty where there are none or no need."""
-    uploaded: bool
-    """Whether the device has memory of its own."""
+    chunks: Chunks | None
+    """What memory passes through that cannot be pinned; None where the device is the host."""
 
     @property
     def on_the_way(self) -> list[LayerBuffer]:
         """What residents pass through while loading, before `layers` is filled: may be a part of it. Empty where nothing is
         uploaded."""
-        return (self.staging.buffers or self.layers.buffers[:NUM_STAGING]) if self.uploaded else []
+        return (self.staging.buffers or self.layers.buffers[:NUM_STAGING]) if self.chunks is not None else []
+
+    def report(self) -> PinReport:
+        """What could be pinned, of layers and staging; blocks until that is known."""
+        return self.layers.pin_report() + self.staging.pin_report()
+
+    def give_back_unused(self, plan: Plan) -> None:
+        """What was needed for loading only: staging where nothing comes from disk, chunks where all else is pinned."""
+        if not plan.disk_layers:
+            self.staging.close()
+        if self.chunks is not None and self.report().reason is None:
+            self.chunks.close()
 
     def close(self) -> None:
         """Unpin. Nothing may be on its way."""
         self.layers.close()
         self.staging.close()
+        if self.chunks is not None:
+            self.chunks.close()
 
 
 @dataclass(frozen=True)
@@ -57,11 +71,11 @@ class Origins:
     arenas: Arenas
 
 
-def make_arenas(placement: Placement, spec: ModelSpec, uplink: Uplink | None, num_shared_buffers: int | None) -> Arenas:
+def make_arenas(placement: Placement, spec: ModelSpec, uplink: Uplink | None) -> Arenas:
     """Map host memory for the plan, and begin to pin it where there is an uplink."""
     plan = placement.plan
 
-    def arena(layers: tuple[int, ...], num_buffers: int | None = None) -> HostStore:
+    def arena(layers: tuple[int, ...], num_buffers: int) -> HostStore:
         return HostStore(
             layers,
             spec,
@@ -72,12 +86,15 @@ def make_arenas(placement: Placement, spec: ModelSpec, uplink: Uplink | None, nu
             num_buffers=num_buffers,
         )
 
-    layers = arena(plan.host_layers, num_shared_buffers)
     if uplink is None:
-        return Arenas(layers=layers, staging=arena(()), uploaded=False)
+        return Arenas(layers=arena(plan.host_layers, plan.num_host_buffers), staging=arena((), 0), chunks=None)
+    # Chunks first: where a limit ends pinning, they are what the rest depends on.
+    chunks = Chunks(uplink)
+    chunks.report  # noqa: B018  waits
+    layers = arena(plan.host_layers, plan.num_host_buffers)
     # Layers from disk pass through buffers of their own. Residents do so once, and may use the arena before it is filled.
-    own = plan.disk_layers or len(layers.buffers) < NUM_STAGING
-    return Arenas(layers=layers, staging=arena(tuple(range(NUM_STAGING)) if own else ()), uploaded=True)
+    own = NUM_STAGING if plan.disk_layers or len(layers.buffers) < NUM_STAGING else 0
+    return Arenas(layers=layers, staging=arena(tuple(range(own)), own), chunks=chunks)
 
 
 def make_link(
@@ -103,29 +120,33 @@ def _tiers(origins: Origins, plan: Plan, tracer: Tracer | None) -> Copier:
 
 
 def _routes(origins: Origins, plan: Plan, uplink: Uplink, progress: Progress) -> dict[int, Route]:
-    store = origins.arenas.layers
-    pinned = [layer for layer in plan.host_layers if store.is_pinned(layer)]
-    pageable = [layer for layer in plan.host_layers if not store.is_pinned(layer)]
+    arenas, chunks = origins.arenas, origins.arenas.chunks
+    assert chunks is not None
+    pinned = [layer for layer in plan.host_layers if arenas.layers.is_pinned(layer)]
+    pageable = [layer for layer in plan.host_layers if not arenas.layers.is_pinned(layer)]
     routes: dict[int, Route] = {}
     if pinned:
-        routes |= dict.fromkeys(pinned, PinnedRoute(store, pinned, uplink))
+        routes |= dict.fromkeys(pinned, PinnedRoute(arenas.layers, pinned, uplink))
     if pageable:
-        chunks = ChunkRoute(store, pageable, uplink)
-        routes |= dict.fromkeys(pageable, chunks)
-        progress.warn(_pageable_warning(store, chunks))
+        routes |= dict.fromkeys(pageable, ChunkRoute(arenas.layers, pageable, chunks))
     if plan.disk_layers:
-        from_disk = DiskRoute(origins.checkpoint, origins.readers, uplink, origins.arenas.staging.buffers)
-        routes |= dict.fromkeys(plan.disk_layers, from_disk)
+        way = uplink if arenas.staging.pin_report().reason is None else chunks
+        routes |= dict.fromkeys(plan.disk_layers, DiskRoute(origins.checkpoint, origins.readers, way, arenas.staging.buffers))
+    if arenas.report().reason is not None:
+        progress.warn(_pageable_warning(arenas, chunks))
     return routes
 
 
-def _pageable_warning(store: HostStore, chunks: ChunkRoute) -> str:
-    report, limit = store.pin_report(), machine.memlock_limit_nbytes()
+def _pageable_warning(arenas: Arenas, chunks: Chunks) -> str:
+    report, limit = arenas.report(), machine.memlock_limit_nbytes()
+    source = (arenas.layers.buffers or arenas.staging.buffers)[0].storage
+    total = format_size(report.pinned_nbytes + report.pageable_nbytes)
+    driver = "," if chunks.report.reason is None else ", and a third time by the driver,"
+    rate = f"{chunks.measure(source) / 1e9:.1f} GB/s"
+    now = "unlimited" if limit is None else as_flag(limit)
     return (
-        f"{format_size(report.pageable_nbytes)} of {format_size(store.nbytes)} of host memory could not be pinned "
-        f"({report.reason}): these layers are copied twice, at {chunks.bytes_per_second / 1e9:.1f} GB/s at most, on "
-        f"{COPY_THREADS} threads; raise `ulimit -l` (now {'unlimited' if limit is None else as_flag(limit)}) or give a smaller "
-        "--host-memory"
+        f"{format_size(report.pageable_nbytes)} of {total} of host memory could not be pinned ({report.reason}): what passes "
+        f"through it is copied twice{driver} at {rate} at most; raise `ulimit -l` (now {now}) or give a smaller --host-memory"
     )
 
 

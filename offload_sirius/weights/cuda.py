@@ -83,6 +83,7 @@ class CudaUplink:
         self._peak_bytes_per_second: float | None = None
         self._clock = CudaClock(device)
         self._tracer: Tracer | None = None
+        self._registered: dict[int, int] = {}
         self.nbytes_copied = 0
 
     def clock(self) -> CudaClock:
@@ -102,7 +103,8 @@ class CudaUplink:
     def upload(self, source: Tensor, destination: Tensor, *, last_use: Event, name: str) -> CudaEvent:
         """See uploads.Uplink."""
         assert isinstance(last_use, CudaEvent)
-        began, done = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        # Threads that wait for a copy sleep meanwhile: the cores are the readers'.
+        began, done = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True, blocking=True)
         with self._lock, torch.cuda.stream(self._stream):
             # What the slot held before may still be computed on.
             self._stream.wait_event(last_use.event)
@@ -116,17 +118,24 @@ class CudaUplink:
 
     def reads(self, buffer: Tensor) -> bool:
         """See uploads.Uplink."""
-        return buffer.is_pinned()
+        # Not torch's is_pinned, which looks at the start of a storage and not at the view.
+        begin, end = buffer.data_ptr(), buffer.data_ptr() + buffer.numel() * buffer.element_size()
+        return any(start <= begin and end <= start + nbytes for start, nbytes in self._registered.items())
 
     def register(self, address: int, nbytes: int) -> str | None:
         """See pinning.Registrar."""
         with torch.cuda.device(self._device):
-            status = int(torch.cuda.cudart().cudaHostRegister(address, nbytes, 0))
-        return None if status == 0 else f"CUDA error {status}"
+            status = torch.cuda.cudart().cudaHostRegister(address, nbytes, 0)
+        if int(status) != 0:
+            runtime = torch.cuda.cudart()
+            return f"CUDA error {int(status)}, {runtime.cudaGetErrorString(runtime.cudaError(int(status)))}"
+        self._registered[address] = nbytes
+        return None
 
     def unregister(self, address: int) -> None:
         """See pinning.Registrar."""
         torch.cuda.cudart().cudaHostUnregister(address)
+        del self._registered[address]
 
     @property
     def busy_seconds(self) -> float:

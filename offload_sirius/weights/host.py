@@ -73,6 +73,7 @@ class HostStore:
         """Unpin, and give the arena back. Nothing may be on its way to the device."""
         if self._pinning is not None:
             self._pinning.close()
+            self._pinning = None
         self._distinct.clear()
         self._arena = _tensor(map_memory(0))
 

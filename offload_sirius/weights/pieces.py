@@ -64,7 +64,7 @@ def largest_piece_nbytes(checkpoint: Checkpoint) -> int:
 
 def load_nbytes(checkpoint: Checkpoint, plan: Plan) -> int:
     """Stored bytes that `Loader` will read, for a progress bar."""
-    layers = plan.resident_layers + plan.host_layers
+    layers = plan.resident_layers + plan.host_layers[: plan.num_host_buffers]
     roles: list[Role] = ["final_norm", head_role(checkpoint)]
     if plan.embedding_place == "host":
         roles.append("embedding")

@@ -38,6 +38,15 @@ class PinReport:
     reason: str | None
     """Why the first of the others was refused; None where all are pinned."""
 
+    def __add__(self, other: PinReport) -> PinReport:
+        """Both together, with the first reason."""
+        return PinReport(
+            num_pinned=self.num_pinned + other.num_pinned,
+            pinned_nbytes=self.pinned_nbytes + other.pinned_nbytes,
+            pageable_nbytes=self.pageable_nbytes + other.pageable_nbytes,
+            reason=self.reason or other.reason,
+        )
+
 
 class Pinning:
     """Buffers being registered, in order. Each starts at a page, and no two share one."""
@@ -70,13 +79,17 @@ class Pinning:
         for buffer in self._buffers[: self._num_pinned]:
             self._registrar.unregister(buffer.data_ptr())
         self._num_pinned = 0
+        self._buffers.clear()  # or they would keep their memory
 
     def _run(self) -> None:
         for buffer in self._buffers:
             if self._closing:
                 return
             assert buffer.data_ptr() % PAGE_NBYTES == 0, buffer.data_ptr()
-            self._reason = self._registrar.register(buffer.data_ptr(), align(buffer.numel(), PAGE_NBYTES))
+            try:
+                self._reason = self._registrar.register(buffer.data_ptr(), align(buffer.numel(), PAGE_NBYTES))
+            except Exception as error:  # a driver's own way to refuse
+                self._reason = " ".join(str(error).split()) or type(error).__name__
             if self._reason is not None:
                 return
             self._num_pinned += 1

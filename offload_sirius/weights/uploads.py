@@ -2,8 +2,8 @@
 
 UplinkCopier  the Copier: each layer by the route of the place where it lives
 PinnedRoute   host memory that the device reads directly: one copy a part
-ChunkRoute    host memory that could not be pinned: copied to a few pinned chunks, and from there
-DiskRoute     the checkpoint's files, assembled in pinned buffers of a layer's size
+ChunkRoute    host memory that could not be pinned: through a few chunks that could
+DiskRoute     the checkpoint's files, assembled in buffers of a layer's size
 
 Order on the device: a slot's last use is marked behind the work that used it when its next copy is asked for; the copy waits for
 that mark and leaves another; what is computed on the slot waits for this one. The host waits for neither.
@@ -12,6 +12,7 @@ that mark and leaves another; what is computed on the slot waits for this one. T
 from __future__ import annotations
 
 import queue
+import threading
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -28,7 +29,7 @@ from offload_sirius.weights.disk import ReaderPool
 from offload_sirius.weights.host import HostStore
 from offload_sirius.weights.layout import PARTS, Part
 from offload_sirius.weights.mapping import map_memory
-from offload_sirius.weights.pinning import Pinning, Registrar
+from offload_sirius.weights.pinning import Pinning, PinReport, Registrar
 from offload_sirius.weights.plan import CHUNK_NBYTES, NUM_CHUNKS
 from offload_sirius_loaders.checkpoint import Checkpoint
 
@@ -178,19 +179,71 @@ class QueuedTransfer:
         self.queued.result().wait()
 
 
-class ChunkRoute:
-    """From memory that is not pinned, chunk by chunk: while one is uploaded, a thread copies to the next."""
+class Chunks:
+    """A few buffers through which memory passes that could not be pinned: while one is uploaded, the next is copied to.
 
-    def __init__(self, store: HostStore, layers: Sequence[int], uplink: Uplink) -> None:
+    Thread-safe. Buffers that cannot be pinned either still serve; the driver then copies once more.
+    """
+
+    def __init__(self, uplink: Uplink) -> None:
+        self._uplink = uplink
+        self._lock = threading.Lock()
+        buffers = torch.frombuffer(map_memory(NUM_CHUNKS * CHUNK_NBYTES), dtype=torch.uint8).split(CHUNK_NBYTES)
+        self._pinning = Pinning(buffers, uplink)
+        self._buffers: deque[tuple[Tensor, Event | None]] = deque((buffer, None) for buffer in buffers)
+
+    @property
+    def report(self) -> PinReport:
+        """What could be pinned of them; blocks until that is known."""
+        return self._pinning.wait()
+
+    def upload(self, source: Tensor, destination: Tensor, *, last_use: Event, name: str) -> Event:
+        """As Uplink.upload, piece by piece; the host waits until the last piece has been copied to its chunk."""
+        with self._lock:
+            done = last_use
+            for piece, place in zip(source.split(CHUNK_NBYTES), destination.split(CHUNK_NBYTES), strict=True):
+                done = self._upload_piece(piece, place, last_use, name)
+            return done
+
+    def measure(self, source: Tensor) -> float:
+        """Bytes a second of copying to a chunk; the second time, when its pages are there."""
+        with self._lock:
+            chunk, piece = self._buffers[0][0][: source.numel()], source[:CHUNK_NBYTES]
+            chunk.copy_(piece)
+            began = time.perf_counter()
+            chunk.copy_(piece)
+            return piece.numel() / (time.perf_counter() - began)
+
+    def close(self) -> None:
+        """Wait for what is under way, unpin, and give the buffers back. Safe to call twice."""
+        with self._lock:
+            for _, done in self._buffers:
+                if done is not None:
+                    done.synchronize()
+            self._buffers.clear()
+        self._pinning.close()
+
+    def _upload_piece(self, piece: Tensor, place: Tensor, last_use: Event, name: str) -> Event:
+        chunk, uploaded = self._buffers[0]  # the one that was used longest ago
+        if uploaded is not None:
+            uploaded.synchronize()  # the device may still be reading it
+        filled = chunk[: piece.numel()]
+        filled.copy_(piece)
+        done = self._uplink.upload(filled, place, last_use=last_use, name=name)
+        self._buffers.rotate(-1)
+        self._buffers[-1] = (chunk, done)
+        return done
+
+
+class ChunkRoute:
+    """From host memory that is not pinned, through chunks, by a thread."""
+
+    def __init__(self, store: HostStore, layers: Sequence[int], chunks: Chunks) -> None:
         """layers: those that come this way, at least one, already filled."""
         self._store = store
-        self._uplink = uplink
-        chunks = torch.frombuffer(map_memory(NUM_CHUNKS * CHUNK_NBYTES), dtype=torch.uint8).split(CHUNK_NBYTES)
-        self._pinning = Pinning(chunks, uplink)
-        self._pinning.wait()
-        self._chunks: deque[tuple[Tensor, Event | None]] = deque((chunk, None) for chunk in chunks)
+        self._chunks = chunks
         self._executor = ThreadPoolExecutor(1, "chunks", initializer=torch.set_num_threads, initargs=(COPY_THREADS,))
-        self._bytes_per_second = self._executor.submit(self._measure, store.layer(layers[0]).storage).result()
+        self._bytes_per_second = self._executor.submit(chunks.measure, store.layer(layers[0]).storage).result()
 
     def start(self, layer: int, part: Part, slot: LayerBuffer, last_use: Event) -> Transfer:
         """See Route."""
@@ -206,39 +259,14 @@ class ChunkRoute:
     def close(self) -> None:
         """See Route."""
         self._executor.shutdown(cancel_futures=True)
-        for _, done in self._chunks:
-            if done is not None:
-                done.synchronize()
-        self._pinning.close()
 
     def _carry(self, layer: int, part: Part, slot: LayerBuffer, last_use: Event, transfer: QueuedTransfer) -> None:
         try:
-            source, destination = self._store.layer(layer).parts[part], slot.parts[part]
-            pairs = zip(source.split(CHUNK_NBYTES), destination.split(CHUNK_NBYTES), strict=True)
-            done = last_use
-            for piece, place in pairs:
-                done = self._carry_piece(piece, place, last_use, f"layer {layer} {part}")
+            source = self._store.layer(layer).parts[part]
+            done = self._chunks.upload(source, slot.parts[part], last_use=last_use, name=f"layer {layer} {part}")
             transfer.queued.set_result(done)
         except BaseException as error:
             transfer.queued.set_exception(error)
-
-    def _carry_piece(self, piece: Tensor, place: Tensor, last_use: Event, name: str) -> Event:
-        chunk, uploaded = self._chunks.popleft()  # the one that was used longest ago
-        if uploaded is not None:
-            uploaded.synchronize()  # the device may still be reading it
-        filled = chunk[: piece.numel()]
-        filled.copy_(piece)
-        done = self._uplink.upload(filled, place, last_use=last_use, name=name)
-        self._chunks.append((chunk, done))
-        return done
-
-    def _measure(self, source: Tensor) -> float:
-        """Bytes a second of copying to a chunk; the second time, when its pages are there."""
-        chunk, piece = self._chunks[0][0][: source.numel()], source[:CHUNK_NBYTES]
-        chunk.copy_(piece)
-        began = time.perf_counter()
-        chunk.copy_(piece)
-        return piece.numel() / (time.perf_counter() - began)
 
 
 class DiskRoute:
@@ -248,10 +276,11 @@ class DiskRoute:
     before the buffer is read into again.
     """
 
-    def __init__(self, checkpoint: Checkpoint, readers: ReaderPool, uplink: Uplink, staging: Sequence[LayerBuffer]) -> None:
+    def __init__(self, checkpoint: Checkpoint, readers: ReaderPool, way: Uplink | Chunks, staging: Sequence[LayerBuffer]) -> None:
+        """way: the uplink itself where staging is pinned, else the chunks."""
         self._checkpoint = checkpoint
         self._readers = readers
-        self._uplink = uplink
+        self._way = way
         self._free: dict[Part, queue.SimpleQueue[LayerBuffer]] = {part: queue.SimpleQueue() for part in PARTS}
         for part_free in self._free.values():
             for buffer in staging:
@@ -279,7 +308,7 @@ class DiskRoute:
         try:
             self._readers.submit(layer_jobs(self._checkpoint, layer, part, staging)).wait()
             name = f"layer {layer} {part}"
-            done = self._uplink.upload(staging.parts[part], slot.parts[part], last_use=last_use, name=name)
+            done = self._way.upload(staging.parts[part], slot.parts[part], last_use=last_use, name=name)
             transfer.queued.set_result(done)
             done.synchronize()  # the buffer may be read into again only when the device has read it
         except BaseException as error:

@@ -171,7 +171,7 @@ def test_a_cache_folder_that_cannot_be_made_is_named(
 
 
 def test_layers_of_a_shape_that_exceeds_memory_may_share_host_buffers(load: Load, budgets: Budgets) -> None:
-    alone, shared = load(**budgets("host")), load(shared_host_buffers=1, **budgets("disk"))
+    alone, shared = load(**budgets("host")), load(shared_host_buffers=1, **budgets("host and disk"))
     assert len(shared.plan.host_layers) == 4
     assert 4 * shared.plan.host_bill["layers"] == alone.plan.host_bill["layers"]
     result = shared.generate("hi", max_new_tokens=3, ignore_eos=True)

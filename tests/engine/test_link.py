@@ -15,7 +15,7 @@ import pytest
 import offload_sirius
 from offload_sirius.engine import Engine, NoProgress
 from offload_sirius.units import MIB
-from offload_sirius.weights.plan import as_flag
+from offload_sirius.weights.plan import CHUNK_NBYTES, NUM_CHUNKS, as_flag
 from offload_sirius.weights.uploads import ChunkRoute, DiskRoute, PinnedRoute
 
 from ..weights.simulated import SimulatedUplink
@@ -88,15 +88,45 @@ def test_a_device_that_refuses_to_pin_everything_answers_the_same_with_one_warni
 ) -> None:
     expected = answer(load(dtype="float32", **budgets("resident")))
     layer_nbytes = load(dtype="float32", **budgets("host")).plan.layer_nbytes
-    for num_pinned, routes in ((0, {ChunkRoute}), (2, {PinnedRoute, ChunkRoute})):
+    chunks_nbytes = NUM_CHUNKS * CHUNK_NBYTES
+    for limit, routes in (
+        (0, {ChunkRoute}),
+        (chunks_nbytes, {ChunkRoute}),
+        (chunks_nbytes + 2 * (layer_nbytes + 4096), {PinnedRoute, ChunkRoute}),
+    ):
         warned = Warned()
-        with_uplink(max_pinned_nbytes=num_pinned * (layer_nbytes + 4096))
+        uplink = with_uplink(max_pinned_nbytes=limit)
         engine = load(dtype="float32", progress=warned, **budgets("host"))
         assert routes_of(engine) == routes
         assert answer(engine) == expected
         [line] = warned.lines
-        assert "of host memory could not be pinned (simulated error 2): these layers are copied twice, at" in line
+        assert "of host memory could not be pinned (simulated error 2): what passes through it is copied twice" in line
+        assert ("and a third time by the driver" in line) == (limit == 0)
+        assert (uplink.from_pageable_nbytes > 0) == (limit == 0)
         assert "raise `ulimit -l`" in line
+
+
+def test_staging_that_cannot_be_pinned_is_warned_of_and_passes_through_chunks(
+    load: Load, budgets: Budgets, with_uplink: WithUplink
+) -> None:
+    expected = answer(load(dtype="float32", **budgets("resident")))
+    warned = Warned()
+    uplink = with_uplink(max_pinned_nbytes=NUM_CHUNKS * CHUNK_NBYTES)
+    engine = load(dtype="float32", progress=warned, **budgets("disk"))
+    assert answer(engine) == expected
+    assert len(warned.lines) == 1
+    assert uplink.from_pageable_nbytes == 0
+    engine.close()
+    assert uplink.pinned == {}
+
+
+def test_what_is_pinned_is_in_the_figures(load: Load, budgets: Budgets, with_uplink: WithUplink) -> None:
+    with_uplink()
+    memory = load(**budgets("host")).generate(PROMPT, max_new_tokens=1).memory
+    assert (memory.pinned_bytes > 0, memory.pageable_bytes) == (True, 0)
+    with_uplink(max_pinned_nbytes=0)
+    memory = load(progress=Warned(), **budgets("host")).generate(PROMPT, max_new_tokens=1).memory
+    assert (memory.pinned_bytes, memory.pageable_bytes > 0) == (0, True)
 
 
 def test_python_is_warned_in_its_own_way(load: Load, budgets: Budgets, with_uplink: WithUplink) -> None:
@@ -118,7 +148,7 @@ def test_residents_pass_through_the_arena_before_it_is_filled(load: Load, budget
     uplink = with_uplink()
     engine = load(**budgets("one resident, rest on the host"))
     assert len(engine.plan.host_layers) == 3
-    assert len(uplink.pinned) == 3, "no staging beside the arena"
+    assert len(uplink.pinned) == 3, "neither staging beside the arena, nor chunks that nobody needs"
 
 
 _UNDER_A_LIMIT = """

@@ -8,12 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 
+import offload_sirius
+from offload_sirius.engine import NoProgress
 from offload_sirius.weights.buffers import LayerBuffer
 from offload_sirius.weights.cuda import CudaClock, CudaUplink, numa_node_at
 from offload_sirius.weights.host import HostStore
-from offload_sirius.weights.layout import layer_layout
+from offload_sirius.weights.layout import PAGE_NBYTES, align, layer_layout
+from offload_sirius.weights.plan import MIN_READERS
 from offload_sirius.weights.streamer import WeightStreamer
-from offload_sirius.weights.uploads import ChunkRoute, PinnedRoute, Route, UplinkCopier
+from offload_sirius.weights.uploads import ChunkRoute, Chunks, PinnedRoute, Route, UplinkCopier
 from offload_sirius_loaders import open_checkpoint
 
 from .test_streamer import NoEmbedding
@@ -63,7 +66,8 @@ def numbered(uplink: CudaUplink) -> HostStore:
 def test_no_layer_is_computed_on_bytes_that_are_not_its_own(device: torch.device, pinned: bool, num_slots: int) -> None:
     uplink = CudaUplink(device)
     store = numbered(uplink)
-    route: Route = PinnedRoute(store, range(NUM_LAYERS), uplink) if pinned else ChunkRoute(store, range(NUM_LAYERS), uplink)
+    chunks = Chunks(uplink)
+    route: Route = PinnedRoute(store, range(NUM_LAYERS), uplink) if pinned else ChunkRoute(store, range(NUM_LAYERS), chunks)
     streamer = WeightStreamer(
         residents={},
         streamed_layers=range(NUM_LAYERS),
@@ -85,7 +89,49 @@ def test_no_layer_is_computed_on_bytes_that_are_not_its_own(device: torch.device
             streamer.release(layer)
     assert int(wrong) == 0
     streamer.close()
+    chunks.close()
     store.close()
+
+
+class StubbornUplink(CudaUplink):
+    """Pins nothing."""
+
+    def register(self, address: int, nbytes: int) -> str | None:
+        return "refused by the test"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("uplink_kind", [CudaUplink, StubbornUplink])
+@pytest.mark.parametrize("where", ["host", "host and disk", "disk"])
+def test_answers_are_those_of_a_resident_model_by_every_route(
+    where: str, uplink_kind: type[CudaUplink], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("OFFLOAD_SIRIUS_CACHE", str(tmp_path))
+    monkeypatch.setattr("offload_sirius.engine.building.uplink_to", uplink_kind)
+    model = "synthetic:small?dtype=F32"
+    with offload_sirius.load(model, device="cuda", max_context=48) as engine:
+        plan = engine.plan
+        expected = engine.generate([1, 2, 3], max_new_tokens=20, ignore_eos=True).token_ids
+    fixed = plan.device_nbytes - plan.device_bill["resident_layers"] - plan.device_bill["slots"]
+    staging = plan.host_bill["staging"]
+    reading = MIN_READERS * plan.host_bill["readers"] // plan.num_readers + plan.host_bill["embedding"]
+    num_host = {"host": 8, "host and disk": 4, "disk": 0}[where]
+    with offload_sirius.load(
+        model,
+        device="cuda",
+        max_context=48,
+        device_memory=str(fixed + 2 * plan.layer_nbytes),
+        host_memory=str(reading + staging + num_host * align(plan.layer_nbytes, PAGE_NBYTES)),
+        progress=NoWarnings(),
+    ) as engine:
+        assert bool(engine.plan.host_layers) == ("host" in where)
+        assert bool(engine.plan.disk_layers) == ("disk" in where)
+        assert engine.generate([1, 2, 3], max_new_tokens=20, ignore_eos=True).token_ids == expected
+
+
+class NoWarnings(NoProgress):
+    def warn(self, line: str) -> None:
+        pass
 
 
 @pytest.mark.gpu

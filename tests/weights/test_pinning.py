@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+import mmap
 import threading
+import weakref
 
 import pytest
 import torch
@@ -57,11 +60,37 @@ def test_layers_that_share_buffers_are_pinned_once() -> None:
     store.close()
 
 
-def test_memory_is_given_back_when_a_store_is_closed() -> None:
+def test_memory_is_given_back_when_a_store_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    mapped: list[weakref.ref[mmap.mmap]] = []
+    mapping = mmap.mmap
+
+    class Watched(mapping):  # type: ignore[misc, valid-type]
+        def __init__(self, *_: object, **__: object) -> None:
+            mapped.append(weakref.ref(self))
+
+    monkeypatch.setattr("offload_sirius.weights.mapping.mmap.mmap", Watched)
     store = store_of(3, SimulatedUplink())
+    assert [reference() is not None for reference in mapped] == [True]
     store.close()
     assert store.nbytes == 0
-    assert store.buffers == []
+    gc.collect()
+    assert mapped[0]() is None
+
+
+def test_a_registrar_that_breaks_down_is_one_that_refuses() -> None:
+    uplink = SimulatedUplink()
+
+    class Broken:
+        def register(self, address: int, nbytes: int) -> str | None:
+            raise RuntimeError("no driver\nat all")
+
+        def unregister(self, address: int) -> None:
+            uplink.unregister(address)
+
+    store = HostStore(range(2), SPEC, LAYOUT, torch.bfloat16, registrar=Broken())
+    assert store.pin_report().reason == "no driver at all"
+    assert store.pin_report().num_pinned == 0
+    store.close()
 
 
 def test_a_store_that_nothing_reads_directly_pins_nothing() -> None:

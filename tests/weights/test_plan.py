@@ -104,6 +104,13 @@ def test_shared_buffers_hold_every_streamed_layer_of_a_shape_that_exceeds_memory
     assert len(made.host_layers) == 69
     assert made.disk_layers == ()
     assert made.host_bill["layers"] == 8 * LAYER
+    assert made.num_host_buffers == 8
+
+
+def test_shared_buffers_for_which_there_is_no_room_are_refused() -> None:
+    needs = replace(demand(), num_shared_buffers=8)
+    with pytest.raises(BudgetError, match=r"room for \d shared buffers of 1.60 GiB, 8 are asked for; give a larger "):
+        make_plan(SPEC, LAYOUT, needs, Budgets(device_nbytes=24 * GIB, host_nbytes=8 * GIB))
 
 
 def test_small_layers_get_more_slots_so_that_the_head_does_not_idle_the_link() -> None:
@@ -131,9 +138,14 @@ def test_a_host_budget_below_two_readers_is_refused_with_one_that_works() -> Non
     assert plan(24 * GIB, 16 * MIB).host_nbytes <= 16 * MIB
 
 
-@given(st.integers(FIXED + 2 * LAYER, FIXED + 90 * LAYER), st.integers(2 * READER, 200 * GIB))
-def test_a_plan_stays_within_its_budgets_and_places_each_layer_once(device_nbytes: int, host_nbytes: int) -> None:
-    made = plan(device_nbytes, host_nbytes)
+@given(
+    st.integers(FIXED + 2 * LAYER, FIXED + 90 * LAYER),
+    st.one_of(st.integers(2 * READER, 8 * GIB), st.integers(8 * GIB, 200 * GIB)),
+    st.booleans(),
+)
+def test_a_plan_stays_within_its_budgets_and_places_each_layer_once(device_nbytes: int, host_nbytes: int, staged: bool) -> None:
+    host_nbytes += 32 * MIB + 2 * LAYER if staged else 0
+    made = plan(device_nbytes, host_nbytes, staged=staged)
     assert made.device_nbytes <= device_nbytes
     assert made.host_nbytes <= host_nbytes
     assert sorted(made.resident_layers + made.host_layers + made.disk_layers) == list(range(80))

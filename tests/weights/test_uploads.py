@@ -18,7 +18,7 @@ from offload_sirius.weights.layout import PARTS, Part, layer_layout
 from offload_sirius.weights.load import Loader
 from offload_sirius.weights.plan import CHUNK_NBYTES, NUM_CHUNKS
 from offload_sirius.weights.streamer import WeightStreamer
-from offload_sirius.weights.uploads import ChunkRoute, DiskRoute, Event, PinnedRoute, Route, UplinkCopier
+from offload_sirius.weights.uploads import ChunkRoute, Chunks, DiskRoute, Event, PinnedRoute, Route, UplinkCopier
 from offload_sirius_loaders import open_checkpoint
 from offload_sirius_loaders.checkpoint import Checkpoint
 
@@ -162,7 +162,8 @@ def test_a_layer_larger_than_the_chunks_passes_through_them_in_pieces(uplink: Si
     store = HostStore(range(2), spec, layout, torch.bfloat16)
     for layer in range(2):
         store.layer(layer).storage.view(torch.int16)[:] = torch.arange(layout.nbytes // 2).remainder(30011 + layer)
-    copier = UplinkCopier(dict.fromkeys(range(2), ChunkRoute(store, range(2), uplink)), uplink)
+    chunks = Chunks(uplink)
+    copier = UplinkCopier(dict.fromkeys(range(2), ChunkRoute(store, range(2), chunks)), uplink)
     place = LayerBuffer(torch.zeros(layout.nbytes, dtype=torch.uint8), spec, layout, torch.bfloat16)
     for layer in (0, 1, 0):
         bring(copier, layer, place)
@@ -171,7 +172,38 @@ def test_a_layer_larger_than_the_chunks_passes_through_them_in_pieces(uplink: Si
     assert uplink.from_pageable_nbytes == 0
     assert copier.peak_bytes_per_second is not None
     copier.close()
+    chunks.close()
     assert uplink.pinned == {}
+
+
+def test_chunks_that_cannot_be_pinned_either_still_serve() -> None:
+    uplink = SimulatedUplink(max_pinned_nbytes=0)
+    chunks = Chunks(uplink)
+    assert chunks.report.reason == "simulated error 2"
+    copier = UplinkCopier(dict.fromkeys(range(NUM_LAYERS), ChunkRoute(STORE, range(NUM_LAYERS), chunks)), uplink)
+    place = slot()
+    for layer in range(NUM_LAYERS):
+        bring(copier, layer, place)
+        assert (place.storage == layer).all()
+    copier.close()
+    chunks.close()
+
+
+def test_a_chunk_is_used_again_after_an_upload_that_failed(uplink: SimulatedUplink, monkeypatch: pytest.MonkeyPatch) -> None:
+    chunks = Chunks(uplink)
+    place = slot()
+
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("the device is gone")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(uplink, "upload", fail)
+        for _ in range(2 * NUM_CHUNKS):
+            with pytest.raises(RuntimeError, match="the device is gone"):
+                chunks.upload(STORE.layer(3).storage, place.storage, last_use=uplink.mark(), name="layer 3")
+    chunks.upload(STORE.layer(3).storage, place.storage, last_use=uplink.mark(), name="layer 3").synchronize()
+    assert (place.storage == 3).all()
+    chunks.close()
 
 
 def test_layers_from_disk_and_from_pageable_memory_are_those_from_the_arena(tiny: Checkpoint) -> None:
@@ -182,10 +214,12 @@ def test_layers_from_disk_and_from_pageable_memory_are_those_from_the_arena(tiny
     Loader(tiny, readers, lambda nbytes: None).load_host_layers(store, range(4))
     staging = HostStore(range(2), tiny.spec, layout, torch.float32, registrar=uplink)
     assert store.pin_report().reason is staging.pin_report().reason is None
+    chunks = Chunks(uplink)
     routes = (
         PinnedRoute(store, range(4), uplink),
-        ChunkRoute(store, range(4), uplink),
+        ChunkRoute(store, range(4), chunks),
         DiskRoute(tiny, readers, uplink, staging.buffers),
+        DiskRoute(tiny, readers, chunks, staging.buffers),
     )
     place = LayerBuffer(torch.zeros(layout.nbytes, dtype=torch.uint8), tiny.spec, layout, torch.float32)
     for layer in (0, 1, 2, 3, 0):
