@@ -6,7 +6,8 @@
 The ceiling is the measurement itself. Rates are measured anew before each row, and nothing of a row is known when they are: the
 speed of a shared machine changes within minutes, and a prediction knows no more than its rates do. Budgets are shares of the
 layers that stay on the device, so that some rows are bound by the link and others by computing. A token is one of the real decode
-loop; medians of several. Bytes of the plan must equal those of the counters exactly.
+loop; medians of several. Bytes of the plan must equal those of the counters exactly. A row whose own tokens differ by more than
+1.4 times shows a machine that did something else meanwhile: it is measured again, twice at most, and the table says so.
 Exit status: 0 every row within 15 %, 1 some row is not, or its bytes differ.
 """
 
@@ -16,7 +17,7 @@ import argparse
 import statistics
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise, product
 from pathlib import Path
 
@@ -43,6 +44,8 @@ RESIDENT_SHARES = (0.0, 0.5, 0.8)
 """Of the layers that do not have to be slots."""
 
 LINKS_GBPS = (1.0, 6.0)
+STEADY = 1.4
+MOST_ATTEMPTS = 3
 PROMPT = [1, 2, 3, 4, 5, 6, 7, 8]
 CONTEXT = 64
 
@@ -63,6 +66,8 @@ class Row:
     """Of as many passes as were counted."""
     counted_nbytes: int
     rates: dict[str, float]
+    num_disturbed: int = 0
+    """Measurements before this one that were given up."""
 
     @property
     def error(self) -> float:
@@ -75,8 +80,7 @@ def main() -> int:
     shapes = SHAPES if options.shape is None else SHAPES[options.shape : options.shape + 1]
     rows: list[Row] = []
     for model, share, link_gbps in product(shapes, RESIDENT_SHARES, LINKS_GBPS):
-        rates = measured_rates(dtype_of(EngineConfig(), open_checkpoint(model).spec), options.disk)
-        rows.append(row(model, share, link_gbps, rates, options.passes))
+        rows.append(steady_row(model, share, link_gbps, options))
         show(rows[-1])
     worst = max(rows, key=lambda each: abs(each.error))
     exact = all(each.plan_nbytes == each.counted_nbytes for each in rows)
@@ -110,6 +114,16 @@ def measured_rates(dtype: DtypeName, disk: Path | None) -> Rates:
 def existing(folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+def steady_row(model: str, share: float, link_gbps: float, options: argparse.Namespace) -> Row:
+    """The first of a few measurements during which the machine did nothing else, or the last."""
+    for num_disturbed in range(MOST_ATTEMPTS):
+        rates = measured_rates(dtype_of(EngineConfig(), open_checkpoint(model).spec), options.disk)
+        found = replace(row(model, share, link_gbps, rates, options.passes), num_disturbed=num_disturbed)
+        if max(found.all_seconds) <= STEADY * min(found.all_seconds):
+            break
+    return found
 
 
 def row(model: str, share: float, link_gbps: float, rates: Rates, num_passes: int) -> Row:
@@ -159,7 +173,8 @@ def show(row: Row) -> None:
         f"{row.model:44} {row.link_gbps:4g} GB/s  {row.num_resident:2} resident {row.num_streamed:2} streamed  "
         f"{row.bound:8} predicted {row.predicted_seconds:.3f} s  measured {row.seconds:.3f} s "
         f"({min(row.all_seconds):.3f} to {max(row.all_seconds):.3f})  {row.error:+6.1%}  "
-        f"bytes {'equal' if row.plan_nbytes == row.counted_nbytes else 'DIFFER'}",
+        f"bytes {'equal' if row.plan_nbytes == row.counted_nbytes else 'DIFFER'}"
+        + (f"  measured again {row.num_disturbed} times" if row.num_disturbed else ""),
         flush=True,
     )
 
