@@ -13,18 +13,16 @@ from __future__ import annotations
 
 import argparse
 import statistics
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from report import finish, machine_facts
 
 import offload_sirius
+from offload_sirius.bench.stream import checkpoint_files, pass_seconds
 from offload_sirius.engine import Engine
 from offload_sirius.units import MIB
 from offload_sirius.weights.disk_rate import QUEUES, read_seconds
-
-PROMPT = [1, 2, 3, 4, 5, 6, 7, 8]
 
 
 def main() -> None:
@@ -67,7 +65,7 @@ def disk_row(options: argparse.Namespace) -> dict[str, Any]:
     """Passes from disk, each beside plain reads of as many bytes of the same files."""
     with load(options, host_memory=options.disk_host_memory) as engine:
         assert engine.plan.disk_layers, "everything fits into host memory; give a smaller --disk-host-memory"
-        files = checkpoint_files(engine)
+        files = checkpoint_files(engine.checkpoint)
         pass_seconds(engine, 6)  # the reader tunes its depth over these
         ceilings, seconds = [], []
         for _ in range(options.passes):
@@ -89,19 +87,6 @@ def smallest_device_memory(model: str) -> str:
 
     spec = open_checkpoint(model).spec
     return str(2 * spec.vocab_size * spec.width + 4 * layer_layout(spec, 2).nbytes + 16 * MIB)
-
-
-def checkpoint_files(engine: Engine) -> list[Path]:
-    """The files the engine streams from."""
-    tensors = engine.checkpoint.tensors.values()
-    return sorted({tensor.file for tensor in tensors if tensor.file is not None})
-
-
-def pass_seconds(engine: Engine, num_passes: int) -> list[float]:
-    """Seconds between tokens, the prompt's pass and the first step left out as warm-up."""
-    stream = engine.stream(PROMPT, max_new_tokens=num_passes + 2, ignore_eos=True)
-    moments = [piece.seconds for piece in stream if piece.token_id is not None]
-    return [after - before for before, after in pairwise(moments[1:])]
 
 
 def row(what: str, engine: Engine, seconds: list[float], ceilings: list[float]) -> dict[str, Any]:

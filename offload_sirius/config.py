@@ -64,6 +64,10 @@ class EngineConfig:
         None, "CPU threads to compute with. Default: the physical cores, less one while layers come from disk."
     )
 
+    shared_host_buffers: int | None = _setting(
+        None, "Let all streamed layers share this many host buffers: timing of synthetic shapes that exceed host memory."
+    )
+
     def __post_init__(self) -> None:
         for name in ("model", "device", "device_memory", "host_memory"):
             found = getattr(self, name)
@@ -79,6 +83,9 @@ class EngineConfig:
             _require(self.max_context >= 1, "max-context", self.max_context, "at least 1")
         if self.threads is not None:
             _require(1 <= self.threads <= 1024, "threads", self.threads, "between 1 and 1024")
+        if self.shared_host_buffers is not None:
+            _require(self.shared_host_buffers >= 1, "shared-host-buffers", self.shared_host_buffers, "at least 1")
+            _require(self.model.startswith("synthetic:"), "model", self.model, "synthetic:SHAPE with --shared-host-buffers")
         self.device_size, self.host_size  # noqa: B018  raises where a size cannot be read
 
     @property

@@ -89,6 +89,11 @@ def memlock_limit_nbytes() -> int | None:
     return None if soft == resource.RLIM_INFINITY else soft
 
 
+def num_numa_nodes(root: Path = _ROOT) -> int:
+    """Nodes of memory that the machine has; 1 where the kernel tells none."""
+    return max(1, len(list((root / "sys/devices/system/node").glob("node[0-9]*"))))
+
+
 def physical_cores(root: Path = _ROOT) -> int:
     """Cores this process may compute on: those it is not kept off, and no more than its CPU quota pays for; at least 1."""
     cores = {_core_of(cpu, root) for cpu in os.sched_getaffinity(0)}

@@ -528,11 +528,11 @@ EXHAUSTED: dict[str, tuple[str, Callable[..., Any], str]] = {
         RAN_OUT,
     ),
     "the system has no pages": (
-        "offload_sirius.weights.disk.mmap.mmap",
+        "offload_sirius.weights.mapping.mmap.mmap",
         refuse(OSError, errno.ENOMEM, os.strerror(errno.ENOMEM)),
         RAN_OUT,
     ),
-    "Python has none": ("offload_sirius.weights.disk.mmap.mmap", refuse(MemoryError), RAN_OUT),
+    "Python has none": ("offload_sirius.weights.mapping.mmap.mmap", refuse(MemoryError), RAN_OUT),
     "there are no more threads": ("threading.Thread.start", refuse(RuntimeError, "can't start new thread"), RAN_OUT),
 }
 

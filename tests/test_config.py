@@ -81,6 +81,8 @@ def test_a_device_of_another_name_is_one_clear_line(device: str) -> None:
         ({"max_context": 0}, "--max-context is 0; it must be at least 1"),
         ({"threads": 0}, "--threads is 0; it must be between 1 and 1024"),
         ({"threads": 1025}, "--threads is 1025; it must be between 1 and 1024"),
+        ({"model": "synthetic:tiny", "shared_host_buffers": 0}, "--shared-host-buffers is 0; it must be at least 1"),
+        ({"shared_host_buffers": 2}, "--model is smollm2-135m; it must be synthetic:SHAPE with --shared-host-buffers"),
         ({"device_memory": "big"}, "size 'big' is not understood; write 24GiB, 500MB, or a share of what is free such as 0.8"),
         ({"host_memory": "0"}, "size '0' is zero; write 24GiB, 500MB, or a share of what is free such as 0.8"),
     ],

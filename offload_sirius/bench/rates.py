@@ -21,6 +21,7 @@ from torch import Tensor
 from offload_sirius import machine
 from offload_sirius.config import SamplingConfig
 from offload_sirius.decode.sampling import Sampler
+from offload_sirius.engine.link import uplink_to
 from offload_sirius.model.kv_cache import KVCache
 from offload_sirius.model.transformer import Transformer
 from offload_sirius.rates import ASSUMED, Rates
@@ -30,6 +31,7 @@ from offload_sirius.weights.disk_rate import measure_disk
 from offload_sirius.weights.host import HostStore, allocate_bytes
 from offload_sirius.weights.layout import PARTS, layer_layout
 from offload_sirius.weights.plan import MIN_SLOTS
+from offload_sirius.weights.uploads import ChunkRoute, Chunks, PinnedRoute, Route, Uplink, UplinkCopier
 from offload_sirius_loaders.spec import ModelSpec, RopeSpec
 
 PROMPT_TOKENS = 256
@@ -122,19 +124,26 @@ def measure_rates(device: torch.device, dtype: torch.dtype, disk: Path, assumed:
 
 def _compute_rates(dtype: torch.dtype, device: torch.device) -> dict[str, float]:
     per_step, per_layer = _overheads(dtype, device)
+    overhead = per_step + per_layer
     large = _model(LARGE, dtype, device)
     nbytes = layer_layout(LARGE, dtype.itemsize).nbytes
     step_seconds = seconds_of(partial(_step, large), device)
     prompt_seconds = seconds_of(partial(_prefill, large), device, PROMPT_REPEATS)
     rates = {
-        "device_bytes_per_second": nbytes / (step_seconds - per_step - per_layer),
-        "device_flops_per_second": 2 * PROMPT_TOKENS * (nbytes // dtype.itemsize) / (prompt_seconds - per_step - per_layer),
+        "device_bytes_per_second": nbytes / _beyond(overhead, step_seconds),
+        "device_flops_per_second": 2 * PROMPT_TOKENS * (nbytes // dtype.itemsize) / _beyond(overhead, prompt_seconds),
         "layer_overhead_seconds": per_layer,
         "step_overhead_seconds": per_step,
     }
     if device.type == "cuda":
         return rates
     return rates | {"compute_share_beside_readers": _share_beside_readers(large, step_seconds, device)}
+
+
+def _beyond(overhead: float, seconds: float) -> float:
+    """What a large layer takes beyond its overhead: at least half of its time. More overhead than that in so large a layer is
+    something else that the machine did while it was measured."""
+    return max(seconds - overhead, seconds / 2)
 
 
 def seconds_of(work: Callable[[], object], device: torch.device, repeats: int = STEP_REPEATS) -> float:
@@ -220,20 +229,22 @@ class LayerCopies:
     def __init__(self, spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> None:
         layout = layer_layout(spec, dtype.itemsize)
         self._num_layers = spec.num_layers
-        self._host = HostStore(range(spec.num_layers), spec, layout, dtype, pinned=device.type == "cuda")
+        uplink = uplink_to(device)
+        self._chunks = None if uplink is None else Chunks(uplink)
+        self._host = HostStore(range(spec.num_layers), spec, layout, dtype, registrar=uplink)
         self._slots = [
             LayerBuffer(allocate_bytes(layout.nbytes, device, "device"), spec, layout, dtype) for _ in range(MIN_SLOTS)
         ]
         for buffer in self._host.buffers:
             buffer.storage.fill_(1)  # pages that were never written are all the same one
-        self._copier = _copier(self._host, device)
+        self._copier = _copier(self._host, uplink, self._chunks)
         self._under_way: deque[Transfer] = deque()
         self._next = 0
 
     @property
     def nbytes(self) -> int:
         """Bytes of all layers."""
-        return self._host.nbytes
+        return sum(buffer.storage.numel() for buffer in self._host.buffers)
 
     @property
     def busy_seconds(self) -> float:
@@ -261,6 +272,8 @@ class LayerCopies:
         """End the copier, unpin."""
         self._copier.close()
         self._host.close()
+        if self._chunks is not None:
+            self._chunks.close()
 
 
 def _link_rates(dtype: torch.dtype, device: torch.device) -> dict[str, float]:
@@ -296,9 +309,10 @@ def _as_share(found: float) -> float:
     return min(max(found, SMALLEST_SHARE), 1.0)
 
 
-def _copier(host: HostStore, device: torch.device) -> Copier:
-    if device.type != "cuda":
+def _copier(host: HostStore, uplink: Uplink | None, chunks: Chunks | None) -> Copier:
+    if uplink is None or chunks is None:
         return HostCopier(host)
-    from offload_sirius.weights.cuda import CudaCopier
-
-    return CudaCopier(host, device)
+    layers = range(len(host.buffers))
+    all_pinned = host.pin_report().reason is None
+    route: Route = PinnedRoute(host, layers, uplink) if all_pinned else ChunkRoute(host, layers, chunks)
+    return UplinkCopier(dict.fromkeys(layers, route), uplink)

@@ -62,6 +62,10 @@ class LoadProgress:
             self._bar.stop()
             self._bar = None
 
+    def warn(self, line: str) -> None:
+        """See engine.Progress."""
+        say("warning: " + line)
+
     def _say_so_far(self) -> None:
         seconds = time.perf_counter() - self._began
         rate = self._nbytes / seconds

@@ -25,6 +25,7 @@ Dtype = Annotated[str, _option(EngineConfig, "dtype", PLACE, metavar="DTYPE")]
 MaxContext = Annotated[int | None, _option(EngineConfig, "max_context", PLACE, metavar="N")]
 Auto = Annotated[bool, typer.Option("--auto", help=help_of(EngineConfig, "auto"), rich_help_panel=PLACE)]
 Threads = Annotated[int | None, _option(EngineConfig, "threads", PLACE, metavar="N")]
+SharedHostBuffers = Annotated[int | None, _option(EngineConfig, "shared_host_buffers", PLACE, metavar="N")]
 
 Mode = Annotated[str, _option(GenerationConfig, "mode", DECODING, metavar="MODE")]
 MaxNewTokens = Annotated[int, _option(GenerationConfig, "max_new_tokens", DECODING, metavar="N")]
@@ -45,6 +46,15 @@ MinP = Annotated[float, _option(SamplingConfig, "min_p", SAMPLING, metavar="P")]
 RepetitionPenalty = Annotated[float, _option(SamplingConfig, "repetition_penalty", SAMPLING, metavar="R")]
 Seed = Annotated[int, _option(SamplingConfig, "seed", SAMPLING, metavar="N")]
 
+Trace = Annotated[
+    str | None,
+    typer.Option(
+        "--trace",
+        help="Write what was copied, computed, waited for and sampled when, for ui.perfetto.dev.",
+        metavar="FILE",
+        rich_help_panel=OUTPUT,
+    ),
+]
 Json = Annotated[
     bool, typer.Option("--json", help="Print one JSON object with text and figures instead of the text.", rich_help_panel=OUTPUT)
 ]

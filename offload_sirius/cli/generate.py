@@ -10,10 +10,12 @@ import typer
 
 from offload_sirius.cli import flags
 from offload_sirius.cli.prompt import read_prompt
+from offload_sirius.cli.tracing import tracing
 from offload_sirius.config import EngineConfig, GenerationConfig, SamplingConfig
 
 if TYPE_CHECKING:
     from offload_sirius.engine import Engine
+    from offload_sirius.trace import Tracer
 
 EXAMPLES = """\b
 Examples:
@@ -51,6 +53,7 @@ def generate(
     max_context: flags.MaxContext = _ENGINE.max_context,
     auto: flags.Auto = _ENGINE.auto,
     threads: flags.Threads = _ENGINE.threads,
+    shared_host_buffers: flags.SharedHostBuffers = _ENGINE.shared_host_buffers,
     max_new_tokens: flags.MaxNewTokens = _GENERATION.max_new_tokens,
     stop: flags.Stop = None,
     ignore_eos: flags.IgnoreEos = _GENERATION.ignore_eos,
@@ -60,6 +63,7 @@ def generate(
     min_p: flags.MinP = _SAMPLING.min_p,
     repetition_penalty: flags.RepetitionPenalty = _SAMPLING.repetition_penalty,
     seed: flags.Seed = _SAMPLING.seed,
+    trace: flags.Trace = None,
     as_json: flags.Json = False,
     verbose: flags.Verbose = False,
 ) -> int:
@@ -74,6 +78,7 @@ def generate(
         max_context=max_context,
         auto=auto,
         threads=threads,
+        shared_host_buffers=shared_host_buffers,
     )
     sampling = SamplingConfig(
         temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty, seed=seed
@@ -86,10 +91,20 @@ def generate(
         ignore_eos=ignore_eos,
         chat=chat,
     )
-    return _run(read_prompt(prompt, prompt_file), engine_config, generation, as_json=as_json, verbose=verbose)
+    text = read_prompt(prompt, prompt_file)
+    with tracing(trace) as tracer:
+        return _run(text, engine_config, generation, tracer, as_json=as_json, verbose=verbose)
 
 
-def _run(prompt: str, engine_config: EngineConfig, generation: GenerationConfig, *, as_json: bool, verbose: bool) -> int:
+def _run(
+    prompt: str,
+    engine_config: EngineConfig,
+    generation: GenerationConfig,
+    tracer: Tracer | None,
+    *,
+    as_json: bool,
+    verbose: bool,
+) -> int:
     # Everything was checked that can be without them: only now the second that torch takes.
     from dataclasses import replace
 
@@ -104,11 +119,11 @@ def _run(prompt: str, engine_config: EngineConfig, generation: GenerationConfig,
     else:
         # The engine would say so too, but only after it has loaded.
         model.room_for(len(prompt_ids), generation.max_new_tokens, engine_config.max_context)
-    with build(model, engine_config, LoadProgress()) as engine:
+    with build(model, engine_config, LoadProgress(), tracer) as engine:
         if engine.rates_problem:
             say(engine.rates_problem)
         if verbose:
-            _explain(engine, len(prompt_ids))
+            explain(engine, len(prompt_ids))
         return _answer(engine, prompt_ids, generation, as_json=as_json)
 
 
@@ -137,7 +152,8 @@ def _answer(engine: Engine, prompt_ids: list[int], generation: GenerationConfig,
     return EXIT_INTERRUPTED if result.finish_reason == "interrupted" else EXIT_DONE
 
 
-def _explain(engine: Engine, num_prompt: int) -> None:
+def explain(engine: Engine, num_prompt: int) -> None:
+    """Say where the weights are, what that takes, and what may be expected of it."""
     from offload_sirius.cli.console import predicted, say
     from offload_sirius.units import format_size
 

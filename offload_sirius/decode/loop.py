@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from offload_sirius.decode.sampling import Sampler
+from offload_sirius.trace import Tracer, during
 
 
 class Model(Protocol):
@@ -21,7 +22,7 @@ class Model(Protocol):
         """Append a few tokens, int64 [S] in host memory -> logits float32 [S, V]."""
 
 
-def decode_full(model: Model, sampler: Sampler, prompt_ids: Sequence[int]) -> Iterator[int]:
+def decode_full(model: Model, sampler: Sampler, prompt_ids: Sequence[int], tracer: Tracer | None = None) -> Iterator[int]:
     """The tokens that follow the prompt, by the full model, one pass each, without end: the caller stops.
 
     A token is yielded before the pass that would follow it is begun, so that nothing is computed for a token nobody wants.
@@ -29,7 +30,8 @@ def decode_full(model: Model, sampler: Sampler, prompt_ids: Sequence[int]) -> It
     sequence = list(prompt_ids)
     logits = model.prefill(torch.tensor(sequence))
     while True:
-        token_id = sampler.choose(logits, len(sequence), sequence)
+        with during(tracer, "sample", "choose a token"):
+            token_id = sampler.choose(logits, len(sequence), sequence)
         sequence.append(token_id)
         yield token_id
         logits = model.step(torch.tensor([token_id]))[0]

@@ -57,6 +57,10 @@ class MemoryFigures:
     host_plan_bytes: int
     host_peak_bytes: int
     """Peak resident memory of the process; without a GPU the device's share is part of it."""
+    pinned_bytes: int
+    """Host memory of layers that the device reads directly. CPU: 0, nothing has to."""
+    pageable_bytes: int
+    """Host memory of layers that it does not."""
 
 
 @dataclass(frozen=True, kw_only=True)

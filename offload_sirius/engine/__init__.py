@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from offload_sirius.config import EngineConfig
 from offload_sirius.engine.progress import NoProgress, Progress
 from offload_sirius.errors import ConfigError
+from offload_sirius.trace import Tracer
 
 if TYPE_CHECKING:
     from offload_sirius.engine.building import build
@@ -32,10 +33,11 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-def load(model: str | None = None, *, progress: Progress | None = None, **settings: Any) -> Engine:
+def load(model: str | None = None, *, progress: Progress | None = None, tracer: Tracer | None = None, **settings: Any) -> Engine:
     """Open a model, plan, and load it.
 
-    model: alias, hub id, directory, file, or synthetic:SHAPE; settings: the fields of EngineConfig.
+    model: alias, hub id, directory, file, or synthetic:SHAPE; settings: the fields of EngineConfig;
+    tracer: is told of every copy, wait, computation and choice, and writes them as a trace when asked.
     Raises one of offload_sirius.errors.USER_ERRORS, each with one line that says what to do.
     """
     from offload_sirius.engine.building import build
@@ -46,4 +48,4 @@ def load(model: str | None = None, *, progress: Progress | None = None, **settin
     if unknown := sorted(set(given) - set(known)):
         raise ConfigError(f"unknown setting {unknown[0]}; known are {', '.join(known)}")
     config = EngineConfig(**given)
-    return build(open_model(config.model), config, progress or NoProgress())
+    return build(open_model(config.model), config, progress or NoProgress(), tracer)

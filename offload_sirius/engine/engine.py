@@ -24,6 +24,8 @@ from offload_sirius.engine.planning import plan_figures, prediction_figures
 from offload_sirius.errors import ConfigError
 from offload_sirius.model.costs import activation_nbytes
 from offload_sirius.model.transformer import Transformer
+from offload_sirius.trace import Tracer
+from offload_sirius.weights.pinning import PinReport
 from offload_sirius.weights.plan import Plan
 from offload_sirius.weights.predict import Prediction
 from offload_sirius.weights.streamer import WeightStreamer
@@ -45,12 +47,16 @@ class Engine:
         streamer: WeightStreamer,
         closing: ExitStack,
         device_nbytes: int,
+        pinned: PinReport,
         loaded_nbytes: int,
         load_seconds: float,
+        tracer: Tracer | None = None,
     ) -> None:
         """Made by `build`.
 
-        checkpoint: what the weights are read from; device_nbytes: all device buffers; closing: gives back all that was opened.
+        checkpoint: what the weights are read from; device_nbytes: all device buffers; pinned: host memory of
+        layers; closing: gives back all that was opened;
+        tracer: as the streamer has it.
         """
         self.model = model
         self.checkpoint = checkpoint
@@ -62,13 +68,20 @@ class Engine:
         # Also when nobody calls close: threads that copy while the interpreter ends would take the process down with them.
         self._closing = weakref.finalize(self, closing.close)
         self._device_nbytes = device_nbytes
+        self._pinned = pinned
         self._loaded_nbytes = loaded_nbytes
+        self._tracer = tracer
         self._closed = False
 
     @property
     def spec(self) -> ModelSpec:
         """The model's shape."""
         return self.model.spec
+
+    @property
+    def device(self) -> torch.device:
+        """What computes."""
+        return self._placement.device
 
     @property
     def plan(self) -> Plan:
@@ -125,7 +138,7 @@ class Engine:
         self._streamer.phase = "prefill"
         self._transformer.cache.truncate(0)
         with memory_errors(self.plan):
-            for token_id in decode_full(self._transformer, Sampler(sampling), prompt_ids):
+            for token_id in decode_full(self._transformer, Sampler(sampling), prompt_ids, self._tracer):
                 yield token_id
                 self._streamer.phase = "full"
                 torch.set_num_threads(self.config.threads or self._decode_threads())
@@ -175,6 +188,8 @@ class Engine:
             device_peak_bytes=peak_nbytes,
             host_plan_bytes=self.plan.host_nbytes,
             host_peak_bytes=machine.peak_resident_nbytes(),
+            pinned_bytes=self._pinned.pinned_nbytes,
+            pageable_bytes=self._pinned.pageable_nbytes,
         )
 
 

@@ -230,6 +230,7 @@ def plan_model(
         reader_nbytes=reader_nbytes(checkpoint),
         embedding_on_device=spec.tied_head,
         staged=hardware.own_memory,
+        num_shared_buffers=config.shared_host_buffers,
     )
     budgets = _budgets(spec, layout, demand, config, hardware)
     plan = make_plan(spec, layout, demand, budgets)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Protocol
 
 
@@ -17,6 +18,9 @@ class Progress(Protocol):
     def end(self) -> None:
         """It is done, or given up."""
 
+    def warn(self, line: str) -> None:
+        """It works, and worse than it could: what that costs and what to do."""
+
 
 class NoProgress:
     """For those who do not want to know."""
@@ -29,3 +33,7 @@ class NoProgress:
 
     def end(self) -> None:
         """See Progress."""
+
+    def warn(self, line: str) -> None:
+        """See Progress. Python's own way to say so."""
+        warnings.warn(line, stacklevel=2)

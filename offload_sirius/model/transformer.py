@@ -28,6 +28,7 @@ from offload_sirius.model.ops import (
 )
 from offload_sirius.model.rope import RotaryTable, Rotation, rotate
 from offload_sirius.model.source import AttentionWeights, NeuronWeights, WeightSource
+from offload_sirius.trace import Tracer, during
 from offload_sirius_loaders.spec import ModelSpec
 
 
@@ -73,13 +74,22 @@ class Chunk:
 class Transformer:
     """A model for one sequence: its weights, its KV cache, and the two ways through them."""
 
-    def __init__(self, spec: ModelSpec, source: WeightSource, cache: KVCache, *, chunk_size: int = CHUNK_SIZE) -> None:
+    def __init__(
+        self,
+        spec: ModelSpec,
+        source: WeightSource,
+        cache: KVCache,
+        *,
+        chunk_size: int = CHUNK_SIZE,
+        tracer: Tracer | None = None,
+    ) -> None:
         """Computes in the dtype and on the device of the cache. Raises ConfigError where the activation is unknown."""
         assert len(spec.layer_windows) == spec.num_layers, (len(spec.layer_windows), spec.num_layers)
         self.spec = spec
         self.cache = cache
         self._source = source
         self._chunk_size = chunk_size
+        self._tracer = tracer
         self._activation = activation_named(spec.activation)
         self._rotary = RotaryTable(spec, num_positions=cache.capacity, dtype=cache.dtype, device=cache.device)
         self._slots = torch.arange(cache.capacity, device=cache.device)
@@ -173,5 +183,6 @@ class Transformer:
 
     def _logits(self, hidden: Tensor) -> Tensor:
         """[S, D] -> float32 [S, V]"""
-        normed = rms_norm(hidden, self._source.final_norm, self.spec.norm_eps)
-        return functional.linear(normed, self._source.head).float()
+        with during(self._tracer, "compute", "head"):
+            normed = rms_norm(hidden, self._source.final_norm, self.spec.norm_eps)
+            return functional.linear(normed, self._source.head).float()

@@ -5,7 +5,7 @@ DiskCopier   checkpoint's files -> memory, by reader threads
 TieredCopier host layers by one of these, disk layers by another
 PacedCopier  any of them, no faster than a set rate: the emulated link
 
-Those that upload to a CUDA device are in cuda.py.
+Those that upload to a device with memory of its own are in uploads.py.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Protocol
 
 import torch
 
+from offload_sirius.trace import Tracer
 from offload_sirius.weights.buffers import LayerBuffer
 from offload_sirius.weights.disk import Fill, Job, ReaderPool, tensor_jobs
 from offload_sirius.weights.host import HostStore
@@ -94,6 +95,12 @@ class BusyMeter:
                 self.peak_bytes_per_second = max(nbytes / seconds, self.peak_bytes_per_second or 0.0)
 
 
+def trace_copy(tracer: Tracer | None, layer: int, part: Part, nbytes: int, began: float, ended: float) -> None:
+    """A part has crossed the link, or will have: times are the host's."""
+    if tracer is not None:
+        tracer.span("copy", f"layer {layer} {part}", began, ended, layer=layer, part=part, bytes=nbytes)
+
+
 class FutureTransfer:
     """A transfer carried out by a thread of an executor."""
 
@@ -108,8 +115,9 @@ class FutureTransfer:
 class HostCopier:
     """Host memory to memory, in order, by one thread: what a link does on a machine that has none."""
 
-    def __init__(self, store: HostStore) -> None:
+    def __init__(self, store: HostStore, tracer: Tracer | None = None) -> None:
         self._store = store
+        self._tracer = tracer
         self._meter = BusyMeter()
         self._executor = ThreadPoolExecutor(1, "copier", initializer=torch.set_num_threads, initargs=(1,))
 
@@ -136,7 +144,9 @@ class HostCopier:
         began = self._meter.open()
         destination = slot.parts[part]
         destination.copy_(self._store.layer(layer).parts[part])
-        self._meter.close(destination.numel(), time.perf_counter() - began)
+        ended = time.perf_counter()
+        self._meter.close(destination.numel(), ended - began)
+        trace_copy(self._tracer, layer, part, destination.numel(), began, ended)
 
     def close(self) -> None:
         """See Copier."""
@@ -152,9 +162,10 @@ def layer_jobs(checkpoint: Checkpoint, layer: int, part: Part, buffer: LayerBuff
 class DiskCopier:
     """The checkpoint's own files to memory, by reader threads that assemble the layer as they read."""
 
-    def __init__(self, checkpoint: Checkpoint, readers: ReaderPool) -> None:
+    def __init__(self, checkpoint: Checkpoint, readers: ReaderPool, tracer: Tracer | None = None) -> None:
         self._checkpoint = checkpoint
         self._readers = readers
+        self._tracer = tracer
         self._meter = BusyMeter()
 
     @property
@@ -177,8 +188,12 @@ class DiskCopier:
         self._meter.open()
         part_nbytes = slot.parts[part].numel()
         fill = self._readers.submit(layer_jobs(self._checkpoint, layer, part, slot))
-        fill.when_over(lambda: self._meter.close(part_nbytes))
+        fill.when_over(lambda: self._over(fill, layer, part, part_nbytes))
         return fill
+
+    def _over(self, fill: Fill, layer: int, part: Part, nbytes: int) -> None:
+        self._meter.close(nbytes)
+        trace_copy(self._tracer, layer, part, nbytes, fill.began, time.perf_counter())
 
     def close(self) -> None:
         """See Copier. The readers belong to who made them."""
@@ -235,17 +250,22 @@ class PacedCopier:
     """Another copier at a set rate. The emulated link carries one transfer at a time: each begins when it is asked for, or when
     the one before has ended, and lasts its bytes over the rate."""
 
-    def __init__(self, inner: Copier, bytes_per_second: float) -> None:
+    def __init__(self, inner: Copier, bytes_per_second: float, tracer: Tracer | None = None) -> None:
+        """tracer: none for `inner` then, as only one of the two is the link."""
         self._inner = inner
         self._bytes_per_second = bytes_per_second
+        self._tracer = tracer
         self._free_at = 0.0
         self._busy_seconds = 0.0
 
     def start(self, layer: int, part: Part, slot: LayerBuffer) -> Transfer:
         """See Copier."""
-        seconds = slot.parts[part].numel() / self._bytes_per_second
-        self._free_at = max(self._free_at, time.perf_counter()) + seconds
+        nbytes = slot.parts[part].numel()
+        seconds = nbytes / self._bytes_per_second
+        begins = max(self._free_at, time.perf_counter())
+        self._free_at = begins + seconds
         self._busy_seconds += seconds
+        trace_copy(self._tracer, layer, part, nbytes, begins, self._free_at)
         return PacedTransfer(self._inner.start(layer, part, slot), self._free_at)
 
     @property

@@ -1,169 +1,184 @@
-"""Copiers that upload to a CUDA device. The only file that knows CUDA streams and events.
-
-CudaCopier   pinned host memory -> device, on a copy stream
-StagedCopier checkpoint's files -> pinned host buffers -> device
-
-Order on the device: a slot's last use is marked by an event on the compute stream when its next copy is asked for; the copy
-stream waits for that event, copies, and records another; the compute stream waits for this one before it uses the slot.
-"""
+"""The way to a CUDA device. The only file that knows CUDA's streams, events and pinned memory."""
 
 from __future__ import annotations
 
-import queue
 import threading
-from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from offload_sirius.weights.buffers import LayerBuffer
-from offload_sirius.weights.copiers import Transfer, layer_jobs
-from offload_sirius.weights.disk import ReaderPool
-from offload_sirius.weights.host import HostStore
-from offload_sirius.weights.layout import PARTS, Part
-from offload_sirius_loaders.checkpoint import Checkpoint
+from offload_sirius.trace import Tracer
+from offload_sirius.weights.uploads import Event
 
-
-def _mark() -> torch.cuda.Event:
-    """An event behind everything the caller's stream has been given so far."""
-    event = torch.cuda.Event()
-    event.record()
-    return event
+PCI_DEVICES = Path("/sys/bus/pci/devices")
 
 
-class CudaTransfer:
-    """A copy queued on the copy stream."""
+@dataclass(frozen=True)
+class CudaEvent:
+    """A moment in the work of one device. See uploads.Event."""
 
-    def __init__(self, done: torch.cuda.Event) -> None:
-        self._done = done
+    event: torch.cuda.Event
+    device: torch.device
 
     def wait(self) -> None:
-        """Make the current stream wait; the host does not."""
-        self._done.wait(torch.cuda.current_stream())
+        """See uploads.Event: the compute stream of the device waits."""
+        self.event.wait(torch.cuda.current_stream(self.device))
+
+    def synchronize(self) -> None:
+        """See uploads.Event."""
+        self.event.synchronize()
 
 
-class CudaCopier:
-    """Pinned host memory to the device on a stream of its own. One copy a part, so that the attention block can be computed on
-    while the records still arrive."""
+class CudaClock:
+    """Moments in the work of a device as times of the host's clock. See trace.Clock."""
 
-    def __init__(self, store: HostStore, device: torch.device) -> None:
-        self._store = store
+    def __init__(self, device: torch.device) -> None:
+        """Waits for the device once, to tie the two clocks to each other."""
+        self._device = device
+        self._base = self._record()
+        self._base.synchronize()
+        self._base_seconds = time.perf_counter()
+
+    def mark(self) -> Callable[[], float]:
+        """The moment behind everything the device has been given to compute so far; asking for its time waits for it."""
+        event = self._record()
+        return lambda: self.seconds(event)
+
+    def seconds(self, event: torch.cuda.Event) -> float:
+        """When an event came, on the clock of time.perf_counter. Waits for it."""
+        event.synchronize()
+        return self._base_seconds + float(self._base.elapsed_time(event)) / 1e3
+
+    def _record(self) -> torch.cuda.Event:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self._device))
+        return event
+
+
+@dataclass(frozen=True)
+class _Copy:
+    """One that has been queued."""
+
+    name: str
+    began: torch.cuda.Event
+    done: torch.cuda.Event
+    nbytes: int
+
+
+class CudaUplink:
+    """Host memory to one device, on a copy stream of its own. See uploads.Uplink."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._lock = threading.Lock()
         self._stream = torch.cuda.Stream(device)
-        self._timings: list[tuple[torch.cuda.Event, torch.cuda.Event, int]] = []
+        self._copies: deque[_Copy] = deque()
         self._busy_seconds = 0.0
         self._peak_bytes_per_second: float | None = None
+        self._clock = CudaClock(device)
+        self._tracer: Tracer | None = None
+        self._registered: dict[int, int] = {}
         self.nbytes_copied = 0
 
-    def start(self, layer: int, part: Part, slot: LayerBuffer) -> Transfer:
-        """See Copier."""
-        source = self._store.layer(layer).parts[part]
-        return CudaTransfer(self.upload(source, slot.parts[part], last_use=_mark()))
+    def clock(self) -> CudaClock:
+        """See uploads.Uplink."""
+        return self._clock
 
-    def upload(self, source: torch.Tensor, destination: torch.Tensor, *, last_use: torch.cuda.Event) -> torch.cuda.Event:
-        """Queue one copy that begins after last_use of the destination; returns the event after it. Thread-safe."""
-        # A pageable source would make the copy synchronous without a word, and the loop slow without a reason.
-        assert source.is_pinned()
-        began, done = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    def draw_on(self, tracer: Tracer | None) -> None:
+        """See uploads.Uplink."""
+        self._tracer = tracer
+
+    def mark(self) -> CudaEvent:
+        """See uploads.Uplink."""
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(self._device))
+        return CudaEvent(event, self._device)
+
+    def upload(self, source: Tensor, destination: Tensor, *, last_use: Event, name: str) -> CudaEvent:
+        """See uploads.Uplink."""
+        assert isinstance(last_use, CudaEvent)
+        # Threads that wait for a copy sleep meanwhile: the cores are the readers'.
+        began, done = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True, blocking=True)
         with self._lock, torch.cuda.stream(self._stream):
-            self._stream.wait_event(last_use)
-            began.record()
+            # What the slot held before may still be computed on.
+            self._stream.wait_event(last_use.event)
+            began.record(self._stream)
             destination.copy_(source, non_blocking=True)
-            done.record()
+            done.record(self._stream)
             self.nbytes_copied += destination.numel()
-            self._timings.append((began, done, destination.numel()))
+            self._copies.append(_Copy(name, began, done, destination.numel()))
             self._collect()
-        return done
+        return CudaEvent(done, self._device)
 
-    def _collect(self) -> None:
-        """Read the timings of copies that have ended: copies on one stream do not overlap, so their times add up."""
-        while self._timings and self._timings[0][1].query():
-            began, done, nbytes = self._timings.pop(0)
-            seconds = began.elapsed_time(done) / 1e3
-            self._busy_seconds += seconds
-            if seconds:
-                self._peak_bytes_per_second = max(nbytes / seconds, self._peak_bytes_per_second or 0.0)
+    def reads(self, buffer: Tensor) -> bool:
+        """See uploads.Uplink."""
+        # Not torch's is_pinned, which looks at the start of a storage and not at the view.
+        begin, end = buffer.data_ptr(), buffer.data_ptr() + buffer.numel() * buffer.element_size()
+        return any(start <= begin and end <= start + nbytes for start, nbytes in self._registered.items())
+
+    def register(self, address: int, nbytes: int) -> str | None:
+        """See pinning.Registrar."""
+        with torch.cuda.device(self._device):
+            status = torch.cuda.cudart().cudaHostRegister(address, nbytes, 0)
+        if int(status) != 0:
+            runtime = torch.cuda.cudart()
+            return f"CUDA error {int(status)}, {runtime.cudaGetErrorString(runtime.cudaError(int(status)))}"
+        self._registered[address] = nbytes
+        return None
+
+    def unregister(self, address: int) -> None:
+        """See pinning.Registrar."""
+        torch.cuda.cudart().cudaHostUnregister(address)
+        del self._registered[address]
 
     @property
     def busy_seconds(self) -> float:
-        """See Copier."""
+        """See uploads.Uplink."""
         with self._lock:
             self._collect()
             return self._busy_seconds
 
     @property
     def peak_bytes_per_second(self) -> float | None:
-        """See Copier."""
+        """See uploads.Uplink."""
         return self._peak_bytes_per_second
 
     def close(self) -> None:
-        """See Copier."""
+        """See uploads.Uplink."""
         self._stream.synchronize()
+        with self._lock:
+            self._collect()
+
+    def _collect(self) -> None:
+        """Read the timings of copies that have ended: copies on one stream do not overlap, so their times add up."""
+        while self._copies and self._copies[0].done.query():
+            copy = self._copies.popleft()
+            seconds = copy.began.elapsed_time(copy.done) / 1e3
+            self._busy_seconds += seconds
+            if self._tracer is not None:
+                began, ended = self._clock.seconds(copy.began), self._clock.seconds(copy.done)
+                self._tracer.span("copy", copy.name, began, ended, bytes=copy.nbytes)
+            if seconds:
+                self._peak_bytes_per_second = max(copy.nbytes / seconds, self._peak_bytes_per_second or 0.0)
 
 
-class QueuedTransfer:
-    """A transfer whose upload is queued later, by another thread."""
-
-    def __init__(self) -> None:
-        self.queued: Future[torch.cuda.Event] = Future()
-
-    def wait(self) -> None:
-        """See Transfer. The host waits until the bytes are off the disk and the upload is queued."""
-        self.queued.result().wait(torch.cuda.current_stream())
+def numa_node_of(device: torch.device) -> int | None:
+    """The NUMA node whose memory is nearest to a device; None where that is not told or makes no difference."""
+    properties: Any = torch.cuda.get_device_properties(device)  # older versions of torch do not tell the place on the bus
+    place: list[Any] = [getattr(properties, name, None) for name in ("pci_domain_id", "pci_bus_id", "pci_device_id")]
+    return None if None in place else numa_node_at(place[0], place[1], place[2])
 
 
-class StagedCopier:
-    """The checkpoint's files to the device, through pinned host buffers of a layer's size.
-
-    A thread takes the parts in order: it waits until a part has been read, queues its upload, and waits for that upload before
-    the buffer is read into again.
-    """
-
-    def __init__(self, checkpoint: Checkpoint, readers: ReaderPool, uploads: CudaCopier, staging: Sequence[LayerBuffer]) -> None:
-        self._checkpoint = checkpoint
-        self._readers = readers
-        self._uploads = uploads
-        self._free: dict[Part, queue.SimpleQueue[LayerBuffer]] = {part: queue.SimpleQueue() for part in PARTS}
-        for part_free in self._free.values():
-            for buffer in staging:
-                part_free.put(buffer)
-        self._executors = {part: ThreadPoolExecutor(1, f"staging-{part}") for part in self._free}
-
-    def start(self, layer: int, part: Part, slot: LayerBuffer) -> Transfer:
-        """See Copier."""
-        transfer = QueuedTransfer()
-        self._executors[part].submit(self._carry, layer, part, slot, _mark(), transfer)
-        return transfer
-
-    def _carry(self, layer: int, part: Part, slot: LayerBuffer, last_use: torch.cuda.Event, transfer: QueuedTransfer) -> None:
-        try:
-            staging = self._free[part].get()
-            self._readers.submit(layer_jobs(self._checkpoint, layer, part, staging)).wait()
-            done = self._uploads.upload(staging.parts[part], slot.parts[part], last_use=last_use)
-            transfer.queued.set_result(done)
-            # The buffer may be read into again only when the device has read it.
-            done.synchronize()
-            self._free[part].put(staging)
-        except BaseException as error:
-            if not transfer.queued.done():
-                transfer.queued.set_exception(error)
-
-    @property
-    def nbytes_copied(self) -> int:
-        """See Copier. Counted by the uploads, which host layers share."""
-        return 0
-
-    @property
-    def busy_seconds(self) -> float:
-        """See Copier. Counted by the uploads."""
-        return 0.0
-
-    @property
-    def peak_bytes_per_second(self) -> float | None:
-        """See Copier."""
-        return self._readers.bytes_per_second
-
-    def close(self) -> None:
-        """See Copier."""
-        for executor in self._executors.values():
-            executor.shutdown(cancel_futures=True)
+def numa_node_at(domain: int, bus: int, slot: int, devices: Path = PCI_DEVICES) -> int | None:
+    """The NUMA node of a place on the PCI bus; None where the kernel knows none."""
+    try:
+        node = int((devices / f"{domain:04x}:{bus:02x}:{slot:02x}.0" / "numa_node").read_text())
+    except (OSError, ValueError):
+        return None
+    return node if node >= 0 else None

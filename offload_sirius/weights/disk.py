@@ -8,9 +8,7 @@ read a piece also turns it into its place while others read on.
 
 from __future__ import annotations
 
-import contextlib
 import errno
-import mmap
 import os
 import threading
 import time
@@ -28,7 +26,8 @@ from offload_sirius.errors import WeightReadError
 from offload_sirius.weights.buffers import write_rows
 from offload_sirius.weights.depth import DepthTuner
 from offload_sirius.weights.layout import align
-from offload_sirius.weights.pieces import BLOCK_NBYTES, HUGE_PAGE_NBYTES, PIECE_NBYTES, Piece, largest_piece_nbytes, pieces_of
+from offload_sirius.weights.mapping import HUGE_PAGE_NBYTES, map_memory
+from offload_sirius.weights.pieces import BLOCK_NBYTES, PIECE_NBYTES, Piece, largest_piece_nbytes, pieces_of
 from offload_sirius_loaders.checkpoint import Checkpoint, TensorInfo
 
 READER_NICENESS = 10
@@ -62,6 +61,9 @@ class Fill:
         self._error: BaseException | None = None
         self._on_bytes = on_bytes
         self._when_over: list[Callable[[], None]] = []
+        self.began = time.perf_counter()
+        """When the first of its pieces was taken by a reader; until then, when it was asked for."""
+        self._taken = False
         if num_pieces == 0:
             self._over.set()
 
@@ -78,6 +80,11 @@ class Fill:
                 self._when_over.append(call)
                 return
         call()
+
+    def piece_taken(self) -> None:
+        """A reader turns to a piece. One reader at a time."""
+        if not self._taken:
+            self._taken, self.began = True, time.perf_counter()
 
     def piece_done(self, nbytes: int) -> None:
         """A reader has put nbytes in place."""
@@ -170,13 +177,7 @@ def read_buffers(count: int, nbytes: int) -> list[memoryview]:
     a machine runs, and one read of some MiB then becomes many requests: such reads were seen to take 1.7 times as long.
     """
     step = align(nbytes, HUGE_PAGE_NBYTES) if nbytes > HUGE_PAGE_NBYTES // 2 else align(nbytes, BLOCK_NBYTES)
-    # Private: shared anonymous memory, which is mmap's default, gets no huge pages on most systems.
-    memory = mmap.mmap(-1, count * step + HUGE_PAGE_NBYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        with contextlib.suppress(OSError):  # a kernel built without them
-            memory.madvise(mmap.MADV_HUGEPAGE)
-    lead = -np.frombuffer(memory, np.uint8).ctypes.data % HUGE_PAGE_NBYTES
-    view = memoryview(memory)[lead : lead + count * step]
+    view = map_memory(count * step)
     # Touched now and by one thread: pages that many threads bring in at the same time come from all over memory.
     np.frombuffer(view, np.uint8)[::BLOCK_NBYTES] = 0
     return [view[index * step : (index + 1) * step] for index in range(count)]
@@ -275,7 +276,9 @@ class ReaderPool:
             if self._reading == 0:
                 self._busy_since = time.perf_counter()
             self._reading += 1
-            return self._jobs.popleft()
+            job, fill = self._jobs.popleft()
+            fill.piece_taken()
+            return job, fill
 
     def _read(self, piece: Piece, buffer: memoryview) -> npt.NDArray[np.uint8]:
         try:

@@ -41,7 +41,7 @@ class DiskRate:
 
 def measure_disk(path: Path, sample_nbytes: int = SAMPLE_NBYTES) -> DiskRate:
     """Read a file, the largest one below a folder, or (where there is none worth it) a temporary one. Raises ConfigError."""
-    with _file_to_read(path) as file_path:
+    with file_to_read(path) as file_path:
         nbytes = min(file_path.stat().st_size, sample_nbytes)
         seconds = {queue: read_seconds([file_path], nbytes, *queue) for queue in QUEUES}
         depth, read_nbytes = min(QUEUES, key=lambda queue: seconds[queue])
@@ -113,31 +113,42 @@ def _read_all(reads: list[tuple[DirectFile, int, int]], depth: int, read_nbytes:
 
 
 @contextmanager
-def _file_to_read(path: Path) -> Iterator[Path]:
-    if path.is_file():
-        yield path
-        return
-    if not path.is_dir():
-        raise ConfigError(f"--path {path}: no such file or directory; give a file or a folder on the disk to measure")
-    largest = max((each for each in path.iterdir() if each.is_file()), key=lambda each: each.stat().st_size, default=None)
-    if largest is not None and largest.stat().st_size >= SMALLEST_FILE_NBYTES:
-        yield largest
+def file_to_read(path: Path) -> Iterator[Path]:
+    """See measure_disk. A temporary file is gone at the end."""
+    found = _existing(path)
+    if found is not None:
+        yield found
         return
     with _temporary_file(path) as temporary:
         yield temporary
+
+
+def _existing(path: Path) -> Path | None:
+    """The file itself, or the largest one of a folder where it is worth it. Raises ConfigError."""
+    try:
+        if path.is_dir():
+            files = [each for each in path.iterdir() if each.is_file()]
+            largest = max(files, key=lambda each: each.stat().st_size, default=None)
+            return largest if largest is not None and largest.stat().st_size >= SMALLEST_FILE_NBYTES else None
+        if path.stat().st_size == 0:
+            raise ConfigError(f"--path {path}: the file is empty; give one of some MB, or a folder on the disk to measure")
+        return path
+    except OSError as error:
+        raise ConfigError(f"--path {path}: {error.strerror}; give a file or a folder on the disk to measure") from error
 
 
 @contextmanager
 def _temporary_file(folder: Path) -> Iterator[Path]:
     block = b"\xa5" * (8 * MIB)
     try:
-        with tempfile.NamedTemporaryFile(dir=folder, prefix=".offload-sirius-") as file:
-            for _ in range(SAMPLE_NBYTES // 2 // len(block)):
-                file.write(block)
-            file.flush()
-            yield Path(file.name)
+        file = tempfile.NamedTemporaryFile(dir=folder, prefix=".offload-sirius-")  # noqa: SIM115  closed below
+        for _ in range(SAMPLE_NBYTES // 2 // len(block)):
+            file.write(block)
+        file.flush()
     except OSError as error:
         raise ConfigError(
             f"--path {folder}: {format_size(SAMPLE_NBYTES // 2)} cannot be written to measure it: {error.strerror}; "
             "name a large file there"
         ) from error
+    with file:
+        yield Path(file.name)

@@ -11,22 +11,39 @@ from offload_sirius.errors import BudgetError
 from offload_sirius.units import format_size
 from offload_sirius.weights.buffers import LayerBuffer
 from offload_sirius.weights.layout import LayerLayout
+from offload_sirius.weights.mapping import map_memory
+from offload_sirius.weights.pinning import Pinning, PinReport, Registrar
 from offload_sirius_loaders.spec import ModelSpec
 
 
 class HostStore:
-    """Layers in host memory. The arena is allocated once and never grows."""
+    """Layers in host memory. The arena is mapped once and never grows."""
 
-    def __init__(self, layers: Sequence[int], spec: ModelSpec, layout: LayerLayout, dtype: torch.dtype, *, pinned: bool) -> None:
-        """Allocate room for the layers; they are filled by who loads them. Raises BudgetError when memory runs out."""
-        self._arena = allocate_bytes(len(layers) * layout.nbytes, torch.device("cpu"), "host")
-        self._pinned = pinned and len(layers) > 0
-        if self._pinned:
-            pin(self._arena)
-        self._buffers = {
-            layer: LayerBuffer(self._arena[index * layout.nbytes : (index + 1) * layout.nbytes], spec, layout, dtype)
-            for index, layer in enumerate(layers)
-        }
+    def __init__(
+        self,
+        layers: Sequence[int],
+        spec: ModelSpec,
+        layout: LayerLayout,
+        dtype: torch.dtype,
+        *,
+        registrar: Registrar | None = None,
+        node: int | None = None,
+        num_buffers: int | None = None,
+    ) -> None:
+        """Map room for the layers and begin to pin it; they are filled by who loads them.
+
+        registrar: pins, None where the device reads host memory anyway. node: NUMA node of the device. num_buffers: let the
+        layers share that many buffers (timing of shapes that exceed memory; their weights are then not their own).
+        """
+        stride = layout.host_nbytes
+        count = len(layers) if num_buffers is None else min(num_buffers, len(layers))
+        self._arena = _tensor(map_memory(count * stride, node=node))
+        self._distinct = [
+            LayerBuffer(self._arena[index * stride : index * stride + layout.nbytes], spec, layout, dtype)
+            for index in range(count)
+        ]
+        self._index_of = {layer: index % count for index, layer in enumerate(layers)}
+        self._pinning = Pinning([buffer.storage for buffer in self._distinct], registrar) if registrar and layers else None
 
     @property
     def nbytes(self) -> int:
@@ -36,17 +53,33 @@ class HostStore:
     @property
     def buffers(self) -> list[LayerBuffer]:
         """All of them, in the order in which they were asked for."""
-        return list(self._buffers.values())
+        return list(self._distinct)
 
     def layer(self, layer: int) -> LayerBuffer:
         """The layer's bytes and views."""
-        return self._buffers[layer]
+        return self._distinct[self._index_of[layer]]
+
+    def pin_report(self) -> PinReport:
+        """What could be pinned; blocks until that is known."""
+        if self._pinning is None:
+            return PinReport(num_pinned=0, pinned_nbytes=0, pageable_nbytes=self.nbytes, reason=None)
+        return self._pinning.wait()
+
+    def is_pinned(self, layer: int) -> bool:
+        """Whether the device can read the layer directly; blocks until that is known."""
+        return self._index_of[layer] < self.pin_report().num_pinned
 
     def close(self) -> None:
-        """Unpin."""
-        if self._pinned:
-            unpin(self._arena)
-            self._pinned = False
+        """Unpin, and give the arena back. Nothing may be on its way to the device."""
+        if self._pinning is not None:
+            self._pinning.close()
+            self._pinning = None
+        self._distinct.clear()
+        self._arena = _tensor(map_memory(0))
+
+
+def _tensor(view: memoryview) -> Tensor:
+    return torch.frombuffer(view, dtype=torch.uint8) if len(view) else torch.empty(0, dtype=torch.uint8)
 
 
 def allocate_bytes(nbytes: int, device: torch.device, where: str) -> Tensor:
@@ -57,21 +90,3 @@ def allocate_bytes(nbytes: int, device: torch.device, where: str) -> Tensor:
         raise BudgetError(
             f"{where} memory ran out while allocating {format_size(nbytes)}; give a smaller --{where}-memory"
         ) from error
-
-
-def pin(buffer: Tensor) -> None:
-    """Lock a host buffer in memory so that the device can read it directly.
-
-    Registered rather than allocated through torch's pin_memory, which rounds up to a power of two.
-    """
-    status = torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), buffer.numel(), 0)
-    if int(status) != 0:
-        raise BudgetError(
-            f"host memory: {format_size(buffer.numel())} could not be pinned (CUDA error {int(status)}); "
-            "raise the limit shown by `ulimit -l`, or give a smaller --host-memory"
-        )
-
-
-def unpin(buffer: Tensor) -> None:
-    """Undo `pin`."""
-    torch.cuda.cudart().cudaHostUnregister(buffer.data_ptr())

@@ -28,6 +28,9 @@ FieldName = Literal["input_norm", "qkv", "qkv_bias", "q_norm", "k_norm", "output
 ALIGNMENT = 64
 """Every field starts at a multiple of this many bytes: a cache line, and the widest vector load."""
 
+PAGE_NBYTES = 4096
+"""Layers in host memory start at a page: memory is pinned by pages, and a page can be pinned only once."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Field:
@@ -51,6 +54,11 @@ class LayerLayout:
     def nbytes(self) -> int:
         """Bytes of a whole layer, alignment included."""
         return self.attention_nbytes + self.records_nbytes
+
+    @property
+    def host_nbytes(self) -> int:
+        """Bytes that a layer takes in host memory: whole pages."""
+        return align(self.nbytes, PAGE_NBYTES)
 
     def part_range(self, part: Part) -> tuple[int, int]:
         """First and last + 1 byte of a part, from the start of the layer."""

@@ -6,7 +6,7 @@ pinned host buffers of a layer's size, one being read into while the other is up
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -14,10 +14,10 @@ from torch import Tensor
 from offload_sirius.weights.buffers import LayerBuffer
 from offload_sirius.weights.copiers import layer_jobs
 from offload_sirius.weights.device import DeviceStore
-from offload_sirius.weights.disk import Fill, ReaderPool, tensor_jobs
+from offload_sirius.weights.disk import Fill, Job, ReaderPool, tensor_jobs
 from offload_sirius.weights.host import HostStore, allocate_bytes
 from offload_sirius.weights.layout import PARTS
-from offload_sirius.weights.pieces import head_role
+from offload_sirius.weights.pieces import Piece, head_role, pieces_of
 from offload_sirius_loaders.checkpoint import Checkpoint, TensorInfo
 from offload_sirius_loaders.spec import Role
 
@@ -39,22 +39,20 @@ class Loader:
 
     def load_device(self, device: DeviceStore, staging: list[LayerBuffer]) -> None:
         """Fill head, final norm and residents. staging: host buffers to pass through; none where the device is the host."""
-        self.load_tensor(None, "final_norm", device.final_norm)
-        self.load_tensor(None, head_role(self._checkpoint), device.head)
+        tensors: dict[Role, Tensor] = {"final_norm": device.final_norm, head_role(self._checkpoint): device.head}
+        for role, place in tensors.items():
+            if staging:
+                self._upload_tensor(self.info(None, role), place, staging[0].storage)
+            else:
+                self.load_tensor(None, role, place)
         if staging:
             self._upload_layers(device.residents, staging)
         else:
             self._fill_layers(device.residents.items())
 
     def load_tensor(self, layer: int | None, role: Role, place: Tensor) -> None:
-        """Fill one tensor; one on a device is read into host memory first."""
-        info = self.info(layer, role)
-        if place.device.type == "cpu":
-            self._readers.submit(tensor_jobs(info, place), self._on_bytes).wait()
-            return
-        host = torch.empty(place.shape, dtype=place.dtype)
-        self._readers.submit(tensor_jobs(info, host), self._on_bytes).wait()
-        place.copy_(host)
+        """Fill one tensor in host memory."""
+        self._readers.submit(tensor_jobs(self.info(layer, role), place), self._on_bytes).wait()
 
     def info(self, layer: int | None, role: Role) -> TensorInfo:
         """Where a tensor is stored."""
@@ -86,3 +84,26 @@ class Loader:
             residents[layer].storage.copy_(buffer.storage)
             if (following := index + len(staging)) < len(layers):
                 fills[layers[following]] = self._fill(layers[following], buffer)
+
+    def _upload_tensor(self, info: TensorInfo, place: Tensor, staging: Tensor) -> None:
+        """Fill a tensor on a device, as many rows at a time as the staging buffer, uint8 [n], has room for."""
+        rows = place.view(info.num_rows, -1)
+        row_nbytes = rows.shape[1] * rows.element_size()
+        for batch in _batches(pieces_of(info), staging.numel() // row_nbytes):
+            first, num_rows = batch[0].first_row, sum(piece.num_rows for piece in batch)
+            fits = num_rows * row_nbytes <= staging.numel()  # a layer of a small model may be smaller than one piece
+            flat = staging[: num_rows * row_nbytes] if fits else torch.empty(num_rows * row_nbytes, dtype=torch.uint8)
+            host = flat.view(rows.dtype).view(num_rows, -1)
+            self._readers.submit([Job(piece, host, piece.first_row - first) for piece in batch], self._on_bytes).wait()
+            rows[first : first + num_rows].copy_(host)
+
+
+def _batches(pieces: list[Piece], max_rows: int) -> Iterator[list[Piece]]:
+    """Neighbouring pieces of at most max_rows together; at least one each."""
+    batch: list[Piece] = []
+    for piece in pieces:
+        if batch and piece.first_row + piece.num_rows - batch[0].first_row > max_rows:
+            yield batch
+            batch = []
+        batch.append(piece)
+    yield batch

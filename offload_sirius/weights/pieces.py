@@ -5,14 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from offload_sirius.weights.layout import Part, align, part_of
+from offload_sirius.weights.mapping import HUGE_PAGE_NBYTES
 from offload_sirius.weights.plan import Plan
 from offload_sirius_loaders.checkpoint import Checkpoint, TensorInfo
 from offload_sirius_loaders.spec import Role
 
 BLOCK_NBYTES = 4096
 """O_DIRECT wants offset, length and address as multiples of the logical block size, which is at most this."""
-
-HUGE_PAGE_NBYTES = 2 << 20
 
 PIECE_NBYTES = 2 * HUGE_PAGE_NBYTES - 2 * BLOCK_NBYTES
 """One read, and also the most bytes a piece may have once decoded: bounds what a reader thread holds. With the blocks at both
@@ -65,7 +64,7 @@ def largest_piece_nbytes(checkpoint: Checkpoint) -> int:
 
 def load_nbytes(checkpoint: Checkpoint, plan: Plan) -> int:
     """Stored bytes that `Loader` will read, for a progress bar."""
-    layers = plan.resident_layers + plan.host_layers
+    layers = plan.resident_layers + plan.host_layers[: plan.num_host_buffers]
     roles: list[Role] = ["final_norm", head_role(checkpoint)]
     if plan.embedding_place == "host":
         roles.append("embedding")

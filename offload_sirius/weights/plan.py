@@ -34,6 +34,9 @@ MIN_READERS, MAX_READERS = 2, 32
 NUM_STAGING = 2
 """Host buffers of a layer's size through which a device with memory of its own is filled: one is read into, one uploaded."""
 
+CHUNK_NBYTES, NUM_CHUNKS = 8 << 20, 4
+"""Pinned buffers through which host memory passes that could not be pinned."""
+
 EmbeddingPlace = Literal["device", "host", "disk"]
 """device: the head's own matrix, where the two are tied. disk: rows are read as they are needed."""
 
@@ -52,6 +55,8 @@ class Demand:
     """The head is the embedding table, so that its rows can be taken from there."""
     staged: bool
     """The device has its own memory: what is read from disk passes through host buffers of a layer's size."""
+    num_shared_buffers: int | None = None
+    """All streamed layers are in host memory and share that many buffers there: for timing shapes that exceed it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +75,8 @@ class Plan:
     host_layers: tuple[int, ...]
     disk_layers: tuple[int, ...]
     num_slots: int
+    num_host_buffers: int
+    """Layers' room in host memory: as many as host_layers, fewer where they share it."""
     num_readers: int
     embedding_place: EmbeddingPlace
     layer_nbytes: int
@@ -117,6 +124,7 @@ def make_plan(spec: ModelSpec, layout: LayerLayout, demand: Demand, budgets: Bud
         host_layers=tuple(layer for layer in streamed if layer not in disk),
         disk_layers=tuple(layer for layer in streamed if layer in disk),
         num_slots=num_slots,
+        num_host_buffers=host.num_buffers,
         num_readers=host.num_readers,
         embedding_place=host.embedding_place,
         layer_nbytes=layout.nbytes,
@@ -171,6 +179,7 @@ def _num_slots(num_layers: int, room: int, layer_nbytes: int, ahead_nbytes: int)
 @dataclass(frozen=True, kw_only=True)
 class _HostPlacement:
     num_disk_layers: int
+    num_buffers: int
     num_readers: int
     embedding_place: EmbeddingPlace
     bill: Mapping[str, int]
@@ -180,34 +189,73 @@ def _place_on_host(spec: ModelSpec, layout: LayerLayout, demand: Demand, budgets
     """Readers first, as nothing loads without them (three quarters at most); then the embedding table; then layers.
 
     readers   = readers * (one read buffer + one decoded piece)
-    staging   = NUM_STAGING * layer, on a device with its own memory
+    staging   = what `_staging_nbytes` says, on a device with its own memory
     embedding = V * D * element, unless the device has it or its rows are read from disk
-    layers    = layers in host memory * layer
+    layers    = layers in host memory * layer in whole pages
     """
-    num_readers = max(MIN_READERS, min(MAX_READERS, budgets.host_nbytes * 3 // 4 // demand.reader_nbytes))
-    staging_nbytes = NUM_STAGING * layout.nbytes if demand.staged else 0
-    needed = MIN_READERS * demand.reader_nbytes + staging_nbytes
+    most_staging_nbytes = _staging_nbytes(layout, 0) if demand.staged else 0
+    needed = MIN_READERS * demand.reader_nbytes + most_staging_nbytes
     if budgets.host_nbytes < needed:
         raise BudgetError(
             f"host budget {format_size(budgets.host_nbytes)} is too small: reading weights takes {format_size(needed)}; "
             f"give at least --host-memory {as_flag(needed)}"
         )
-    room = budgets.host_nbytes - num_readers * demand.reader_nbytes - staging_nbytes
+    readers_room = min(budgets.host_nbytes * 3 // 4, budgets.host_nbytes - most_staging_nbytes)
+    num_readers = max(MIN_READERS, min(MAX_READERS, readers_room // demand.reader_nbytes))
+    room = budgets.host_nbytes - num_readers * demand.reader_nbytes
     embedding_nbytes = spec.vocab_size * spec.width * layout.element_nbytes
-    place: EmbeddingPlace = "device" if demand.embedding_on_device else "host" if embedding_nbytes <= room else "disk"
+    fits = embedding_nbytes <= room - most_staging_nbytes
+    place: EmbeddingPlace = "device" if demand.embedding_on_device else "host" if fits else "disk"
     embedding_nbytes = embedding_nbytes if place == "host" else 0
-    num_host = max(0, min(num_streamed, (room - embedding_nbytes) // layout.nbytes))
+    host = _host_layers(layout, demand, num_streamed, room - embedding_nbytes)
     return _HostPlacement(
-        num_disk_layers=num_streamed - num_host,
+        num_disk_layers=num_streamed - host.num_layers,
+        num_buffers=host.num_buffers,
         num_readers=num_readers,
         embedding_place=place,
         bill={
             "readers": num_readers * demand.reader_nbytes,
-            "staging": staging_nbytes,
+            "staging": host.staging_nbytes,
             "embedding": embedding_nbytes,
-            "layers": num_host * layout.nbytes,
+            "layers": host.num_buffers * layout.host_nbytes,
         },
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _HostLayers:
+    num_layers: int
+    num_buffers: int
+    """As many, unless they share."""
+    staging_nbytes: int
+    """What filling a device with its own memory takes beside them."""
+
+
+def _host_layers(layout: LayerLayout, demand: Demand, num_streamed: int, room_nbytes: int) -> _HostLayers:
+    """Layers that host memory holds."""
+    wanted = num_streamed if demand.num_shared_buffers is None else min(num_streamed, demand.num_shared_buffers)
+    for num_all_on_host in (wanted, 0):  # where some are left on disk, staging takes more
+        staging_nbytes = _staging_nbytes(layout, num_all_on_host) if demand.staged else 0
+        num_buffers = max(0, min(wanted, (room_nbytes - staging_nbytes) // layout.host_nbytes))
+        if num_buffers == wanted:
+            break
+    if demand.num_shared_buffers is None:
+        return _HostLayers(num_layers=num_buffers, num_buffers=num_buffers, staging_nbytes=staging_nbytes)
+    if num_buffers < wanted:
+        raise BudgetError(
+            f"host memory has room for {num_buffers} shared buffers of {format_size(layout.host_nbytes)}, {wanted} are asked "
+            "for; give a larger --host-memory or fewer --shared-host-buffers"
+        )
+    return _HostLayers(num_layers=num_streamed, num_buffers=wanted, staging_nbytes=staging_nbytes)
+
+
+def _staging_nbytes(layout: LayerLayout, num_host: int) -> int:
+    """Host bytes through which a device with its own memory is filled, where that many layers and no others are streamed.
+
+    chunks = for layers that the driver refuses to pin
+    layers = for what is read from disk; two of the arena serve while it is being filled, where it has as many
+    """
+    return NUM_CHUNKS * CHUNK_NBYTES + (0 if num_host >= NUM_STAGING else NUM_STAGING * layout.host_nbytes)
 
 
 def as_flag(nbytes: int) -> str:

@@ -17,9 +17,11 @@ from typing import Literal
 from torch import Tensor
 
 from offload_sirius.errors import OffloadSiriusError
+from offload_sirius.trace import Moment, Tracer
 from offload_sirius.weights.buffers import LayerBuffer
 from offload_sirius.weights.copiers import Copier, Transfer
 from offload_sirius.weights.embedding import Embedding
+from offload_sirius.weights.layout import Part
 
 Phase = Literal["prefill", "draft", "correction", "full"]
 
@@ -32,6 +34,31 @@ class Flight:
     slot: LayerBuffer
     attention: Transfer
     records: Transfer
+
+
+class LayerTrace:
+    """Turns what a model asks a source for into spans: what it waited for, and what it computed between two requests."""
+
+    def __init__(self, tracer: Tracer) -> None:
+        self._tracer = tracer
+        self._computing: tuple[int, str, Moment] | None = None
+
+    def wait(self, layer: int, part: Part, transfer: Transfer) -> None:
+        """Wait for a part."""
+        began = self._tracer.clock.mark()
+        transfer.wait()
+        self._tracer.span("wait", f"layer {layer} {part}", began, self._tracer.clock.mark(), layer=layer, part=part)
+
+    def computing(self, layer: int, what: str) -> None:
+        """The model has what it asked for and computes on it from now on."""
+        self._computing = layer, what, self._tracer.clock.mark()
+
+    def computed(self) -> None:
+        """The model asks for something else: what it computed is done, or queued on the device."""
+        if self._computing is not None:
+            layer, what, began = self._computing
+            self._tracer.span("compute", f"layer {layer} {what}", began, self._tracer.clock.mark(), layer=layer)
+            self._computing = None
 
 
 class WeightStreamer:
@@ -47,6 +74,7 @@ class WeightStreamer:
         embedding: Embedding,
         final_norm: Tensor,
         head: Tensor,
+        tracer: Tracer | None = None,
     ) -> None:
         """copier: None where nothing is streamed. Nothing is copied before the first layer is asked for."""
         assert not streamed_layers or (len(slots) >= 2 and copier is not None)
@@ -66,6 +94,7 @@ class WeightStreamer:
         self._ring: deque[Flight] = deque()
         self._next = 0
         self._broken_off = False
+        self._trace = None if tracer is None else LayerTrace(tracer)
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """token_ids int64 [S] on the host -> [S, D] on the device."""
@@ -73,26 +102,31 @@ class WeightStreamer:
 
     def attention(self, layer: int) -> LayerBuffer:
         """The layer's attention block; blocks until it is there."""
-        resident = self._residents.get(layer)
-        if resident is not None:
-            return resident
-        if self._broken_off or not self._ring or self._ring[0].layer != layer:
-            self._restart_at(layer)
-        self._wait(self._ring[0].attention)
-        return self._ring[0].slot
+        buffer = self._residents.get(layer)
+        if buffer is None:
+            if self._broken_off or not self._ring or self._ring[0].layer != layer:
+                self._restart_at(layer)
+            buffer = self._arrived(self._ring[0], "attention")
+        if self._trace is not None:
+            self._trace.computing(layer, "attention")
+        return buffer
 
     def neurons(self, layer: int) -> LayerBuffer:
         """The layer's neurons; blocks until they are there."""
-        resident = self._residents.get(layer)
-        if resident is not None:
-            return resident
-        flight = self._ring[0]
-        assert flight.layer == layer
-        self._wait(flight.records)
-        return flight.slot
+        if self._trace is not None:
+            self._trace.computed()
+        buffer = self._residents.get(layer)
+        if buffer is None:
+            assert self._ring[0].layer == layer
+            buffer = self._arrived(self._ring[0], "records")
+        if self._trace is not None:
+            self._trace.computing(layer, "neurons")
+        return buffer
 
     def release(self, layer: int) -> None:
         """The layer has been computed on: its slot goes to the next one that is not under way."""
+        if self._trace is not None:
+            self._trace.computed()
         if layer in self._residents:
             return
         flight = self._ring.popleft()
@@ -141,11 +175,17 @@ class WeightStreamer:
         for slot in self._slots:
             self._start(slot)
 
-    def _wait(self, transfer: Transfer) -> None:
+    def _arrived(self, flight: Flight, part: Part) -> LayerBuffer:
+        """The flight's slot, once the part is in it."""
+        transfer = flight.attention if part == "attention" else flight.records
         began = time.perf_counter()
         try:
-            transfer.wait()
+            if self._trace is None:
+                transfer.wait()
+            else:
+                self._trace.wait(flight.layer, part, transfer)
         except BaseException:  # a read error, or an interruption: what is in the ring is not to be trusted
             self._broken_off = True
             raise
         self.wait_seconds += time.perf_counter() - began
+        return flight.slot

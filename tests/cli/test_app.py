@@ -25,13 +25,15 @@ def start(*arguments: str) -> subprocess.Popen[bytes]:
     return subprocess.Popen([sys.executable, "-m", "offload_sirius", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
-def test_help_imports_none_of_the_large_libraries() -> None:
+@pytest.mark.parametrize(("command", "flag"), [("generate", "--max-new-tokens"), ("bench stream", "--passes")])
+def test_help_imports_none_of_the_large_libraries(command: str, flag: str) -> None:
+    large = ("torch", "transformers", "tokenizers", "numpy", "gguf", "matplotlib", "triton")
     program = (
-        "import sys; from offload_sirius.cli import main; main(['generate', '--help']); "
-        "sys.exit(str([name for name in ('torch', 'transformers', 'tokenizers', 'numpy', 'gguf') if name in sys.modules]))"
+        f"import sys; from offload_sirius.cli import main; main([*{command.split()}, '--help']); "
+        f"sys.exit(str([name for name in {large} if name in sys.modules]))"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
-    assert "--max-new-tokens" in done.stdout
+    assert flag in done.stdout
     assert done.stderr == "[]\n"
 
 
@@ -62,7 +64,7 @@ def test_a_reader_that_leaves_ends_the_program_in_silence() -> None:
 def test_without_arguments_the_commands_are_shown(run: Run) -> None:
     ran = run()
     assert ran.code == 0
-    for command in ("generate", "plan", "doctor", "models"):
+    for command in ("generate", "plan", "bench", "doctor", "models"):
         assert f"\n  {command} " in ran.out
     assert "Examples:\n    offload-sirius generate --prompt" in ran.out
 

@@ -113,4 +113,4 @@ def test_a_cache_folder_that_cannot_be_made_is_named(run: Run, tmp_path: Path, m
 def test_a_path_that_is_not_there_is_named(run: Run) -> None:
     ran = run("doctor", "--path", "/nowhere")
     assert (ran.code, ran.out) == (2, "")
-    assert ran.err == "error: --path /nowhere: no such file or directory; give a file or a folder on the disk to measure\n"
+    assert ran.err == "error: --path /nowhere: No such file or directory; give a file or a folder on the disk to measure\n"

@@ -15,12 +15,15 @@ from offload_sirius.config import EngineConfig, GenerationConfig, SamplingConfig
 
 from .conftest import Run
 
-COMMANDS: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+TOP: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+COMMANDS: dict[str, Any] = {name: each for name, each in TOP.items() if name != "bench"} | {
+    f"bench {name}": each for name, each in TOP["bench"].commands.items()
+}
 DOCUMENTED = {
     "generate": (
         "--model --mode --device --device-memory --host-memory --link-gbps --dtype --max-context --auto --threads --temperature "
         "--top-k --top-p --min-p --repetition-penalty --seed --stop --max-new-tokens --prompt --prompt-file --chat --ignore-eos "
-        "--json --verbose"
+        "--shared-host-buffers --trace --json --verbose"
     ),
     "plan": (
         "--model --mode --device --device-memory --host-memory --link-gbps --dtype --max-context --auto --device-tflops "
@@ -28,11 +31,16 @@ DOCUMENTED = {
     ),
     "doctor": "--path --measure --json",
     "models": "--json",
+    "bench link": "--device --sizes --path --repeats --plot --json",
+    "bench stream": (
+        "--model --device --device-memory --host-memory --link-gbps --dtype --threads --passes "
+        "--shared-host-buffers --plot --trace --json --verbose"
+    ),
 }
 SETTINGS = [
     (config, name)
     for config, names in (
-        (EngineConfig, "model device device_memory host_memory link_gbps dtype max_context auto threads"),
+        (EngineConfig, "model device device_memory host_memory link_gbps dtype max_context auto threads shared_host_buffers"),
         (GenerationConfig, "mode max_new_tokens ignore_eos chat"),
         (SamplingConfig, "temperature top_k top_p min_p repetition_penalty seed"),
     )
@@ -45,6 +53,10 @@ def without_spaces(text: str) -> str:
     return "".join(text.split())
 
 
+def test_every_command_is_documented() -> None:
+    assert set(COMMANDS) == set(DOCUMENTED)
+
+
 @pytest.mark.parametrize("command", DOCUMENTED)
 def test_a_command_has_the_documented_flags_and_no_others(command: str) -> None:
     assert {parameter.opts[0] for parameter in COMMANDS[command].params} == set(DOCUMENTED[command].split())
@@ -52,7 +64,7 @@ def test_a_command_has_the_documented_flags_and_no_others(command: str) -> None:
 
 @pytest.mark.parametrize("command", DOCUMENTED)
 def test_help_says_what_each_flag_means(command: str, run: Run) -> None:
-    shown = run(command, "--help")
+    shown = run(*command.split(), "--help")
     assert shown.code == 0
     for parameter in COMMANDS[command].params:
         assert parameter.help
@@ -61,7 +73,7 @@ def test_help_says_what_each_flag_means(command: str, run: Run) -> None:
 
 @pytest.mark.parametrize("command", DOCUMENTED)
 def test_help_shows_the_default_of_each_flag_that_takes_a_value(command: str, run: Run) -> None:
-    shown = without_spaces(run(command, "--help").out)
+    shown = without_spaces(run(*command.split(), "--help").out)
     for parameter in COMMANDS[command].params:
         if parameter.default is not None and not parameter.is_flag:
             assert f"[default:{parameter.default}]" in shown, parameter.opts[0]
@@ -69,7 +81,7 @@ def test_help_shows_the_default_of_each_flag_that_takes_a_value(command: str, ru
 
 @pytest.mark.parametrize("command", DOCUMENTED)
 def test_help_ends_with_two_examples(command: str, run: Run) -> None:
-    *_, first, second = run(command, "--help").out.rstrip().splitlines()
+    *_, first, second = run(*command.split(), "--help").out.rstrip().splitlines()
     assert first.startswith(f"    offload-sirius {command}")
     assert second.startswith(f"    offload-sirius {command} ")
 

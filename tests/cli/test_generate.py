@@ -9,6 +9,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -260,3 +261,22 @@ def test_pieces_are_written_as_they_come(tiny: Run, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("offload_sirius.cli.console.TextWriter.write", lambda _, piece: pieces.append(piece))
     tiny("--prompt", "hi")
     assert [piece.new_tokens for piece in pieces] == [1, 2, 3, 4, 5, 6, 7, 8, 8]
+
+
+def test_a_trace_is_written_beside_the_answer(tiny: Run, tmp_path: Path) -> None:
+    path = tmp_path / "trace.json"
+    assert tiny("--prompt", "hi", *STREAMED, "--trace", str(path)).out == tiny("--prompt", "hi").out
+    rows = {event["cat"] for event in json.loads(path.read_text())["traceEvents"] if event["ph"] == "X"}
+    assert rows == {"copy", "compute", "wait", "sample"}
+
+
+def test_a_trace_that_cannot_be_written_is_refused_before_the_model_is_opened(
+    tiny: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("offload_sirius.engine.open_model", lambda _: pytest.fail("opened"))
+    path = tmp_path / "nowhere" / "trace.json"
+    ran = tiny("--prompt", "hi", "--trace", str(path))
+    assert (ran.code, ran.out) == (2, "")
+    assert ran.err == (
+        f"error: --trace {path}: cannot be written: No such file or directory; name a file in a folder that can be written to\n"
+    )

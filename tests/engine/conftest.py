@@ -13,6 +13,7 @@ import offload_sirius
 from offload_sirius.config import EngineConfig
 from offload_sirius.engine import Engine
 from offload_sirius.engine.placement import place
+from offload_sirius.weights.layout import PAGE_NBYTES, align
 from offload_sirius_loaders import open_checkpoint
 
 TINY = "synthetic:tiny?dtype=F32"
@@ -34,7 +35,7 @@ def budgets_for(where: str, dtype: str = "float32") -> dict[str, str]:
     readers = 2 * plan.host_bill["readers"] // plan.num_readers
     return {
         "device_memory": str(fixed + room * plan.layer_nbytes),
-        "host_memory": str(readers + embedding + num_host * plan.layer_nbytes),
+        "host_memory": str(readers + embedding + num_host * align(plan.layer_nbytes, PAGE_NBYTES)),
     }
 
 

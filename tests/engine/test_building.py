@@ -62,7 +62,8 @@ def test_a_setting_that_does_not_exist_is_refused_with_those_that_do() -> None:
     with pytest.raises(ConfigError) as caught:
         offload_sirius.load(TINY, device_ram="20GiB")
     assert str(caught.value) == (
-        "unknown setting device_ram; known are model, device, device_memory, host_memory, link_gbps, dtype, max_context, threads"
+        "unknown setting device_ram; known are model, device, device_memory, host_memory, link_gbps, dtype, max_context, "
+        "auto, threads, shared_host_buffers"
     )
 
 
@@ -81,7 +82,7 @@ def test_progress_is_told_of_all_that_is_loaded(where: str, load: Load, budgets:
     assert progress.num_ended == len(progress.begun)
 
 
-@pytest.mark.parametrize("place", ["HostStore", "DeviceStore", "Loader", "WeightStreamer", "KVCache"])
+@pytest.mark.parametrize("place", ["make_arenas", "DeviceStore", "Loader", "make_link", "WeightStreamer", "KVCache"])
 def test_a_load_that_fails_half_way_leaves_no_threads(
     place: str, load: Load, budgets: Budgets, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -167,3 +168,11 @@ def test_a_cache_folder_that_cannot_be_made_is_named(
     assert str(caught.value) == (
         f"{file}/cache/synthetic: cannot be made: Not a directory; set OFFLOAD_SIRIUS_CACHE to a folder that can be written to"
     )
+
+
+def test_layers_of_a_shape_that_exceeds_memory_may_share_host_buffers(load: Load, budgets: Budgets) -> None:
+    alone, shared = load(**budgets("host")), load(shared_host_buffers=1, **budgets("host and disk"))
+    assert len(shared.plan.host_layers) == 4
+    assert 4 * shared.plan.host_bill["layers"] == alone.plan.host_bill["layers"]
+    result = shared.generate("hi", max_new_tokens=3, ignore_eos=True)
+    assert result.link.bytes.full == 2 * alone.plan.pass_nbytes

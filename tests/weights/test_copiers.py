@@ -34,7 +34,7 @@ def layout(tiny: Checkpoint) -> LayerLayout:
 
 @pytest.fixture
 def store(tiny: Checkpoint, layout: LayerLayout, readers: ReaderPool) -> HostStore:
-    host = HostStore(range(4), tiny.spec, layout, FLOAT, pinned=False)
+    host = HostStore(range(4), tiny.spec, layout, FLOAT)
     Loader(tiny, readers, lambda nbytes: None).load_host_layers(host, range(4))
     return host
 

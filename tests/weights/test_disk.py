@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import time
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -45,6 +46,16 @@ def test_progress_adds_up_to_the_stored_bytes(pool: ReaderPool, tiny: Checkpoint
     seen: list[int] = []
     pool.submit(tensor_jobs(tensor, torch.empty(tensor.shape)), seen.append).wait()
     assert sum(seen) == tensor.nbytes
+
+
+def test_a_fill_begins_when_the_first_of_its_pieces_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    moments = iter([10.0, 20.0, 30.0])
+    monkeypatch.setattr(time, "perf_counter", lambda: next(moments))
+    fill = Fill(2)
+    assert fill.began == 10.0
+    fill.piece_taken()
+    fill.piece_taken()
+    assert fill.began == 20.0
 
 
 def test_an_empty_fill_is_over_at_once(pool: ReaderPool) -> None:

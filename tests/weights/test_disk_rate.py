@@ -37,7 +37,7 @@ def test_a_folder_without_one_is_measured_by_a_file_that_is_gone_afterwards(
 
 
 def test_a_path_that_does_not_exist_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"--path .*nowhere: no such file or directory; give a file or a folder"):
+    with pytest.raises(ConfigError, match=r"--path .*nowhere: No such file or directory; give a file or a folder"):
         measure_disk(tmp_path / "nowhere")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -78,8 +79,38 @@ def test_a_tied_embedding_is_taken_from_the_head() -> None:
     assert made.host_bill["embedding"] == 0
 
 
-def test_staging_buffers_are_on_the_bill_of_a_device_with_memory_of_its_own() -> None:
-    assert plan(24 * GIB, 64 * GIB, staged=True).host_bill["staging"] == 2 * LAYER
+@pytest.mark.parametrize(
+    ("device_nbytes", "host_nbytes", "staging_nbytes"),
+    [
+        (24 * GIB, 200 * GIB, 32 * MIB),  # every streamed layer is in the arena, two of which serve while it is filled
+        (24 * GIB, 64 * GIB, 32 * MIB + 2 * LAYER),  # some come from disk, in every pass
+        (200 * GIB, 10 * GIB, 32 * MIB + 2 * LAYER),  # residents only
+    ],
+)
+def test_staging_buffers_are_on_the_bill_of_a_device_with_memory_of_its_own(
+    device_nbytes: int, host_nbytes: int, staging_nbytes: int
+) -> None:
+    assert plan(device_nbytes, host_nbytes, staged=True).host_bill["staging"] == staging_nbytes
+
+
+def test_pinned_memory_is_hardly_more_than_what_is_streamed_from_it() -> None:
+    made = plan(24 * GIB, 200 * GIB, staged=True)
+    assert made.host_bill["layers"] + made.host_bill["staging"] <= 1.02 * made.pass_nbytes
+
+
+def test_shared_buffers_hold_every_streamed_layer_of_a_shape_that_exceeds_memory() -> None:
+    needs = replace(demand(staged=True), num_shared_buffers=8)
+    made = make_plan(SPEC, LAYOUT, needs, Budgets(device_nbytes=24 * GIB, host_nbytes=64 * GIB))
+    assert len(made.host_layers) == 69
+    assert made.disk_layers == ()
+    assert made.host_bill["layers"] == 8 * LAYER
+    assert made.num_host_buffers == 8
+
+
+def test_shared_buffers_for_which_there_is_no_room_are_refused() -> None:
+    needs = replace(demand(), num_shared_buffers=8)
+    with pytest.raises(BudgetError, match=r"room for \d shared buffers of 1.60 GiB, 8 are asked for; give a larger "):
+        make_plan(SPEC, LAYOUT, needs, Budgets(device_nbytes=24 * GIB, host_nbytes=8 * GIB))
 
 
 def test_small_layers_get_more_slots_so_that_the_head_does_not_idle_the_link() -> None:
@@ -107,9 +138,14 @@ def test_a_host_budget_below_two_readers_is_refused_with_one_that_works() -> Non
     assert plan(24 * GIB, 16 * MIB).host_nbytes <= 16 * MIB
 
 
-@given(st.integers(FIXED + 2 * LAYER, FIXED + 90 * LAYER), st.integers(2 * READER, 200 * GIB))
-def test_a_plan_stays_within_its_budgets_and_places_each_layer_once(device_nbytes: int, host_nbytes: int) -> None:
-    made = plan(device_nbytes, host_nbytes)
+@given(
+    st.integers(FIXED + 2 * LAYER, FIXED + 90 * LAYER),
+    st.one_of(st.integers(2 * READER, 8 * GIB), st.integers(8 * GIB, 200 * GIB)),
+    st.booleans(),
+)
+def test_a_plan_stays_within_its_budgets_and_places_each_layer_once(device_nbytes: int, host_nbytes: int, staged: bool) -> None:
+    host_nbytes += 32 * MIB + 2 * LAYER if staged else 0
+    made = plan(device_nbytes, host_nbytes, staged=staged)
     assert made.device_nbytes <= device_nbytes
     assert made.host_nbytes <= host_nbytes
     assert sorted(made.resident_layers + made.host_layers + made.disk_layers) == list(range(80))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import pytest
@@ -16,7 +17,7 @@ from offload_sirius.weights.layout import Part, layer_layout
 from offload_sirius.weights.streamer import WeightStreamer
 from offload_sirius_loaders import open_checkpoint
 
-SPEC = open_checkpoint("synthetic:tiny").spec
+SPEC = open_checkpoint("synthetic:tiny?ffn=16&width=32&heads=4&kv_heads=2").spec
 LAYOUT = layer_layout(SPEC, 2)
 POISON = 0xFF
 
@@ -60,12 +61,32 @@ class LateCopier:
         pass
 
 
+@dataclass
+class DisorderlyCopier(LateCopier):
+    """Delivers in any order, some early and some only when they are waited for."""
+
+    pick: Callable[[int], int] = lambda below: 0
+    pending: list[LateTransfer] = field(default_factory=list)
+
+    def start(self, layer: int, part: Part, slot: LayerBuffer) -> LateTransfer:
+        assert not any(each.destination.data_ptr() == slot.parts[part].data_ptr() for each in self.pending if not each.done)
+        self.pending.append(super().start(layer, part, slot))
+        transfer = self.pending[-1]
+        for _ in range(self.pick(3)):
+            self.pending.pop(self.pick(len(self.pending))).wait()
+            if not self.pending:
+                break
+        return transfer
+
+
 def buffer(value: int) -> LayerBuffer:
     return LayerBuffer(torch.full((LAYOUT.nbytes,), value, dtype=torch.uint8), SPEC, LAYOUT, torch.bfloat16)
 
 
-def make(num_layers: int, resident: set[int], num_slots: int) -> tuple[WeightStreamer, LateCopier]:
-    copier = LateCopier()
+def make(
+    num_layers: int, resident: set[int], num_slots: int, copier: LateCopier | None = None
+) -> tuple[WeightStreamer, LateCopier]:
+    copier = copier or LateCopier()
     streamer = WeightStreamer(
         residents={layer: buffer(layer) for layer in resident},
         streamed_layers=[layer for layer in range(num_layers) if layer not in resident],
@@ -81,10 +102,10 @@ def make(num_layers: int, resident: set[int], num_slots: int) -> tuple[WeightStr
 def run_pass(streamer: WeightStreamer, num_layers: int) -> None:
     for layer in range(num_layers):
         attention = streamer.attention(layer)
-        assert attention.parts["attention"].unique().tolist() == [layer]
+        assert (attention.parts["attention"] == layer).all()
         neurons = streamer.neurons(layer)
-        assert neurons.parts["attention"].unique().tolist() == [layer], "attention is still in use"
-        assert neurons.parts["records"].unique().tolist() == [layer]
+        assert (neurons.parts["attention"] == layer).all(), "attention is still in use"
+        assert (neurons.parts["records"] == layer).all()
         streamer.release(layer)
 
 
@@ -97,6 +118,17 @@ def test_no_layer_is_computed_on_bytes_that_are_not_its_own(
     streamer, _ = make(num_layers, resident, num_slots)
     for _ in range(passes):
         run_pass(streamer, num_layers)
+
+
+@settings(deadline=None)
+@given(num_slots=st.integers(2, 5), resident=st.sets(st.integers(0, 6)), given_up_at=st.integers(0, 7), data=st.data())
+def test_the_order_in_which_transfers_arrive_does_not_matter(
+    num_slots: int, resident: set[int], given_up_at: int, data: st.DataObject
+) -> None:
+    streamer, _ = make(7, resident, num_slots, DisorderlyCopier(pick=lambda below: data.draw(st.integers(0, below - 1))))
+    run_pass(streamer, given_up_at)
+    run_pass(streamer, 7)
+    run_pass(streamer, 7)
 
 
 @settings(deadline=None)

@@ -1,0 +1,168 @@
+"""How layers reach the device: which memory they wait in, and by which copier each comes. Joins `weights`; knows no model.
+
+On a machine without a GPU the device is the host and a layer is copied by its tier. A device with memory of its own has an
+uplink: its layers wait in pinned memory, and those that could not be pinned, or are on disk, take a longer route.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from offload_sirius import machine
+from offload_sirius.engine.placement import Placement
+from offload_sirius.engine.progress import Progress
+from offload_sirius.trace import Tracer
+from offload_sirius.units import format_size
+from offload_sirius.weights.buffers import LayerBuffer
+from offload_sirius.weights.copiers import Copier, DiskCopier, HostCopier, PacedCopier, TieredCopier
+from offload_sirius.weights.disk import ReaderPool
+from offload_sirius.weights.host import HostStore
+from offload_sirius.weights.pinning import PinReport
+from offload_sirius.weights.plan import NUM_STAGING, Plan, as_flag
+from offload_sirius.weights.uploads import ChunkRoute, Chunks, DiskRoute, PinnedRoute, Route, Uplink, UplinkCopier
+from offload_sirius_loaders.checkpoint import Checkpoint
+from offload_sirius_loaders.spec import ModelSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arenas:
+    """Host memory of a model's layers."""
+
+    layers: HostStore
+    """Those that stay there."""
+    staging: HostStore
+    """Buffers through which the others come to a device with memory of its own; empty where there are none or no need."""
+    chunks: Chunks | None
+    """What memory passes through that cannot be pinned; None where the device is the host."""
+
+    @property
+    def on_the_way(self) -> list[LayerBuffer]:
+        """What residents pass through while loading, before `layers` is filled: may be a part of it. Empty where nothing is
+        uploaded."""
+        return (self.staging.buffers or self.layers.buffers[:NUM_STAGING]) if self.chunks is not None else []
+
+    def report(self) -> PinReport:
+        """What could be pinned, of layers and staging; blocks until that is known."""
+        return self.layers.pin_report() + self.staging.pin_report()
+
+    def give_back_unused(self, plan: Plan) -> None:
+        """What was needed for loading only: staging where nothing comes from disk, chunks where all else is pinned."""
+        if not plan.disk_layers:
+            self.staging.close()
+        if self.chunks is not None and self.report().reason is None:
+            self.chunks.close()
+
+    def close(self) -> None:
+        """Unpin. Nothing may be on its way."""
+        self.layers.close()
+        self.staging.close()
+        if self.chunks is not None:
+            self.chunks.close()
+
+
+@dataclass(frozen=True)
+class Origins:
+    """Where layers come from."""
+
+    checkpoint: Checkpoint
+    readers: ReaderPool
+    arenas: Arenas
+
+
+def make_arenas(placement: Placement, spec: ModelSpec, uplink: Uplink | None) -> Arenas:
+    """Map host memory for the plan, and begin to pin it where there is an uplink."""
+    plan = placement.plan
+
+    def arena(layers: tuple[int, ...], num_buffers: int) -> HostStore:
+        return HostStore(
+            layers,
+            spec,
+            placement.layout,
+            placement.dtype,
+            registrar=uplink,
+            node=numa_node_near(placement.device),
+            num_buffers=num_buffers,
+        )
+
+    if uplink is None:
+        return Arenas(layers=arena(plan.host_layers, plan.num_host_buffers), staging=arena((), 0), chunks=None)
+    # Chunks first: where a limit ends pinning, they are what the rest depends on.
+    chunks = Chunks(uplink)
+    chunks.report  # noqa: B018  waits
+    layers = arena(plan.host_layers, plan.num_host_buffers)
+    # Layers from disk pass through buffers of their own. Residents do so once, and may use the arena before it is filled.
+    own = NUM_STAGING if plan.disk_layers or len(layers.buffers) < NUM_STAGING else 0
+    return Arenas(layers=layers, staging=arena(tuple(range(own)), own), chunks=chunks)
+
+
+def make_link(
+    origins: Origins, plan: Plan, uplink: Uplink | None, link_gbps: float | None, progress: Progress, tracer: Tracer | None
+) -> Copier | None:
+    """What the streamer copies with, no faster than link_gbps where that is given; None where nothing is streamed."""
+    if not plan.streamed_layers:
+        return None
+    # Of an emulated link only the pace is drawn, not the copying that stands for it.
+    inner_tracer = tracer if link_gbps is None else None
+    if uplink is None:
+        copier = _tiers(origins, plan, inner_tracer)
+    else:
+        uplink.draw_on(inner_tracer)
+        copier = UplinkCopier(_routes(origins, plan, uplink, progress), uplink)
+    return copier if link_gbps is None else PacedCopier(copier, link_gbps * 1e9, tracer)
+
+
+def _tiers(origins: Origins, plan: Plan, tracer: Tracer | None) -> Copier:
+    from_host = HostCopier(origins.arenas.layers, tracer)
+    from_disk = DiskCopier(origins.checkpoint, origins.readers, tracer)
+    return TieredCopier(dict.fromkeys(plan.host_layers, from_host) | dict.fromkeys(plan.disk_layers, from_disk))
+
+
+def _routes(origins: Origins, plan: Plan, uplink: Uplink, progress: Progress) -> dict[int, Route]:
+    arenas, chunks = origins.arenas, origins.arenas.chunks
+    assert chunks is not None
+    pinned = [layer for layer in plan.host_layers if arenas.layers.is_pinned(layer)]
+    pageable = [layer for layer in plan.host_layers if not arenas.layers.is_pinned(layer)]
+    routes: dict[int, Route] = {}
+    if pinned:
+        routes |= dict.fromkeys(pinned, PinnedRoute(arenas.layers, pinned, uplink))
+    if pageable:
+        routes |= dict.fromkeys(pageable, ChunkRoute(arenas.layers, pageable, chunks))
+    if plan.disk_layers:
+        way = uplink if arenas.staging.pin_report().reason is None else chunks
+        routes |= dict.fromkeys(plan.disk_layers, DiskRoute(origins.checkpoint, origins.readers, way, arenas.staging.buffers))
+    if arenas.report().reason is not None:
+        progress.warn(_pageable_warning(arenas, chunks))
+    return routes
+
+
+def _pageable_warning(arenas: Arenas, chunks: Chunks) -> str:
+    report, limit = arenas.report(), machine.memlock_limit_nbytes()
+    source = (arenas.layers.buffers or arenas.staging.buffers)[0].storage
+    total = format_size(report.pinned_nbytes + report.pageable_nbytes)
+    driver = "," if chunks.report.reason is None else ", and a third time by the driver,"
+    rate = f"{chunks.measure(source) / 1e9:.1f} GB/s"
+    now = "unlimited" if limit is None else as_flag(limit)
+    return (
+        f"{format_size(report.pageable_nbytes)} of {total} of host memory could not be pinned ({report.reason}): what passes "
+        f"through it is copied twice{driver} at {rate} at most; raise `ulimit -l` (now {now}) or give a smaller --host-memory"
+    )
+
+
+def uplink_to(device: torch.device) -> Uplink | None:
+    """The way to a device with memory of its own; None where it is the host."""
+    if device.type != "cuda":
+        return None
+    from offload_sirius.weights.cuda import CudaUplink
+
+    return CudaUplink(device)
+
+
+def numa_node_near(device: torch.device) -> int | None:
+    """The node of the host's memory nearest to a device; None on a machine with one node, or where it is not known."""
+    if device.type != "cuda" or machine.num_numa_nodes() < 2:
+        return None
+    from offload_sirius.weights.cuda import numa_node_of
+
+    return numa_node_of(device)

@@ -1,0 +1,95 @@
+"""The suite for machines with a GPU: that its commands exist, that it survives what they do, and what it runs without one."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import typer
+
+from offload_sirius.cli.app import app
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def suite() -> Iterator[ModuleType]:
+    before = list(sys.path)
+    spec = importlib.util.spec_from_file_location("gpu_suite", ROOT / "tools" / "gpu_suite.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["gpu_suite"] = module
+    spec.loader.exec_module(module)
+    yield module
+    sys.path[:] = before
+
+
+def options_of(command: list[str]) -> set[str]:
+    """Flags of a command of the program or of a script."""
+    if command[1] == "-m":
+        found = typer.main.get_command(app)
+        for word in command[3:5]:
+            found = found.commands[word]  # type: ignore[attr-defined]
+        return {option for parameter in found.params for option in parameter.opts}
+    shown = subprocess.run([*command[:2], "--help"], capture_output=True, text=True, check=True)
+    return {word.rstrip(",") for word in shown.stdout.split() if word.startswith("--")}
+
+
+def test_every_part_is_a_command_with_flags_that_exist(suite: ModuleType) -> None:
+    known: dict[tuple[str, ...], set[str]] = {}
+    for part in suite.PARTS:
+        command = list(part.command)
+        key = tuple(command[:5]) if command[1] == "-m" else tuple(command[:2])
+        known.setdefault(key, options_of(command))
+        assert {word for word in command[2:] if word.startswith("--")} <= known[key], part.name
+
+
+def test_the_files_with_gpu_tests_are_those_it_names(suite: ModuleType) -> None:
+    marked = {
+        str(file.relative_to(ROOT))
+        for file in (ROOT / "tests").rglob("test_*.py")
+        if "@pytest.mark.gpu" in file.read_text(encoding="utf-8")
+    }
+    assert marked - {"tests/test_gpu_suite.py"} == set(suite.GPU_TESTS)
+
+
+@pytest.mark.parametrize(
+    ("program", "found"),
+    [
+        ("print('{}')", "KeyError"),
+        ("print('no json')", "its last line is no JSON"),
+        ("import sys; sys.exit('broken')", "exit status 1: broken"),
+        ("import time; time.sleep(60)", "did not end within 1 s"),
+    ],
+)
+def test_a_part_that_fails_is_a_row_that_says_so(suite: ModuleType, program: str, found: str) -> None:
+    part = suite.Part(
+        name="part", command=(sys.executable, "-c", program), judge=suite.judge_ratio(most=1), needs_cuda=False, limit_seconds=1.0
+    )
+    outcome = suite.run_part(part, has_cuda=False, seconds_left=100.0)
+    assert outcome.held is False
+    assert found in outcome.found
+
+
+def test_what_falls_short_does_not_hold(suite: ModuleType) -> None:
+    figures = {"link_share": 0.96, "seconds": {"median": 1.0}, "pinned_nbytes": 100, "pageable_nbytes": 0, "pass_nbytes": 100}
+    assert suite.judge_stream(0.95)(figures)[0]
+    assert not suite.judge_stream(0.97)(figures)[0]
+    assert not suite.judge_stream(0.95, most_pinned=1.02)(figures | {"pinned_nbytes": 103})[0]
+    assert not suite.judge_stream(0.95, most_pinned=1.02)(figures | {"pageable_nbytes": 1})[0]
+
+
+def test_without_a_gpu_its_parts_are_left_out_and_the_others_run(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "tools" / "gpu_suite.py"), "--out", str(tmp_path), "--only", "graphs", "stream 8B"]
+    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env={"CUDA_VISIBLE_DEVICES": ""})
+    assert ran.returncode == 0, ran.stderr
+    [file] = tmp_path.iterdir()
+    assert [part["held"] for part in json.loads(file.read_text())["parts"]] == [None, None]
+    assert ran.stdout.count("left out: no CUDA device") == 2

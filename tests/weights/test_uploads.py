@@ -1,0 +1,256 @@
+"""Uploads to a device with memory of its own: nothing is overwritten while it may still be used, whatever the device does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from offload_sirius.errors import WeightReadError
+from offload_sirius.weights.buffers import LayerBuffer
+from offload_sirius.weights.copiers import Transfer
+from offload_sirius.weights.disk import ReaderPool
+from offload_sirius.weights.host import HostStore
+from offload_sirius.weights.layout import PARTS, Part, layer_layout
+from offload_sirius.weights.load import Loader
+from offload_sirius.weights.plan import CHUNK_NBYTES, NUM_CHUNKS
+from offload_sirius.weights.streamer import WeightStreamer
+from offload_sirius.weights.uploads import ChunkRoute, Chunks, DiskRoute, Event, PinnedRoute, Route, UplinkCopier
+from offload_sirius_loaders import open_checkpoint
+from offload_sirius_loaders.checkpoint import Checkpoint
+
+from .simulated import POISON, STEPS_AT_ONCE, Pick, QueueEvent, SimulatedDevice, SimulatedUplink
+from .test_streamer import NoEmbedding
+
+SPEC = open_checkpoint("synthetic:tiny?ffn=16&width=32&heads=4&kv_heads=2").spec
+LAYOUT = layer_layout(SPEC, 2)
+NUM_LAYERS = 7
+
+
+def numbered_store() -> HostStore:
+    """Every byte of a layer is the layer's number."""
+    store = HostStore(range(NUM_LAYERS), SPEC, LAYOUT, torch.bfloat16)
+    for layer in range(NUM_LAYERS):
+        store.layer(layer).storage.fill_(layer)
+    return store
+
+
+STORE = numbered_store()
+
+
+def slot(value: int = POISON) -> LayerBuffer:
+    return LayerBuffer(torch.full((LAYOUT.nbytes,), value, dtype=torch.uint8), SPEC, LAYOUT, torch.bfloat16)
+
+
+def streamer_of(device: SimulatedDevice, route: Route, residents: set[int], num_slots: int) -> WeightStreamer:
+    streamed = [layer for layer in range(NUM_LAYERS) if layer not in residents]
+    return WeightStreamer(
+        residents={layer: slot(layer) for layer in residents},
+        streamed_layers=streamed,
+        slots=[slot() for _ in range(num_slots)],
+        copier=UplinkCopier(dict.fromkeys(streamed, route), device),
+        embedding=NoEmbedding(),
+        final_norm=torch.ones(1),
+        head=torch.ones(1, 1),
+    )
+
+
+class Computed:
+    """What the device met where it computed on a part of a layer: whether its bytes were there at that time."""
+
+    def __init__(self) -> None:
+        self.right: list[bool] = []
+
+    def reader(self, layer: int, part: Part, buffer: LayerBuffer) -> Callable[[], None]:
+        return lambda: self.right.append(bool((buffer.parts[part] == layer).all()))
+
+
+def run_pass(streamer: WeightStreamer, device: SimulatedDevice, computed: Computed, last_layer: int = NUM_LAYERS) -> None:
+    for layer in range(last_layer):
+        attention = streamer.attention(layer)
+        device.compute(computed.reader(layer, "attention", attention))
+        neurons = streamer.neurons(layer)
+        device.compute(computed.reader(layer, "records", neurons))
+        device.compute(computed.reader(layer, "attention", attention))
+        streamer.release(layer)
+
+
+def picks(data: st.DataObject) -> Pick:
+    return lambda below: data.draw(st.integers(0, below - 1))
+
+
+@settings(deadline=None, max_examples=150)
+@given(residents=st.sets(st.integers(0, NUM_LAYERS - 1)), num_slots=st.integers(2, 4), data=st.data())
+def test_no_layer_is_computed_on_bytes_that_are_not_its_own(residents: set[int], num_slots: int, data: st.DataObject) -> None:
+    device, computed = SimulatedDevice(picks(data)), Computed()
+    streamer = streamer_of(device, PinnedRoute(STORE, range(NUM_LAYERS), device), residents, num_slots)
+    for _ in range(2):
+        run_pass(streamer, device, computed)
+    device.close()
+    assert len(computed.right) == 2 * 3 * NUM_LAYERS
+    assert all(computed.right)
+
+
+@settings(deadline=None, max_examples=60)
+@given(given_up_at=st.integers(0, NUM_LAYERS - 1), num_slots=st.integers(2, 4), data=st.data())
+def test_a_pass_given_up_half_way_does_not_disturb_the_next(given_up_at: int, num_slots: int, data: st.DataObject) -> None:
+    device, computed = SimulatedDevice(picks(data)), Computed()
+    streamer = streamer_of(device, PinnedRoute(STORE, range(NUM_LAYERS), device), set(), num_slots)
+    run_pass(streamer, device, computed, given_up_at)
+    streamer.attention(given_up_at)
+    run_pass(streamer, device, computed)
+    device.close()
+    assert all(computed.right)
+
+
+class CarelessRoute(PinnedRoute):
+    """Overwrites slots without waiting for their last use."""
+
+    def start(self, layer: int, part: Part, slot: LayerBuffer, last_use: Event) -> Transfer:
+        assert isinstance(last_use, QueueEvent)
+        return super().start(layer, part, slot, QueueEvent(last_use.device, come=True))
+
+
+def test_the_simulated_device_would_catch_a_slot_that_is_overwritten_too_early() -> None:
+    # Nothing goes on before everything is queued, and then copies whenever they can.
+    device, computed = SimulatedDevice(lambda below: 0 if below == STEPS_AT_ONCE else below - 1), Computed()
+    streamer = streamer_of(device, CarelessRoute(STORE, range(NUM_LAYERS), device), set(), 2)
+    run_pass(streamer, device, computed)
+    device.close()
+    assert not all(computed.right)
+
+
+def test_the_simulated_device_would_catch_computing_that_does_not_wait_for_its_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(QueueEvent, "wait", lambda self: None)
+    device, computed = SimulatedDevice(lambda below: 0), Computed()
+    streamer = streamer_of(device, PinnedRoute(STORE, range(NUM_LAYERS), device), set(), 2)
+    run_pass(streamer, device, computed)
+    device.close()
+    assert not all(computed.right)
+
+
+def test_the_host_waits_for_nothing_but_what_is_asked_for() -> None:
+    """A device that does nothing at all until the host has queued two passes."""
+    device, computed = SimulatedDevice(lambda below: 0), Computed()
+    streamer = streamer_of(device, PinnedRoute(STORE, range(NUM_LAYERS), device), {3}, 2)
+    run_pass(streamer, device, computed)
+    run_pass(streamer, device, computed)
+    assert computed.right == []
+    device.close()
+    assert len(computed.right) == 2 * 3 * NUM_LAYERS
+
+
+@pytest.fixture
+def uplink() -> Iterator[SimulatedUplink]:
+    made = SimulatedUplink(delay_seconds=0.0005)
+    yield made
+    made.close()
+
+
+def bring(copier: UplinkCopier, layer: int, place: LayerBuffer) -> None:
+    for transfer in [copier.start(layer, part, place) for part in PARTS]:
+        transfer.wait()
+
+
+def test_a_layer_larger_than_the_chunks_passes_through_them_in_pieces(uplink: SimulatedUplink) -> None:
+    spec = open_checkpoint("synthetic:tiny?ffn=100000").spec
+    layout = layer_layout(spec, 2)
+    assert layout.nbytes > NUM_CHUNKS * CHUNK_NBYTES
+    store = HostStore(range(2), spec, layout, torch.bfloat16)
+    for layer in range(2):
+        store.layer(layer).storage.view(torch.int16)[:] = torch.arange(layout.nbytes // 2).remainder(30011 + layer)
+    chunks = Chunks(uplink)
+    copier = UplinkCopier(dict.fromkeys(range(2), ChunkRoute(store, range(2), chunks)), uplink)
+    place = LayerBuffer(torch.zeros(layout.nbytes, dtype=torch.uint8), spec, layout, torch.bfloat16)
+    for layer in (0, 1, 0):
+        bring(copier, layer, place)
+        assert torch.equal(place.storage, store.layer(layer).storage)
+    assert copier.nbytes_copied == 3 * layout.nbytes
+    assert uplink.from_pageable_nbytes == 0
+    assert copier.peak_bytes_per_second is not None
+    copier.close()
+    chunks.close()
+    assert uplink.pinned == {}
+
+
+def test_chunks_that_cannot_be_pinned_either_still_serve() -> None:
+    uplink = SimulatedUplink(max_pinned_nbytes=0)
+    chunks = Chunks(uplink)
+    assert chunks.report.reason == "simulated error 2"
+    copier = UplinkCopier(dict.fromkeys(range(NUM_LAYERS), ChunkRoute(STORE, range(NUM_LAYERS), chunks)), uplink)
+    place = slot()
+    for layer in range(NUM_LAYERS):
+        bring(copier, layer, place)
+        assert (place.storage == layer).all()
+    copier.close()
+    chunks.close()
+
+
+def test_a_chunk_is_used_again_after_an_upload_that_failed(uplink: SimulatedUplink, monkeypatch: pytest.MonkeyPatch) -> None:
+    chunks = Chunks(uplink)
+    place = slot()
+
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("the device is gone")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(uplink, "upload", fail)
+        for _ in range(2 * NUM_CHUNKS):
+            with pytest.raises(RuntimeError, match="the device is gone"):
+                chunks.upload(STORE.layer(3).storage, place.storage, last_use=uplink.mark(), name="layer 3")
+    chunks.upload(STORE.layer(3).storage, place.storage, last_use=uplink.mark(), name="layer 3").synchronize()
+    assert (place.storage == 3).all()
+    chunks.close()
+
+
+def test_layers_from_disk_and_from_pageable_memory_are_those_from_the_arena(tiny: Checkpoint) -> None:
+    uplink = SimulatedUplink()
+    layout = layer_layout(tiny.spec, 4)
+    readers = ReaderPool(tiny, 4)
+    store = HostStore(range(4), tiny.spec, layout, torch.float32, registrar=uplink)
+    Loader(tiny, readers, lambda nbytes: None).load_host_layers(store, range(4))
+    staging = HostStore(range(2), tiny.spec, layout, torch.float32, registrar=uplink)
+    assert store.pin_report().reason is staging.pin_report().reason is None
+    chunks = Chunks(uplink)
+    routes = (
+        PinnedRoute(store, range(4), uplink),
+        ChunkRoute(store, range(4), chunks),
+        DiskRoute(tiny, readers, uplink, staging.buffers),
+        DiskRoute(tiny, readers, chunks, staging.buffers),
+    )
+    place = LayerBuffer(torch.zeros(layout.nbytes, dtype=torch.uint8), tiny.spec, layout, torch.float32)
+    for layer in (0, 1, 2, 3, 0):
+        for route in routes:
+            bring(UplinkCopier({layer: route}, uplink), layer, place)
+            for role in tiny.spec.layer_roles():
+                assert torch.equal(place.role(role), store.layer(layer).role(role))
+    for route in routes:
+        route.close()
+    readers.close()
+    uplink.close()
+
+
+def test_a_read_error_reaches_who_waits_and_the_buffer_is_used_again(tiny: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    uplink = SimulatedUplink()
+    layout = layer_layout(tiny.spec, 4)
+    readers = ReaderPool(tiny, 2)
+    staging = HostStore(range(2), tiny.spec, layout, torch.float32)
+    copier = UplinkCopier(dict.fromkeys(range(4), DiskRoute(tiny, readers, uplink, staging.buffers)), uplink)
+    place = LayerBuffer(torch.zeros(layout.nbytes, dtype=torch.uint8), tiny.spec, layout, torch.float32)
+
+    def fail(*_: object) -> int:
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as broken:
+        broken.setattr("os.preadv", fail)
+        for _ in range(3):
+            transfers = [copier.start(0, part, place) for part in PARTS]
+            for transfer in transfers:
+                with pytest.raises(WeightReadError, match="Input/output error"):
+                    transfer.wait()
+    bring(copier, 1, place)
+    copier.close()
+    readers.close()

@@ -1,0 +1,240 @@
+"""Everything that needs a GPU, in one command of at most eight minutes: tests, rates, passes, and what they are compared with.
+
+    PYTHONPATH=.:loaders python3 tools/gpu_suite.py --out FOLDER
+    PYTHONPATH=.:loaders python3 tools/gpu_suite.py --only "link" "stream 70B int8-sized"
+
+Each part is a command of its own, so that one that fails or takes too long does not take the others along, and the memory of one
+is free for the next. What needs CUDA is left out on a machine without, and said so. The table has what each part must show; the
+result file has everything the parts have printed as JSON. Exit status: 0 all held, 1 something failed, took too long or fell
+short.
+
+bfloat16 70B has 137 GB: its layers share 8 host buffers, so that its bytes and arithmetic are real and its weights repeat.
+int8-sized means as many bytes as the 70B shape would have in int8: half of its layers in bfloat16.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+from report import machine_facts  # noqa: E402  beside the scripts, as they import it
+
+TOTAL_SECONDS = 8 * 60
+GPU_TESTS = ("tests/weights/test_cuda.py", "tests/kernels/test_gather.py")
+"""Files with tests that need a GPU, by name: others import packages that a machine for them need not have."""
+
+Figures = dict[str, Any]
+Verdict = tuple[bool, str]
+"""Whether a part holds, and what it found in a few words."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """One question, answered by a command that ends with a line of JSON."""
+
+    name: str
+    command: tuple[str, ...]
+    judge: Callable[[Figures], Verdict]
+    needs_cuda: bool = True
+    limit_seconds: float = 120.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What came of a part."""
+
+    name: str
+    held: bool | None
+    """None where it was left out."""
+    found: str
+    seconds: float
+    figures: Figures | None
+
+
+def offload_sirius(*arguments: str) -> tuple[str, ...]:
+    return (sys.executable, "-m", "offload_sirius", *arguments, "--json")
+
+
+def script(name: str, *arguments: str) -> tuple[str, ...]:
+    return (sys.executable, str(ROOT / "benchmarks" / f"{name}.py"), *arguments, "--out", "{scratch}")
+
+
+def stream(model: str, *arguments: str) -> tuple[str, ...]:
+    return offload_sirius("bench", "stream", "--model", model, *arguments)
+
+
+def judge_link(figures: Figures) -> Verdict:
+    return True, "see the result file"
+
+
+def judge_stream(least: float, *, most_pinned: float | None = None) -> Callable[[Figures], Verdict]:
+    """Full passes must use that share of the link's rate, and take at most that many times their bytes of host memory."""
+
+    def judge(figures: Figures) -> Verdict:
+        share, seconds = figures["link_share"], figures["seconds"]["median"]
+        pinned, pageable = figures["pinned_nbytes"] / figures["pass_nbytes"], figures["pageable_nbytes"]
+        found = f"{seconds:.3f} s a pass, {share:.1%} of the link (at least {least:.0%}), pinned {pinned:.3f} of its bytes"
+        return share >= least and (most_pinned is None or (pinned <= most_pinned and pageable == 0)), found
+
+    return judge
+
+
+def judge_ratio(most: float | None = None, least: float | None = None) -> Callable[[Figures], Verdict]:
+    """The ratio that a benchmark ends with must be within bounds."""
+
+    def judge(figures: Figures) -> Verdict:
+        ratio = figures["ratio"]
+        held = (most is None or ratio <= most) and (least is None or ratio >= least)
+        return held, f"ratio {ratio:.2f} (" + (f"at most {most}" if most is not None else f"at least {least}") + ")"
+
+    return judge
+
+
+def judge_graphs(figures: Figures) -> Verdict:
+    saved = (figures["launched_seconds"] - figures["graph_seconds"]) / figures["num_layers"]
+    return True, f"a graph saves {saved * 1e6:.0f} us a layer"
+
+
+SEVENTY = "synthetic:llama-3-70b"
+SHARED = ("--shared-host-buffers", "8")
+
+PARTS = (
+    Part(name="link", command=offload_sirius("bench", "link"), judge=judge_link, needs_cuda=False),
+    Part(
+        name="stream tiny over an emulated link",
+        command=stream("synthetic:small?layers=6", "--link-gbps", "0.02"),
+        judge=judge_stream(0.9),
+        needs_cuda=False,
+    ),
+    Part(name="stream 1.1B", command=stream("synthetic:tinyllama-1.1b"), judge=judge_stream(0.9)),
+    Part(name="stream 8B", command=stream("synthetic:llama-3-8b"), judge=judge_stream(0.95)),
+    Part(
+        name="stream 70B int8-sized",
+        command=stream(f"{SEVENTY}?layers=40"),
+        judge=judge_stream(0.97, most_pinned=1.02),
+        limit_seconds=180,
+    ),
+    Part(name="stream 70B bf16, shared buffers", command=stream(SEVENTY, *SHARED), judge=judge_stream(0.97), limit_seconds=150),
+    Part(
+        name="first token of 1000, 70B, shared buffers",
+        command=script("first_token", "--model", SEVENTY, *SHARED, "--prompt-tokens", "1000"),
+        judge=judge_ratio(most=1.15),
+        limit_seconds=150,
+    ),
+    Part(
+        name="accelerate's CPU offload, 10 layers of 70B",
+        command=script("accelerate_offload", "--model", f"{SEVENTY}?layers=10"),
+        judge=judge_ratio(least=10),
+        limit_seconds=180,
+    ),
+    Part(name="graphs", command=script("graphs"), judge=judge_graphs),
+)
+
+
+def main() -> int:
+    """Returns the exit status."""
+    options = arguments()
+    began, has_cuda = time.perf_counter(), torch.cuda.is_available()
+    path = options.out / f"gpu-suite{'-partial' if options.only else ''}-{datetime.date.today().isoformat()}.json"
+    outcomes = [run_tests(has_cuda)] if not options.only or "tests" in options.only else []
+    print(line(outcomes[0]) if outcomes else "tests left out", flush=True)
+    keep(path, outcomes, time.perf_counter() - began)
+    for part in PARTS:
+        if options.only and part.name not in options.only:
+            continue
+        outcomes.append(run_part(part, has_cuda, TOTAL_SECONDS - (time.perf_counter() - began)))
+        print(line(outcomes[-1]), flush=True)
+        keep(path, outcomes, time.perf_counter() - began)
+    print(f"{path}: {sum(outcome.held is False for outcome in outcomes)} of {len(outcomes)} parts did not hold")
+    return int(any(outcome.held is False for outcome in outcomes))
+
+
+def keep(path: Path, outcomes: list[Outcome], seconds: float) -> None:
+    """Write what there is so far, so that nothing is lost when the time is over."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    result = {"parts": [asdict(outcome) for outcome in outcomes], "seconds": seconds, **machine_facts()}
+    path.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="folder, default %(default)s")
+    names = ["tests", *(part.name for part in PARTS)]
+    parser.add_argument("--only", nargs="+", choices=names, metavar="PART", help="of " + ", ".join(map(repr, names)))
+    return parser.parse_args()
+
+
+def run_tests(has_cuda: bool) -> Outcome:
+    """The tests that need a GPU."""
+    if not has_cuda:
+        return Outcome(name="tests", held=None, found="left out: no CUDA device", seconds=0.0, figures=None)
+    began = time.perf_counter()
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", *GPU_TESTS]
+    try:
+        ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=180)
+        last, held = (ran.stdout.strip().splitlines() or ["nothing printed"])[-1], ran.returncode == 0
+        tail = ran.stdout[-4000:]
+    except subprocess.TimeoutExpired:
+        last, held, tail = "did not end within 180 s", False, ""
+    return Outcome(name="tests", held=held, found=last, seconds=time.perf_counter() - began, figures={"output": tail})
+
+
+def run_part(part: Part, has_cuda: bool, seconds_left: float) -> Outcome:
+    """One command, held to its limit and to what is left of the suite's."""
+    if part.needs_cuda and not has_cuda:
+        return Outcome(name=part.name, held=None, found="left out: no CUDA device", seconds=0.0, figures=None)
+    limit = min(part.limit_seconds, seconds_left)
+    if limit <= 0:
+        return Outcome(name=part.name, held=False, found="not begun: the suite's time was over", seconds=0.0, figures=None)
+    began = time.perf_counter()
+    held, found, figures = False, "", None
+    try:
+        figures = figures_of(part.command, limit)
+        held, found = part.judge(figures)
+    except subprocess.TimeoutExpired:
+        found = f"did not end within {limit:.0f} s"
+    except (PartError, KeyError, TypeError, ZeroDivisionError) as error:  # the last three: figures that lack what is judged
+        found = f"{type(error).__name__}: {error}"
+    return Outcome(name=part.name, held=held, found=found, seconds=time.perf_counter() - began, figures=figures)
+
+
+class PartError(Exception):
+    """A command that failed, or did not end with JSON."""
+
+
+def figures_of(command: tuple[str, ...], limit_seconds: float) -> Figures:
+    """Run a command; the JSON of its last line. Raises PartError, subprocess.TimeoutExpired."""
+    with tempfile.TemporaryDirectory() as scratch:
+        words = [word.format(scratch=f"{scratch}/result.json") if word == "{scratch}" else word for word in command]
+        ran = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False, timeout=limit_seconds)
+    lines = ran.stdout.strip().splitlines()
+    if ran.returncode != 0 or not lines:
+        raise PartError(f"exit status {ran.returncode}: " + " | ".join(ran.stderr.strip().splitlines()[-3:]))
+    try:
+        figures: Figures = json.loads(lines[-1])
+    except ValueError as error:
+        raise PartError(f"its last line is no JSON: {lines[-1][:200]}") from error
+    return figures
+
+
+def line(outcome: Outcome) -> str:
+    """A row of the table."""
+    verdict = {True: "holds", False: "FAILS", None: "-"}[outcome.held]
+    return f"{outcome.name:44} {verdict:6} {outcome.seconds:6.1f} s  {outcome.found}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
