@@ -349,7 +349,7 @@ class _CopyingThread:
 
 
 class _Replay:
-    """The ring of the streamer in imagined time. See weights/streamer.py, weights/copiers.py and weights/cuda.py."""
+    """The ring of the streamer in imagined time. See weights/streamer.py, weights/copiers.py and weights/uploads.py."""
 
     def __init__(self, setting: Setting) -> None:
         self._setting = setting

@@ -86,6 +86,7 @@ def test_measured_rates_are_taken_before_assumed_ones_and_given_ones_before_both
 
 def test_the_cpu_is_planned_for_without_asking_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "offload_sirius.engine.placement", None)  # importing it fails from here on
+    monkeypatch.setattr(machine, "free_host_nbytes", lambda: 8 << 30)
     monkeypatch.setattr(machine, "may_have_gpu", lambda: False)
     assert hardware_named("auto") == hardware_named("cpu")
     monkeypatch.setattr(machine, "may_have_gpu", lambda: True)
