@@ -49,7 +49,9 @@ def generation(num_tokens: int, link: LinkFigures) -> Generation:
         load_seconds=0.0,
         passes=Passes(),
         link=link,
-        memory=MemoryFigures(device_plan_bytes=0, device_peak_bytes=0, host_plan_bytes=0, host_peak_bytes=0),
+        memory=MemoryFigures(
+            device_plan_bytes=0, device_peak_bytes=0, host_plan_bytes=0, host_peak_bytes=0, pinned_bytes=0, pageable_bytes=0
+        ),
         plan={},
         settings={},
     )
