@@ -3,7 +3,7 @@
     python benchmarks/predict.py             # three shapes, three device budgets, two link rates: some ten minutes
     python benchmarks/predict.py --shape 0   # one of the shapes
 
-The ceiling is the measurement itself. Rates are measured anew before each row, and nothing of a row is known when they are: the
+The ceiling is the measurement itself. Rates are measured anew for each shape and budget, before anything of it is known: the
 speed of a shared machine changes within minutes, and a prediction knows no more than its rates do. Budgets are shares of the
 layers that stay on the device, so that some rows are bound by the link and others by computing. A token is one of the real decode
 loop; medians of several. Bytes of the plan must equal those of the counters exactly. A row whose own tokens differ by more than
@@ -31,7 +31,7 @@ from offload_sirius.config import EngineConfig
 from offload_sirius.engine import Engine
 from offload_sirius.engine.placement import DTYPES
 from offload_sirius.engine.planning import Planned, assumed_rates, dtype_of, host_hardware, plan_model
-from offload_sirius.rates import NAMES, DtypeName, Rates
+from offload_sirius.rates import NAMES, Rates
 from offload_sirius_loaders import open_checkpoint
 
 WITHIN, BEYOND = 0, 1
@@ -79,9 +79,11 @@ def main() -> int:
     options = arguments()
     shapes = SHAPES if options.shape is None else SHAPES[options.shape : options.shape + 1]
     rows: list[Row] = []
-    for model, share, link_gbps in product(shapes, RESIDENT_SHARES, LINKS_GBPS):
-        rows.append(steady_row(model, share, link_gbps, options))
-        show(rows[-1])
+    for model, share in product(shapes, RESIDENT_SHARES):
+        rates = measured_rates(model, options.disk)
+        for link_gbps in LINKS_GBPS:
+            rows.append(steady_row(model, share, link_gbps, rates, options))
+            show(rows[-1])
     worst = max(rows, key=lambda each: abs(each.error))
     exact = all(each.plan_nbytes == each.counted_nbytes for each in rows)
     print(f"worst {worst.error:+.1%}; bytes of plan and counters are {'equal' if exact else 'NOT EQUAL'}")
@@ -104,8 +106,9 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def measured_rates(dtype: DtypeName, disk: Path | None) -> Rates:
-    """Rates of this machine, now."""
+def measured_rates(model: str, disk: Path | None) -> Rates:
+    """Rates of this machine, now, in the type that the model computes in."""
+    dtype = dtype_of(EngineConfig(), open_checkpoint(model).spec)
     assumed = assumed_rates(host_hardware())
     with tempfile.TemporaryDirectory(dir=existing(cache_folder())) as folder:
         return measure_rates(torch.device("cpu"), DTYPES[dtype], disk or Path(folder), assumed, "measured now")
@@ -116,13 +119,13 @@ def existing(folder: Path) -> Path:
     return folder
 
 
-def steady_row(model: str, share: float, link_gbps: float, options: argparse.Namespace) -> Row:
+def steady_row(model: str, share: float, link_gbps: float, rates: Rates, options: argparse.Namespace) -> Row:
     """The first of a few measurements during which the machine did nothing else, or the last."""
     for num_disturbed in range(MOST_ATTEMPTS):
-        rates = measured_rates(dtype_of(EngineConfig(), open_checkpoint(model).spec), options.disk)
         found = replace(row(model, share, link_gbps, rates, options.passes), num_disturbed=num_disturbed)
         if max(found.all_seconds) <= STEADY * min(found.all_seconds):
             break
+        rates = measured_rates(model, options.disk)
     return found
 
 

@@ -41,6 +41,9 @@ NUM_SMALL_LAYERS = 8
 STEP_REPEATS, PROMPT_REPEATS = 15, 5
 """Runs of which the median counts. A step of the large layer takes some ten milliseconds, a prompt up to a second."""
 
+ROUNDS = 3
+"""Of everything, some ten seconds apart: what a machine does beside lasts longer than one measurement."""
+
 STEPS_BESIDE_COPIES = 20
 """Steps whose mean counts and not their median: who gets which core changes from one to the next, and a pass meets all of it."""
 
@@ -106,20 +109,25 @@ class RandomWeights:
         """See WeightSource."""
 
 
-def measure_rates(device: torch.device, dtype: torch.dtype, disk: Path, assumed: Rates, source: str) -> Rates:
+def measure_rates(
+    device: torch.device, dtype: torch.dtype, disk: Path, assumed: Rates, source: str, rounds: int = ROUNDS
+) -> Rates:
     """Measure everything. assumed: for what cannot be; source: what is written beside the rest, `measured DATE`.
 
-    disk: a file or folder on the disk to measure. Takes 1.8 GB of memory in bfloat16, twice that in float32. Raises BudgetError,
-    ConfigError.
+    disk: a file or folder on the disk to measure. rounds: of which medians count. Takes 1.8 GB of memory in bfloat16, twice that
+    in float32. Raises BudgetError, ConfigError.
     """
     torch.set_num_threads(machine.physical_cores())
     measured = {
         "disk_bytes_per_second": measure_disk(disk).bytes_per_second,
-        **_compute_rates(dtype, device),
-        **_link_rates(dtype, device),
+        **_medians([_compute_rates(dtype, device) | _link_rates(dtype, device) for _ in range(rounds)]),
     }
     sources = {**dict.fromkeys(assumed.sources, ASSUMED), **dict.fromkeys(measured, source)}
     return replace(assumed, **measured, sources=sources)
+
+
+def _medians(rounds: list[dict[str, float]]) -> dict[str, float]:
+    return {name: statistics.median(each[name] for each in rounds) for name in rounds[0]}
 
 
 def _compute_rates(dtype: torch.dtype, device: torch.device) -> dict[str, float]:

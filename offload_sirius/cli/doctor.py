@@ -153,7 +153,7 @@ def _measure(path: Path | None) -> None:
     hardware = hardware_of(device)
     source = f"measured {datetime.date.today().isoformat()}"
     for name, dtype in DTYPES.items():
-        say(f"measuring {hardware.model}, {name}")
+        say(f"measuring {hardware.model}, {name}: about a minute")
         rates = measure_rates(device, dtype, path or _cache_folder(), assumed_rates(hardware), source)
         write_rates(rates_file(cache_folder()), hardware.rates_key(name), rates)
 

@@ -33,7 +33,7 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_every_rate_is_measured_on_a_cpu(dtype: torch.dtype, tmp_path: Path) -> None:
     threads = torch.get_num_threads()
     try:
-        found = measure_rates(torch.device("cpu"), dtype, tmp_path, assumed_cpu_rates(2), "measured today")
+        found = measure_rates(torch.device("cpu"), dtype, tmp_path, assumed_cpu_rates(2), "measured today", rounds=1)
     finally:
         torch.set_num_threads(threads)
     assert dict(found.sources) == dict.fromkeys(NAMES, "measured today")
