@@ -13,7 +13,9 @@ from offload_sirius.decode.stream import Outcome, TextPiece, TextStream
 from offload_sirius.decode.text import Detokenizer, StopMatcher
 
 END = 0
-NO_MEMORY = MemoryFigures(device_plan_bytes=0, device_peak_bytes=0, host_plan_bytes=0, host_peak_bytes=0)
+NO_MEMORY = MemoryFigures(
+    device_plan_bytes=0, device_peak_bytes=0, host_plan_bytes=0, host_peak_bytes=0, pinned_bytes=0, pageable_bytes=0
+)
 
 
 class ByteDecoder:
