@@ -82,7 +82,10 @@ def test_what_was_measured_is_kept_and_shown_with_its_date(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr("offload_sirius.bench.rates.measure_rates", measure)
     first = run("doctor", "--measure", "--path", str(tmp_path))
-    assert [line.rpartition(", ")[2] for line in first.err.splitlines()] == ["bfloat16", "float32"]
+    assert [line.rpartition(", ")[2] for line in first.err.splitlines()] == [
+        "bfloat16: about a minute",
+        "float32: about a minute",
+    ]
     shown = run("doctor", "--path", str(tmp_path)).out.splitlines()[-2:]
     today = datetime.date.today().isoformat()
     assert shown[0].startswith("rates bfloat16           link 5.00 GB/s, disk 3.00 GB/s, device memory 16 GB/s, ")
