@@ -6,16 +6,15 @@ Every rate says where it comes from. Knows neither how they are measured (bench/
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from offload_sirius.errors import ConfigError
+from offload_sirius.files import write_whole
 
 DtypeName = Literal["bfloat16", "float32"]
 """A type that weights are held and computed in: a machine has rates for each."""
@@ -156,17 +155,13 @@ def write_rates(path: Path, key: str, rates: Rates) -> None:
     Raises ConfigError where it cannot be written.
     """
     entries = {each: _as_json(kept) for each, kept in read_rates(path).rates.items()} | {key: _as_json(rates)}
-    new = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        new.write_text(json.dumps(entries, indent=1) + "\n")
-        os.replace(new, path)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            new.unlink()
         raise ConfigError(
-            f"{path}: cannot be written: {error.strerror}; set OFFLOAD_SIRIUS_CACHE to a folder that can be written to"
+            f"{path.parent}: cannot be made: {error.strerror}; set OFFLOAD_SIRIUS_CACHE to a folder that can be written to"
         ) from error
+    write_whole(path, (json.dumps(entries, indent=1) + "\n").encode())
 
 
 def _as_json(rates: Rates) -> dict[str, Any]:

@@ -68,7 +68,7 @@ def test_a_broken_file_is_replaced_when_rates_are_written(tmp_path: Path) -> Non
 def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.touch()
-    with pytest.raises(ConfigError, match=r"rates\.json: cannot be written: File exists; set OFFLOAD_SIRIUS_CACHE"):
+    with pytest.raises(ConfigError, match=r"file: cannot be made: File exists; set OFFLOAD_SIRIUS_CACHE"):
         write_rates(file / "rates.json", "key", measured(1.0))
 
 

@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from offload_sirius import machine
-from offload_sirius.cache import cache_folder
+from offload_sirius.cache import cache_folder, made_cache_folder
 from offload_sirius.cli import flags
-from offload_sirius.errors import ConfigError
 from offload_sirius.units import format_size
 
 if TYPE_CHECKING:
@@ -122,7 +121,7 @@ def _disk(path: Path | None) -> list[Finding]:
     from offload_sirius.weights.disk_rate import measure_disk
 
     if path is None:
-        path = _cache_folder()
+        path = made_cache_folder()
     system = machine.file_system_of(path)
     rate = measure_disk(path)
     direct = "O_DIRECT" if rate.direct else "page cache"
@@ -154,7 +153,7 @@ def _measure(path: Path | None) -> None:
     source = f"measured {datetime.date.today().isoformat()}"
     for name, dtype in DTYPES.items():
         say(f"measuring {hardware.model}, {name}: about a minute")
-        rates = measure_rates(device, dtype, path or _cache_folder(), assumed_rates(hardware), source)
+        rates = measure_rates(device, dtype, path or made_cache_folder(), assumed_rates(hardware), source)
         write_rates(rates_file(cache_folder()), hardware.rates_key(name), rates)
 
 
@@ -181,14 +180,3 @@ def _rates_finding(dtype: DtypeName, rates: Rates | None, problem: str) -> Findi
         f"{rates.layer_overhead_seconds * 1e3:.3g} ms a layer beside; {rates.sources['device_bytes_per_second']}"
     )
     return Finding(name=name, value=asdict(rates), text=text)
-
-
-def _cache_folder() -> Path:
-    folder = cache_folder()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(
-            f"{folder}: cannot be made: {error.strerror}; set OFFLOAD_SIRIUS_CACHE, or name a folder with --path"
-        ) from error
-    return folder
