@@ -6,6 +6,7 @@ uplink: its layers wait in pinned memory, and those that could not be pinned, or
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
@@ -88,13 +89,18 @@ def make_arenas(placement: Placement, spec: ModelSpec, uplink: Uplink | None) ->
 
     if uplink is None:
         return Arenas(layers=arena(plan.host_layers, plan.num_host_buffers), staging=arena((), 0), chunks=None)
-    # Chunks first: where a limit ends pinning, they are what the rest depends on.
-    chunks = Chunks(uplink)
-    chunks.report  # noqa: B018  waits
-    layers = arena(plan.host_layers, plan.num_host_buffers)
-    # Layers from disk pass through buffers of their own. Residents do so once, and may use the arena before it is filled.
-    own = NUM_STAGING if plan.disk_layers or len(layers.buffers) < NUM_STAGING else 0
-    return Arenas(layers=layers, staging=arena(tuple(range(own)), own), chunks=chunks)
+    with ExitStack() as opened:  # memory that runs out half-way must not stay registered
+        # Chunks first: where a limit ends pinning, they are what the rest depends on.
+        chunks = Chunks(uplink)
+        opened.callback(chunks.close)
+        chunks.report  # noqa: B018  waits
+        layers = arena(plan.host_layers, plan.num_host_buffers)
+        opened.callback(layers.close)
+        # Layers from disk pass through buffers of their own. Residents do so once, and may use the arena before it is filled.
+        own = NUM_STAGING if plan.disk_layers or len(layers.buffers) < NUM_STAGING else 0
+        arenas = Arenas(layers=layers, staging=arena(tuple(range(own)), own), chunks=chunks)
+        opened.pop_all()
+    return arenas
 
 
 def make_link(

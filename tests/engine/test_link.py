@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import json
+import mmap
 import resource
 import subprocess
 import sys
@@ -14,6 +16,7 @@ import pytest
 
 import offload_sirius
 from offload_sirius.engine import Engine, NoProgress
+from offload_sirius.errors import BudgetError
 from offload_sirius.units import MIB
 from offload_sirius.weights.plan import CHUNK_NBYTES, NUM_CHUNKS, as_flag
 from offload_sirius.weights.uploads import ChunkRoute, DiskRoute, PinnedRoute
@@ -142,6 +145,27 @@ def test_the_bytes_of_a_pass_are_those_of_the_plan_by_every_route(load: Load, bu
         result = engine.generate(PROMPT, max_new_tokens=5, ignore_eos=True)
         assert result.link.bytes.full == 4 * engine.plan.pass_nbytes
         assert result.link.bytes.prefill == engine.plan.pass_nbytes
+
+
+def test_memory_that_runs_out_half_way_leaves_nothing_pinned(
+    load: Load, budgets: Budgets, with_uplink: WithUplink, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uplink = with_uplink()
+    made = budgets("disk")
+    mapping, num_mapped = mmap.mmap, 0
+
+    def refuse_the_staging(*arguments: object, **settings: int) -> mmap.mmap:
+        nonlocal num_mapped
+        num_mapped += 1
+        if num_mapped > 2:  # the readers' buffers, the chunks
+            raise OSError(errno.ENOMEM, "Cannot allocate memory")
+        return mapping(*arguments, **settings)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("offload_sirius.weights.mapping.mmap.mmap", refuse_the_staging)
+    with pytest.raises(BudgetError, match="memory ran out"):
+        load(**made)
+    assert uplink.most_pinned_nbytes == NUM_CHUNKS * CHUNK_NBYTES
+    assert uplink.pinned == {}
 
 
 def test_residents_pass_through_the_arena_before_it_is_filled(load: Load, budgets: Budgets, with_uplink: WithUplink) -> None:
