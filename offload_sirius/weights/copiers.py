@@ -35,12 +35,8 @@ class Transfer(Protocol):
         wait for them (CUDA). Raises WeightReadError when they cannot be had."""
 
 
-class Copier(Protocol):
-    """Brings parts of layers into slots, in the order it is asked."""
-
-    def start(self, layer: int, part: Part, slot: LayerBuffer) -> Transfer:
-        """Begin to overwrite that part of the slot; returns at once. The slot's last use must be over (CPU) or queued on the
-        current stream (CUDA)."""
+class Counters(Protocol):
+    """What a link has carried."""
 
     @property
     def nbytes_copied(self) -> int:
@@ -53,6 +49,14 @@ class Copier(Protocol):
     @property
     def peak_bytes_per_second(self) -> float | None:
         """Fastest rate seen or set; None before anything was measured."""
+
+
+class Copier(Counters, Protocol):
+    """Brings parts of layers into slots, in the order it is asked."""
+
+    def start(self, layer: int, part: Part, slot: LayerBuffer) -> Transfer:
+        """Begin to overwrite that part of the slot; returns at once. The slot's last use must be over (CPU) or queued on the
+        current stream (CUDA)."""
 
     def close(self) -> None:
         """End threads. Transfers under way are finished first."""

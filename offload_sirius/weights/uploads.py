@@ -24,7 +24,7 @@ from torch import Tensor
 
 from offload_sirius.trace import Clock, Tracer
 from offload_sirius.weights.buffers import LayerBuffer
-from offload_sirius.weights.copiers import Transfer, layer_jobs
+from offload_sirius.weights.copiers import Counters, Transfer, layer_jobs
 from offload_sirius.weights.disk import ReaderPool
 from offload_sirius.weights.host import HostStore
 from offload_sirius.weights.layout import PARTS, Part
@@ -47,7 +47,7 @@ class Event(Protocol):
         """Block the host until it has come."""
 
 
-class Uplink(Registrar, Protocol):
+class Uplink(Registrar, Counters, Protocol):
     """The way to a device with memory of its own. Thread-safe."""
 
     def mark(self) -> Event:
@@ -61,18 +61,6 @@ class Uplink(Registrar, Protocol):
 
     def reads(self, buffer: Tensor) -> bool:
         """Whether the device reads this host memory directly."""
-
-    @property
-    def nbytes_copied(self) -> int:
-        """Bytes queued so far."""
-
-    @property
-    def busy_seconds(self) -> float:
-        """Time in which something was copied."""
-
-    @property
-    def peak_bytes_per_second(self) -> float | None:
-        """Rate of the fastest copy."""
 
     def clock(self) -> Clock:
         """Gives the moments of what the device computes."""
