@@ -6,14 +6,27 @@ import math
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args
 
-from offload_sirius.errors import ConfigError, NotBuiltError
+from offload_sirius.errors import ConfigError
 from offload_sirius.units import Size, parse_size
 
 DEFAULT_MODEL = "smollm2-135m"
 
 Mode = Literal["full", "sparse", "sirius"]
 MODES: tuple[Mode, ...] = get_args(Mode)
-BUILT_MODES: tuple[Mode, ...] = ("full",)
+
+Sparsity = Literal["griffin", "cats"]
+SPARSITIES: tuple[Sparsity, ...] = get_args(Sparsity)
+
+Accept = Literal["exact", "threshold"]
+ACCEPTS: tuple[Accept, ...] = get_args(Accept)
+
+AUTO = "auto"
+
+MIN_WINDOW, MAX_AUTO_WINDOW = 2, 64
+"""A window holds the full model's last token and at least one drafted one; `auto` looks no further than the second number."""
+
+MAX_TREE_NODES = 512
+"""Tokens that one correction verifies at most: logits of all of them are computed at once."""
 
 Dtype = Literal["auto", "bfloat16", "float32"]
 DTYPES: tuple[Dtype, ...] = get_args(Dtype)
@@ -45,6 +58,100 @@ def _require(condition: bool, flag: str, found: object, needed: str) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DecodingConfig:
+    """How tokens are found: by the full model alone, by sparse drafts, or by drafts that the full model corrects."""
+
+    mode: Mode = _setting(
+        "sirius",
+        "full: the plain model. sparse: drafts alone, lossy. sirius: drafts, corrected by the full model a window at once.",
+    )
+    sparsity: Sparsity = _setting(
+        "griffin", "griffin: one set of neurons a prompt, chosen by it. cats: a set for every token, chosen by its gate."
+    )
+    keep: float = _setting(0.5, "Share of each layer's neurons that a draft step uses; 1 is the full model.")
+    cats_threshold: str | float | None = _setting(
+        None,
+        "cats keeps gates above a threshold, not a fixed number of them: a number, or auto, which takes from the prompt the one "
+        "that keeps --keep of the neurons. Default: the --keep largest.",
+    )
+    window: int | str = _setting(
+        AUTO, f"Tokens that a correction verifies, {MIN_WINDOW} or more; auto chooses by acceptance and measured times."
+    )
+    accept: Accept = _setting(
+        "exact", "exact: the full model's own tokens. threshold: what it finds likely enough; lossy, greedy only."
+    )
+    threshold: float = _setting(0.1, "Probability from which --accept threshold takes a drafted token.")
+    tree_width: int = _setting(1, "Branches that are drafted side by side and verified together.")
+
+    def __post_init__(self) -> None:
+        _require(self.mode in MODES, "mode", self.mode, "one of " + ", ".join(MODES))
+        _require(self.sparsity in SPARSITIES, "sparsity", self.sparsity, "one of " + ", ".join(SPARSITIES))
+        _require(0 < self.keep <= 1, "keep", self.keep, "above 0 and at most 1")
+        object.__setattr__(self, "cats_threshold", _cats_threshold(self.cats_threshold))
+        object.__setattr__(self, "window", _window(self.window))
+        _require(self.accept in ACCEPTS, "accept", self.accept, "one of " + ", ".join(ACCEPTS))
+        _require(0 < self.threshold <= 1, "threshold", self.threshold, "above 0 and at most 1")
+        _require(self.tree_width >= 1, "tree-width", self.tree_width, "at least 1")
+        _require(
+            tree_nodes(MIN_WINDOW, self.tree_width) <= MAX_TREE_NODES,
+            "tree-width",
+            self.tree_width,
+            f"at most {MAX_TREE_NODES - 1}",
+        )
+        if isinstance(self.window, int):
+            nodes = tree_nodes(self.window, self.tree_width)
+            given = self.window if self.tree_width == 1 else f"{self.window} with --tree-width {self.tree_width}"
+            _require(nodes <= MAX_TREE_NODES, "window", given, f"such that (window - 1) * width + 1 is at most {MAX_TREE_NODES}")
+
+    @property
+    def drafts(self) -> bool:
+        """Whether there are sparse steps."""
+        return self.mode != "full"
+
+    @property
+    def max_window(self) -> int:
+        """The longest window there may be."""
+        if isinstance(self.window, int):
+            return self.window
+        if self.tree_width == 1:
+            return MAX_AUTO_WINDOW
+        return max(MIN_WINDOW, min(MAX_AUTO_WINDOW, 1 + (MAX_TREE_NODES // 2 - 1) // self.tree_width))
+
+    @property
+    def max_nodes(self) -> int:
+        """Most tokens of one pass behind the prompt."""
+        return tree_nodes(self.max_window, self.tree_width) if self.mode == "sirius" else 1
+
+    def num_kept(self, num_neurons: int) -> int:
+        """N: neurons that a draft step keeps of that many."""
+        return max(1, int(num_neurons * self.keep))
+
+
+def tree_nodes(window: int, tree_width: int) -> int:
+    """Tokens of a window: a root, and a level of the tree for each further token of it."""
+    return (window - 1) * tree_width + 1
+
+
+def _window(found: int | str) -> int | str:
+    text = str(found)
+    if text == AUTO:
+        return AUTO
+    _require(text.isdecimal() and int(text) >= MIN_WINDOW, "window", text, f"{AUTO}, or {MIN_WINDOW} or more tokens")
+    return int(text)
+
+
+def _cats_threshold(found: str | float | None) -> str | float | None:
+    if found is None or found == AUTO:
+        return found
+    try:
+        number = float(found)
+    except ValueError:
+        number = -1.0
+    _require(math.isfinite(number) and number > 0, "cats-threshold", found, f"{AUTO} or a positive number")
+    return number
+
+
+@dataclass(frozen=True, kw_only=True)
 class EngineConfig:
     """What to run and where: decides the plan. Sizes are given as text, `24GiB` or a share such as `0.8`."""
 
@@ -67,6 +174,8 @@ class EngineConfig:
     shared_host_buffers: int | None = _setting(
         None, "Let all streamed layers share this many host buffers: timing of synthetic shapes that exceed host memory."
     )
+    decoding: DecodingConfig = field(default_factory=DecodingConfig)
+    """What there must be memory for; answers may differ in what takes no more."""
 
     def __post_init__(self) -> None:
         for name in ("model", "device", "device_memory", "host_memory"):
@@ -157,7 +266,8 @@ class SamplingConfig:
 class GenerationConfig:
     """One request: how it is decoded and when it ends."""
 
-    mode: Mode = _setting("full", "full: the plain model. sparse and sirius are not built yet.")
+    decoding: DecodingConfig | None = None
+    """None: as the model was loaded for."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     max_new_tokens: int = _setting(256, "Longest answer, in tokens.")
     stop: tuple[str, ...] = _setting((), "Text that ends the answer and is not part of it; may be given several times.")
@@ -165,8 +275,16 @@ class GenerationConfig:
     chat: bool = _setting(True, "Apply the model's chat template, where it has one.")
 
     def __post_init__(self) -> None:
-        _require(self.mode in MODES, "mode", self.mode, "one of " + ", ".join(MODES))
-        if self.mode not in BUILT_MODES:
-            raise NotBuiltError(f"--mode {self.mode} is not built yet; use --mode {BUILT_MODES[0]}")
         _require(1 <= self.max_new_tokens <= 10**7, "max-new-tokens", self.max_new_tokens, "between 1 and 10,000,000")
         _require(all(self.stop), "stop", repr(""), "a text that is not empty")
+        if self.decoding is not None:
+            require_greedy_threshold(self.decoding, self.sampling)
+
+
+def require_greedy_threshold(decoding: DecodingConfig, sampling: SamplingConfig) -> None:
+    """Raises ConfigError where drafted tokens would be taken by a threshold, and all others drawn."""
+    if decoding.mode == "sirius" and decoding.accept == "threshold" and sampling.temperature > 0:
+        raise ConfigError(
+            f"--accept threshold is greedy, and --temperature is {sampling.temperature}; "
+            "use --temperature 0, or --accept exact, which samples"
+        )

@@ -13,7 +13,6 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "DeviceError",
-    "NotBuiltError",
     "OffloadSiriusError",
     "PromptError",
     "WeightReadError",
@@ -26,10 +25,6 @@ class OffloadSiriusError(Exception):
 
 class ConfigError(OffloadSiriusError):
     """A setting outside its range, or two that exclude each other."""
-
-
-class NotBuiltError(OffloadSiriusError):
-    """A part of the surface that this version does not have yet."""
 
 
 class PromptError(OffloadSiriusError):
