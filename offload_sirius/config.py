@@ -48,6 +48,11 @@ def default_of(config: type, name: str) -> Any:
     raise AssertionError(f"{config.__name__} has no field {name}")
 
 
+def names_of(config: type) -> frozenset[str]:
+    """The names of a config's fields."""
+    return frozenset(each.name for each in fields(config))
+
+
 def _setting(default: Any, text: str) -> Any:
     return field(default=default, metadata={"help": text})
 
@@ -121,6 +126,11 @@ class DecodingConfig:
     def max_nodes(self) -> int:
         """Most tokens of one pass behind the prompt."""
         return tree_nodes(self.max_window, self.tree_width) if self.mode == "sirius" else 1
+
+    @property
+    def num_side_nodes(self) -> int:
+        """Tokens of a window beside the longest branch: positions of the KV cache that a tree takes and gives back."""
+        return self.max_nodes - self.max_window if self.mode == "sirius" else 0
 
     def num_kept(self, num_neurons: int) -> int:
         """N: neurons that a draft step keeps of that many."""

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from offload_sirius.config import EngineConfig, GenerationConfig, PlanConfig, SamplingConfig, help_of
+from offload_sirius.config import DecodingConfig, EngineConfig, GenerationConfig, PlanConfig, SamplingConfig, help_of
 
 MODEL, PLACE, DECODING, SAMPLING, PROMPT, OUTPUT = "Model", "Memory and device", "Decoding", "Sampling", "Prompt", "Output"
 DESCRIBED = "A machine you do not have"
@@ -27,7 +27,14 @@ Auto = Annotated[bool, typer.Option("--auto", help=help_of(EngineConfig, "auto")
 Threads = Annotated[int | None, _option(EngineConfig, "threads", PLACE, metavar="N")]
 SharedHostBuffers = Annotated[int | None, _option(EngineConfig, "shared_host_buffers", PLACE, metavar="N")]
 
-Mode = Annotated[str, _option(GenerationConfig, "mode", DECODING, metavar="MODE")]
+Mode = Annotated[str, _option(DecodingConfig, "mode", DECODING, metavar="MODE")]
+Sparsity = Annotated[str, _option(DecodingConfig, "sparsity", DECODING, metavar="KIND")]
+Keep = Annotated[float, _option(DecodingConfig, "keep", DECODING, metavar="SHARE")]
+CatsThreshold = Annotated[str | None, _option(DecodingConfig, "cats_threshold", DECODING, metavar="X|auto")]
+Window = Annotated[str, _option(DecodingConfig, "window", DECODING, metavar="N|auto")]
+Accept = Annotated[str, _option(DecodingConfig, "accept", DECODING, metavar="RULE")]
+Threshold = Annotated[float, _option(DecodingConfig, "threshold", DECODING, metavar="P")]
+TreeWidth = Annotated[int, _option(DecodingConfig, "tree_width", DECODING, metavar="N")]
 MaxNewTokens = Annotated[int, _option(GenerationConfig, "max_new_tokens", DECODING, metavar="N")]
 Stop = Annotated[list[str] | None, _option(GenerationConfig, "stop", DECODING, metavar="TEXT")]
 IgnoreEos = Annotated[bool, typer.Option("--ignore-eos", help=help_of(GenerationConfig, "ignore_eos"), rich_help_panel=DECODING)]

@@ -11,7 +11,7 @@ import typer
 from offload_sirius.cli import flags
 from offload_sirius.cli.prompt import read_prompt
 from offload_sirius.cli.tracing import tracing
-from offload_sirius.config import EngineConfig, GenerationConfig, SamplingConfig
+from offload_sirius.config import DecodingConfig, EngineConfig, GenerationConfig, SamplingConfig
 
 if TYPE_CHECKING:
     from offload_sirius.engine import Engine
@@ -24,6 +24,7 @@ Examples:
 """
 
 _ENGINE = EngineConfig()
+_DECODING = DecodingConfig()
 _GENERATION = GenerationConfig()
 _SAMPLING = SamplingConfig()
 
@@ -44,7 +45,14 @@ def generate(
     ] = None,
     chat: flags.Chat = _GENERATION.chat,
     model: flags.Model = _ENGINE.model,
-    mode: flags.Mode = _GENERATION.mode,
+    mode: flags.Mode = _DECODING.mode,
+    sparsity: flags.Sparsity = _DECODING.sparsity,
+    keep: flags.Keep = _DECODING.keep,
+    cats_threshold: flags.CatsThreshold = None,
+    window: flags.Window = str(_DECODING.window),
+    accept: flags.Accept = _DECODING.accept,
+    threshold: flags.Threshold = _DECODING.threshold,
+    tree_width: flags.TreeWidth = _DECODING.tree_width,
     device: flags.Device = _ENGINE.device,
     device_memory: flags.DeviceMemory = _ENGINE.device_memory,
     host_memory: flags.HostMemory = _ENGINE.host_memory,
@@ -68,6 +76,16 @@ def generate(
     verbose: flags.Verbose = False,
 ) -> int:
     """Answer one prompt, and print the text as it is written."""
+    decoding = DecodingConfig(
+        mode=mode,  # type: ignore[arg-type]  # checked by DecodingConfig, as are the next
+        sparsity=sparsity,  # type: ignore[arg-type]
+        keep=keep,
+        cats_threshold=cats_threshold,
+        window=window,
+        accept=accept,  # type: ignore[arg-type]
+        threshold=threshold,
+        tree_width=tree_width,
+    )
     engine_config = EngineConfig(
         model=model,
         device=device,
@@ -79,12 +97,13 @@ def generate(
         auto=auto,
         threads=threads,
         shared_host_buffers=shared_host_buffers,
+        decoding=decoding,
     )
     sampling = SamplingConfig(
         temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty, seed=seed
     )
     generation = GenerationConfig(
-        mode=mode,  # type: ignore[arg-type]  # checked by GenerationConfig
+        decoding=decoding,
         sampling=sampling,
         max_new_tokens=max_new_tokens,
         stop=tuple(stop or ()),
@@ -114,8 +133,8 @@ def _run(
     model = open_model(engine_config.model)
     prompt_ids = model.encode(prompt, chat=generation.chat)
     if engine_config.max_context is None:
-        needed = min(len(prompt_ids) + generation.max_new_tokens, model.spec.max_positions)
-        engine_config = replace(engine_config, max_context=needed)
+        needed = len(prompt_ids) + generation.max_new_tokens + engine_config.decoding.num_side_nodes
+        engine_config = replace(engine_config, max_context=min(needed, model.spec.max_positions))
     else:
         # The engine would say so too, but only after it has loaded.
         model.room_for(len(prompt_ids), generation.max_new_tokens, engine_config.max_context)

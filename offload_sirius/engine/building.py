@@ -13,6 +13,7 @@ from offload_sirius.engine.link import Origins, make_arenas, make_link, uplink_t
 from offload_sirius.engine.opened import Model
 from offload_sirius.engine.placement import Placement, memory_errors, place
 from offload_sirius.engine.progress import Progress
+from offload_sirius.engine.streamed import StreamedModel, streamed_model
 from offload_sirius.errors import ConfigError
 from offload_sirius.model.kv_cache import KVCache
 from offload_sirius.model.transformer import Transformer
@@ -38,13 +39,14 @@ def build(model: Model, config: EngineConfig, progress: Progress, tracer: Tracer
         joined = _join(checkpoint, placement, config, progress, tracer, stores)
         stores.callback(checkpoint.close)
         closing = stores.pop_all()
-    streamer, transformer, readers, nbytes, pinned = joined
+    streamer, transformer, streamed, readers, nbytes, pinned = joined
     return Engine(
         model=model,
         checkpoint=checkpoint,
         config=config,
         placement=placement,
         transformer=transformer,
+        streamed=streamed,
         streamer=streamer,
         closing=closing,
         device_nbytes=nbytes,
@@ -62,7 +64,7 @@ def _join(
     progress: Progress,
     tracer: Tracer | None,
     stores: ExitStack,
-) -> tuple[WeightStreamer, Transformer, ReaderPool, int, PinReport]:
+) -> tuple[WeightStreamer, Transformer, StreamedModel, ReaderPool, int, PinReport]:
     """Disk, host, device, matmul. What is opened on the way is closed by `stores`, last first."""
     spec, plan, layout, dtype = checkpoint.spec, placement.plan, placement.layout, placement.dtype
     uplink = uplink_to(placement.device)
@@ -98,11 +100,17 @@ def _join(
         final_norm=device.final_norm,
         head=device.head,
         tracer=tracer,
+        sliceable=plan.sliceable_layers,
+        kept=arenas.kept,
+        # Where the device is the host, a slot is as near as the arena, and all layers pass through one.
+        arena={} if uplink is None else {layer: arenas.layers.layer(layer) for layer in plan.host_layers},
     )
     stores.callback(streamer.close)
     cache = KVCache(spec, capacity=placement.context, dtype=dtype, device=placement.device)
     transformer = Transformer(spec, streamer, cache, tracer=tracer)
-    return streamer, transformer, readers, device.nbytes + cache.nbytes + transformer.nbytes, arenas.report()
+    streamed = streamed_model(transformer, streamer, device.caches, config.decoding)
+    nbytes = device.nbytes + cache.nbytes + transformer.nbytes + plan.device_bill["sparsity"]
+    return streamer, transformer, streamed, readers, nbytes, arenas.report()
 
 
 def _embedding(placement: Placement, loader: Loader, readers: ReaderPool, device: DeviceStore) -> Embedding:

@@ -5,25 +5,36 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from types import TracebackType
 from typing import Any
 
 import torch
 
 from offload_sirius import machine
-from offload_sirius.config import EngineConfig, GenerationConfig, SamplingConfig
-from offload_sirius.decode.loop import decode_full
-from offload_sirius.decode.result import Generation, LinkBytes, LinkFigures, MemoryFigures, Passes
+from offload_sirius.config import (
+    DecodingConfig,
+    EngineConfig,
+    GenerationConfig,
+    SamplingConfig,
+    names_of,
+    require_greedy_threshold,
+)
+from offload_sirius.decode.loop import decode_full, decode_sirius, decode_sparse
+from offload_sirius.decode.result import Generation, LinkBytes, LinkFigures, MemoryFigures
 from offload_sirius.decode.sampling import Sampler
+from offload_sirius.decode.stats import DecodeStats
 from offload_sirius.decode.stream import Outcome, TextStream
 from offload_sirius.decode.text import Detokenizer, StopMatcher
 from offload_sirius.engine.opened import Model, Prompt
 from offload_sirius.engine.placement import Placement, memory_errors
 from offload_sirius.engine.planning import plan_figures, prediction_figures
+from offload_sirius.engine.streamed import StreamedModel
 from offload_sirius.errors import ConfigError
 from offload_sirius.model.costs import activation_nbytes
 from offload_sirius.model.transformer import Transformer
+from offload_sirius.sparsity.cats import FetchCounts
+from offload_sirius.sparsity.costs import draft_density
 from offload_sirius.trace import Tracer
 from offload_sirius.weights.pinning import PinReport
 from offload_sirius.weights.plan import Plan
@@ -44,6 +55,7 @@ class Engine:
         config: EngineConfig,
         placement: Placement,
         transformer: Transformer,
+        streamed: StreamedModel,
         streamer: WeightStreamer,
         closing: ExitStack,
         device_nbytes: int,
@@ -64,6 +76,7 @@ class Engine:
         self.load_seconds = load_seconds
         self._placement = placement
         self._transformer = transformer
+        self._streamed = streamed
         self._streamer = streamer
         # Also when nobody calls close: threads that copy while the interpreter ends would take the process down with them.
         self._closing = weakref.finalize(self, closing.close)
@@ -98,7 +111,8 @@ class Engine:
         return self._placement.predict(prompt_tokens)
 
     def generate(self, prompt: Prompt, config: GenerationConfig | None = None, **settings: Any) -> Generation:
-        """A whole answer. prompt: text, messages, or token ids; settings: fields of GenerationConfig and SamplingConfig."""
+        """A whole answer. prompt: text, messages, or token ids; settings: fields of GenerationConfig, DecodingConfig and
+        SamplingConfig."""
         stream = self.stream(prompt, config, **settings)
         for _ in stream:
             pass
@@ -108,17 +122,24 @@ class Engine:
         """An answer piece by piece; its `result` has the figures at the end. One answer at a time."""
         if self._closed:
             raise RuntimeError("the engine is closed: load the model again")
-        config = with_settings(config or GenerationConfig(), settings)
+        config = with_settings(config or GenerationConfig(), settings, self.config.decoding)
+        decoding = self._planned_for(config)
         prompt_ids = self.model.encode(prompt, chat=config.chat)
-        max_new_tokens = self.model.room_for(len(prompt_ids), config.max_new_tokens, self._placement.context)
-        counters = _Counters(self._streamer)
+        request = _Request(
+            prompt_ids=prompt_ids,
+            config=config,
+            decoding=decoding,
+            max_new_tokens=self.model.room_for(len(prompt_ids), config.max_new_tokens, self._placement.context),
+            end_token_ids=frozenset() if config.ignore_eos else self.model.end_token_ids,
+        )
+        counters = _Counters(self._streamer, self._streamed)
         return TextStream(
-            tokens=self._tokens(prompt_ids, config.sampling),
+            tokens=self._tokens(request),
             detokenizer=Detokenizer(self.model.tokenizer),
             stops=StopMatcher(config.stop),
-            end_token_ids=frozenset() if config.ignore_eos else self.model.end_token_ids,
-            max_new_tokens=max_new_tokens,
-            finish=lambda outcome: self._finish(outcome, counters, len(prompt_ids), config),
+            end_token_ids=request.end_token_ids,
+            max_new_tokens=request.max_new_tokens,
+            finish=lambda outcome: self._finish(outcome, counters, request),
         )
 
     def close(self) -> None:
@@ -132,16 +153,54 @@ class Engine:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         self.close()
 
-    def _tokens(self, prompt_ids: list[int], sampling: SamplingConfig) -> Iterator[int]:
+    def _planned_for(self, config: GenerationConfig) -> DecodingConfig:
+        """How to decode: as asked for, where memory was planned for it. Raises ConfigError."""
+        planned, asked = self.config.decoding, config.decoding or self.config.decoding
+        require_greedy_threshold(asked, config.sampling)
+        if asked.drafts:
+            if not planned.drafts:
+                raise ConfigError(
+                    f"the model was loaded with mode full and is asked for mode {asked.mode}; load it with that mode"
+                )
+            for name in ("sparsity", "keep", "cats_threshold"):
+                found, needed = getattr(asked, name), getattr(planned, name)
+                if found != needed:
+                    raise ConfigError(f"the model was loaded with {name} {needed} and is asked for {found}; load it with that")
+            if asked.max_nodes > planned.max_nodes:
+                raise ConfigError(
+                    f"the model was loaded for corrections of {planned.max_nodes} tokens and is asked for {asked.max_nodes}; "
+                    "load it with mode sirius and that window and tree_width"
+                )
+        return asked
+
+    def _tokens(self, request: _Request) -> Iterator[int]:
         # The reader threads compute with one thread each; torch keeps that number per thread, so ours is set here.
         torch.set_num_threads(self.config.threads or machine.physical_cores())
-        self._streamer.phase = "prefill"
-        self._transformer.cache.truncate(0)
+        self._streamed.keep(0)
         with memory_errors(self.plan):
-            for token_id in decode_full(self._transformer, Sampler(sampling), prompt_ids, self._tracer):
+            for token_id in self._decode(request):
                 yield token_id
-                self._streamer.phase = "full"
                 torch.set_num_threads(self.config.threads or self._decode_threads())
+
+    def _decode(self, request: _Request) -> Iterator[int]:
+        model, sampler, decoding = self._streamed, Sampler(request.config.sampling), request.decoding
+        if decoding.mode == "full":
+            return decode_full(model, sampler, request.prompt_ids, request.stats, self._tracer)
+        if decoding.mode == "sparse":
+            return decode_sparse(model, sampler, request.prompt_ids, request.stats, self._tracer)
+        dtype = self._placement.dtype
+        return decode_sirius(
+            model,
+            sampler,
+            request.prompt_ids,
+            decoding=decoding,
+            end_token_ids=request.end_token_ids,
+            max_new_tokens=request.max_new_tokens,
+            stats=request.stats,
+            tracer=self._tracer,
+            # In float32 the full model's choice at a near-tie is as good as any; in shorter types it may be another one.
+            eps=None if dtype == torch.float32 else torch.finfo(dtype).eps,
+        )
 
     def _decode_threads(self) -> int:
         """One core is left to the readers while layers come from disk: a matmul's threads wait for the one that shares its core.
@@ -151,14 +210,14 @@ class Engine:
         cores = machine.physical_cores()
         return max(cores - 1, 1) if self.plan.disk_layers else cores
 
-    def _finish(self, outcome: Outcome, counters: _Counters, num_prompt: int, config: GenerationConfig) -> Generation:
+    def _finish(self, outcome: Outcome, counters: _Counters, request: _Request) -> Generation:
         assert outcome.finish_reason is not None
         last = outcome.last_token_at or outcome.began
         first = outcome.first_token_at or last
-        num_new = len(outcome.token_ids)
+        stats, num_prompt = request.stats, len(request.prompt_ids)
         return Generation(
             model=self.spec.name,
-            mode=config.mode,
+            mode=request.decoding.mode,
             text=outcome.text,
             token_ids=tuple(outcome.token_ids),
             finish_reason=outcome.finish_reason,
@@ -166,11 +225,20 @@ class Engine:
             ttft_seconds=first - outcome.began,
             decode_seconds=last - first,
             load_seconds=self.load_seconds,
-            passes=Passes(prefill=min(num_new, 1), full=max(num_new - 1, 0)),
+            passes=stats.passes,
             link=counters.figures(last - outcome.began, self._loaded_nbytes),
             memory=self._memory(num_prompt),
             plan=self._plan_figures(num_prompt),
-            settings=asdict(self.config) | asdict(config),
+            settings=_settings(self.config, request),
+            aal=stats.aal,
+            acceptance=stats.acceptance,
+            effective_density=stats.effective_density(draft_density(self.spec, request.decoding)),
+            window=stats.last_window,
+            flips=stats.flips,
+            windows=len(stats.windows),
+            tokens_by_origin=stats.tokens_by_origin,
+            draft_seconds=stats.median_draft_seconds,
+            correction_seconds=stats.median_correction_seconds,
         )
 
     def _plan_figures(self, num_prompt: int) -> dict[str, Any]:
@@ -182,7 +250,13 @@ class Engine:
         if device.type == "cuda":
             peak_nbytes = torch.cuda.max_memory_allocated(device)
         else:
-            peak_nbytes = self._device_nbytes + activation_nbytes(self.spec, num_prompt, self._placement.dtype.itemsize)
+            peak_nbytes = self._device_nbytes + activation_nbytes(
+                self.spec,
+                num_prompt,
+                self._placement.dtype.itemsize,
+                step_rows=self.config.decoding.max_nodes,
+                observed=self.config.decoding.drafts,
+            )
         return MemoryFigures(
             device_plan_bytes=self.plan.device_nbytes,
             device_peak_bytes=peak_nbytes,
@@ -193,14 +267,34 @@ class Engine:
         )
 
 
+@dataclass(kw_only=True)
+class _Request:
+    """One answer while it is written."""
+
+    prompt_ids: list[int]
+    config: GenerationConfig
+    decoding: DecodingConfig
+    max_new_tokens: int
+    end_token_ids: frozenset[int]
+    stats: DecodeStats = field(default_factory=DecodeStats)
+
+
+def _settings(config: EngineConfig, request: _Request) -> dict[str, Any]:
+    """Every setting of an answer by its name; those of decoding as they were for this answer."""
+    return asdict(config) | asdict(request.config) | {"decoding": asdict(request.decoding)}
+
+
 class _Counters:
     """The streamer's and the link's counters, from where an answer began."""
 
-    def __init__(self, streamer: WeightStreamer) -> None:
+    def __init__(self, streamer: WeightStreamer, streamed: StreamedModel) -> None:
         self._streamer = streamer
+        self._fetches = streamed.fetches
         self._pass_nbytes = dict(streamer.pass_nbytes)
+        self._discarded_nbytes = streamer.discarded_nbytes
         self._copied_nbytes = streamer.copied_nbytes
         self._busy_seconds = streamer.busy_seconds
+        self._num_needed, self._num_missing = (self._fetches.needed, self._fetches.missing) if self._fetches else (0, 0)
 
     def figures(self, seconds: float, loaded_nbytes: int) -> LinkFigures:
         """What has happened since. seconds: how long it took."""
@@ -210,22 +304,36 @@ class _Counters:
         peak = streamer.peak_bytes_per_second
         streams = copied > 0 and seconds > 0
         return LinkFigures(
-            bytes=LinkBytes(load=loaded_nbytes, **by_phase),
+            bytes=LinkBytes(load=loaded_nbytes, discarded=streamer.discarded_nbytes - self._discarded_nbytes, **by_phase),
             copied_bytes=copied,
             gbytes_per_second=copied / seconds / 1e9 if streams else None,
             measured_peak_gbytes_per_second=peak / 1e9 if peak else None,
             busy_share=min((streamer.busy_seconds - self._busy_seconds) / seconds, 1.0) if streams else None,
+            cache_hit_share=self._hit_share,
         )
 
+    @property
+    def _hit_share(self) -> float | None:
+        if self._fetches is None:
+            return None
+        counts = FetchCounts(needed=self._fetches.needed - self._num_needed, missing=self._fetches.missing - self._num_missing)
+        return counts.hit_share
 
-def with_settings(config: GenerationConfig, settings: dict[str, Any]) -> GenerationConfig:
-    """Replace fields of a request, those of its sampling included. Raises ConfigError for a name that does not exist."""
-    own = {each.name for each in fields(GenerationConfig)}
-    sampling = {each.name for each in fields(SamplingConfig)}
-    if unknown := sorted(set(settings) - own - sampling):
-        raise ConfigError(f"unknown setting {unknown[0]}; known are " + ", ".join(sorted((own | sampling) - {"sampling"})))
+
+def with_settings(config: GenerationConfig, settings: dict[str, Any], planned: DecodingConfig) -> GenerationConfig:
+    """Replace fields of a request, those of its decoding and sampling included. planned: decoding where nothing is said of it.
+
+    Raises ConfigError for a name that does not exist.
+    """
+    own, decoding, sampling = (names_of(each) for each in (GenerationConfig, DecodingConfig, SamplingConfig))
+    if unknown := sorted(set(settings) - own - decoding - sampling):
+        known = sorted((own | decoding | sampling) - {"decoding", "sampling"})
+        raise ConfigError(f"unknown setting {unknown[0]}; known are " + ", ".join(known))
     if isinstance(settings.get("stop"), str):
         settings = settings | {"stop": (settings["stop"],)}
-    config = replace(config, **{name: value for name, value in settings.items() if name in own})
-    drawn = {name: value for name, value in settings.items() if name in sampling}
-    return replace(config, sampling=replace(config.sampling, **drawn)) if drawn else config
+    given = {name: value for name, value in settings.items() if name in own}
+    if found := {name: value for name, value in settings.items() if name in decoding}:
+        given["decoding"] = replace(given.get("decoding") or config.decoding or planned, **found)
+    if drawn := {name: value for name, value in settings.items() if name in sampling}:
+        given["sampling"] = replace(given.get("sampling") or config.sampling, **drawn)
+    return replace(config, **given)

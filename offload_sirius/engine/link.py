@@ -20,9 +20,10 @@ from offload_sirius.weights.buffers import LayerBuffer
 from offload_sirius.weights.copiers import Copier, DiskCopier, HostCopier, PacedCopier, TieredCopier
 from offload_sirius.weights.disk import ReaderPool
 from offload_sirius.weights.host import HostStore
+from offload_sirius.weights.kept import KeptStore
 from offload_sirius.weights.pinning import PinReport
 from offload_sirius.weights.plan import NUM_STAGING, Plan, as_flag
-from offload_sirius.weights.uploads import ChunkRoute, Chunks, DiskRoute, PinnedRoute, Route, Uplink, UplinkCopier
+from offload_sirius.weights.uploads import ChunkRoute, Chunks, DiskRoute, PinnedRoute, Route, SliceRoute, Uplink, UplinkCopier
 from offload_sirius_loaders.checkpoint import Checkpoint
 from offload_sirius_loaders.spec import ModelSpec
 
@@ -37,6 +38,8 @@ class Arenas:
     """Buffers through which the others come to a device with memory of its own; empty where there are none or no need."""
     chunks: Chunks | None
     """What memory passes through that cannot be pinned; None where the device is the host."""
+    kept: KeptStore
+    """Neurons that draft steps keep, gathered; empty where they keep no fixed set, or there is no room."""
 
     @property
     def on_the_way(self) -> list[LayerBuffer]:
@@ -45,8 +48,8 @@ class Arenas:
         return (self.staging.buffers or self.layers.buffers[:NUM_STAGING]) if self.chunks is not None else []
 
     def report(self) -> PinReport:
-        """What could be pinned, of layers and staging; blocks until that is known."""
-        return self.layers.pin_report() + self.staging.pin_report()
+        """What could be pinned, of all layers' memory; blocks until that is known."""
+        return self.layers.pin_report() + self.staging.pin_report() + self.kept.pin_report()
 
     def give_back_unused(self, plan: Plan) -> None:
         """What was needed for loading only: staging where nothing comes from disk, chunks where all else is pinned."""
@@ -59,6 +62,7 @@ class Arenas:
         """Unpin. Nothing may be on its way."""
         self.layers.close()
         self.staging.close()
+        self.kept.close()
         if self.chunks is not None:
             self.chunks.close()
 
@@ -87,8 +91,13 @@ def make_arenas(placement: Placement, spec: ModelSpec, uplink: Uplink | None) ->
             num_buffers=num_buffers,
         )
 
+    def kept() -> KeptStore:
+        node = numa_node_near(placement.device)
+        return KeptStore(plan.kept_layers, placement.layout, placement.dtype, registrar=uplink, node=node)
+
     if uplink is None:
-        return Arenas(layers=arena(plan.host_layers, plan.num_host_buffers), staging=arena((), 0), chunks=None)
+        layers = arena(plan.host_layers, plan.num_host_buffers)
+        return Arenas(layers=layers, staging=arena((), 0), chunks=None, kept=kept())
     with ExitStack() as opened:  # memory that runs out half-way must not stay registered
         # Chunks first: where a limit ends pinning, they are what the rest depends on.
         chunks = Chunks(uplink)
@@ -98,7 +107,9 @@ def make_arenas(placement: Placement, spec: ModelSpec, uplink: Uplink | None) ->
         opened.callback(layers.close)
         # Layers from disk pass through buffers of their own. Residents do so once, and may use the arena before it is filled.
         own = NUM_STAGING if plan.disk_layers or len(layers.buffers) < NUM_STAGING else 0
-        arenas = Arenas(layers=layers, staging=arena(tuple(range(own)), own), chunks=chunks)
+        staging = arena(tuple(range(own)), own)
+        opened.callback(staging.close)
+        arenas = Arenas(layers=layers, staging=staging, chunks=chunks, kept=kept())
         opened.pop_all()
     return arenas
 
@@ -115,14 +126,15 @@ def make_link(
         copier = _tiers(origins, plan, inner_tracer)
     else:
         uplink.draw_on(inner_tracer)
-        copier = UplinkCopier(_routes(origins, plan, uplink, progress), uplink)
+        slices = SliceRoute(origins.arenas.layers, origins.arenas.kept, uplink)
+        copier = UplinkCopier(_routes(origins, plan, uplink, progress), slices, uplink)
     return copier if link_gbps is None else PacedCopier(copier, link_gbps * 1e9, tracer)
 
 
 def _tiers(origins: Origins, plan: Plan, tracer: Tracer | None) -> Copier:
-    from_host = HostCopier(origins.arenas.layers, tracer)
+    from_host = HostCopier(origins.arenas.layers, origins.arenas.kept, tracer)
     from_disk = DiskCopier(origins.checkpoint, origins.readers, tracer)
-    return TieredCopier(dict.fromkeys(plan.host_layers, from_host) | dict.fromkeys(plan.disk_layers, from_disk))
+    return TieredCopier(dict.fromkeys(plan.host_layers, from_host) | dict.fromkeys(plan.disk_layers, from_disk), from_host)
 
 
 def _routes(origins: Origins, plan: Plan, uplink: Uplink, progress: Progress) -> dict[int, Route]:

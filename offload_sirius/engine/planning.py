@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from offload_sirius import machine
-from offload_sirius.config import EngineConfig, PlanConfig
+from offload_sirius.config import DecodingConfig, EngineConfig, PlanConfig, Sparsity
 from offload_sirius.errors import BudgetError, ConfigError
 from offload_sirius.model.costs import (
     CHUNK_SIZE,
@@ -22,6 +22,7 @@ from offload_sirius.model.costs import (
     position_tables_nbytes,
 )
 from offload_sirius.rates import DtypeName, Rates, Stored, assumed_cpu_rates, assumed_gpu_rates
+from offload_sirius.sparsity.costs import sparsity_nbytes
 from offload_sirius.units import MIB, Size, format_size
 from offload_sirius.weights.layout import PARTS, LayerLayout, Part, layer_layout
 from offload_sirius.weights.pieces import load_nbytes, reader_nbytes, stored_part_nbytes
@@ -220,17 +221,23 @@ def plan_model(
 
     Raises BudgetError with the smallest budget that works, ConfigError.
     """
-    spec, dtype = checkpoint.spec, dtype_of(config, checkpoint.spec)
+    spec, dtype, decoding = checkpoint.spec, dtype_of(config, checkpoint.spec), config.decoding
     element_nbytes, context = ELEMENT_NBYTES[dtype], context_of(config, spec)
-    layout = layer_layout(spec, element_nbytes)
+    sparse = sparsity_of(decoding, spec)
+    num_kept = decoding.num_kept(spec.ffn_width)
+    layout = layer_layout(spec, element_nbytes, num_kept if sparse == "griffin" else 0)
     demand = Demand(
         kv_cache_nbytes=kv_cache_nbytes(spec, batch=batch, capacity=context, element_nbytes=element_nbytes),
         position_tables_nbytes=position_tables_nbytes(spec, context, element_nbytes),
-        activation_nbytes=activation_nbytes(spec, context, element_nbytes, batch=batch),
+        activation_nbytes=activation_nbytes(
+            spec, context, element_nbytes, batch=batch, step_rows=decoding.max_nodes, observed=sparse is not None
+        ),
         reader_nbytes=reader_nbytes(checkpoint),
         embedding_on_device=spec.tied_head,
         staged=hardware.own_memory,
         num_shared_buffers=config.shared_host_buffers,
+        sparsity_nbytes=sparsity_nbytes(spec, decoding, element_nbytes),
+        num_cached_neurons=num_kept if sparse == "cats" else 0,
     )
     budgets = _budgets(spec, layout, demand, config, hardware)
     plan = make_plan(spec, layout, demand, budgets)
@@ -248,6 +255,12 @@ def plan_model(
         budgets=budgets,
         plan=plan,
     )
+
+
+def sparsity_of(decoding: DecodingConfig, spec: ModelSpec) -> Sparsity | None:
+    """How draft steps of that model are sparse; None where there are none, or they keep all neurons."""
+    keeps_all = decoding.num_kept(spec.ffn_width) == spec.ffn_width
+    return decoding.sparsity if decoding.drafts and not keeps_all else None
 
 
 def dtype_of(config: EngineConfig, spec: ModelSpec) -> DtypeName:

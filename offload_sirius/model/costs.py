@@ -35,20 +35,28 @@ def rotary_nbytes(spec: ModelSpec, num_positions: int, element_nbytes: int) -> i
 
 
 def activation_nbytes(
-    spec: ModelSpec, num_tokens: int, element_nbytes: int, chunk_size: int = CHUNK_SIZE, *, batch: int = 1
+    spec: ModelSpec,
+    num_tokens: int,
+    element_nbytes: int,
+    chunk_size: int = CHUNK_SIZE,
+    *,
+    batch: int = 1,
+    step_rows: int = 1,
+    observed: bool = False,
 ) -> int:
     """Upper bound of the device bytes that a prefill of that many tokens needs beside weights, cache and position tables.
 
-    Enough for steps of one token afterwards, too. What kernels take for themselves (tiles, packed operands) is not in it.
-    batch: sequences of that many tokens each; their chunks are computed one after the other.
+    Enough for steps of step_rows tokens afterwards, too. What kernels take for themselves (tiles, packed operands) is not in it.
+    batch: sequences of that many tokens each; their chunks are computed one after the other. observed: what neurons say of the
+    prompt is looked at.
     """
-    hidden = batch * num_tokens * spec.width * element_nbytes
-    rows = min(chunk_size, num_tokens)
+    hidden = batch * max(num_tokens, step_rows) * spec.width * element_nbytes
+    rows = max(min(chunk_size, num_tokens), step_rows)
     return hidden + max(
         _norm_nbytes(spec, rows, element_nbytes),
         _attention_nbytes(spec, rows, num_tokens, element_nbytes),
-        _feed_forward_nbytes(spec, rows, element_nbytes),
-        batch * _logits_nbytes(spec, element_nbytes),
+        _feed_forward_nbytes(spec, rows, element_nbytes, observed=observed),
+        max(batch, step_rows) * _logits_nbytes(spec, element_nbytes),
     )
 
 
@@ -84,12 +92,16 @@ def _attention_nbytes(spec: ModelSpec, num_rows: int, num_positions: int, elemen
     )
 
 
-def _feed_forward_nbytes(spec: ModelSpec, num_rows: int, element_nbytes: int) -> int:
+def _feed_forward_nbytes(spec: ModelSpec, num_rows: int, element_nbytes: int, *, observed: bool) -> int:
     row_elements = (
         2 * spec.width  # normed input, and output
         + 2 * spec.ffn_width  # gate and what the activation makes of it, or that and up
     )
-    return num_rows * row_elements * element_nbytes
+    observed_nbytes = (
+        2 * 4  # what neurons say, and its square, in float32
+        * spec.ffn_width
+    ) if observed else 0  # fmt: skip
+    return num_rows * (row_elements * element_nbytes + observed_nbytes)
 
 
 def _logits_nbytes(spec: ModelSpec, element_nbytes: int) -> int:

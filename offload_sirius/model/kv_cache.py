@@ -1,11 +1,13 @@
 """Keys and values of the positions computed so far, in two tensors allocated once. Does not know how they are made or used.
 
 All layers of a pass write the same positions, so writing does not make the cache longer: the pass does, with `advance`, when its
-last layer is done. A pass that is interrupted leaves the cache as it was. `truncate` takes positions back; what stood there is
-overwritten by the next pass.
+last layer is done. A pass that is interrupted leaves the cache as it was. `truncate` takes positions back, and `keep` all but one
+branch of a tree; what stood there is overwritten by the next pass.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -68,6 +70,18 @@ class KVCache:
         """Every layer has written that many positions at `length`: they count from now on."""
         assert self.length + num_tokens <= self.capacity, (self.length, num_tokens, self.capacity)
         self.length += num_tokens
+
+    def keep(self, length: int, offsets: Sequence[int] = ()) -> None:
+        """Keep the first `length` positions and behind them, moved together, those at length + offset. offsets: ascending."""
+        assert length + max(offsets, default=0) <= self.length, (length, offsets, self.length)
+        num_in_place = next((index for index, offset in enumerate(offsets) if offset != index), len(offsets))
+        start, moved = length + num_in_place, offsets[num_in_place:]
+        if moved:
+            slots = torch.tensor(moved, device=self.device) + length
+            for cached in (self.keys, self.values):
+                # Taken out before it is put back: places may overlap.
+                cached.narrow(3, start, len(moved)).copy_(cached.index_select(3, slots))
+        self.length = length + len(offsets)
 
     def truncate(self, length: int) -> None:
         """Keep the first `length` positions."""

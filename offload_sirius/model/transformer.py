@@ -5,6 +5,8 @@ pass asks for each layer once, whatever the number of tokens: a pass costs its w
 
     prefill   a prompt of any length, in chunks within each layer -> logits of its last token
     step      a few tokens at the end of the cache -> logits of each
+
+What a pass does with a layer's neurons, all of them or some, is the feed-forward that it is given.
 """
 
 from __future__ import annotations
@@ -17,17 +19,16 @@ from torch.nn import functional
 
 from offload_sirius.errors import PromptError
 from offload_sirius.model.costs import CHUNK_SIZE
+from offload_sirius.model.feed_forward import DenseFeedForward, FeedForward
 from offload_sirius.model.kv_cache import KVCache
 from offload_sirius.model.ops import (
-    activation_named,
     causal_mask,
-    gated_activations,
     grouped_attention,
     rms_norm,
     window_mask,
 )
 from offload_sirius.model.rope import RotaryTable, Rotation, rotate
-from offload_sirius.model.source import AttentionWeights, NeuronWeights, WeightSource
+from offload_sirius.model.source import AttentionWeights, WeightSource
 from offload_sirius.trace import Tracer, during
 from offload_sirius_loaders.spec import ModelSpec
 
@@ -90,7 +91,7 @@ class Transformer:
         self._source = source
         self._chunk_size = chunk_size
         self._tracer = tracer
-        self._activation = activation_named(spec.activation)
+        self._dense = DenseFeedForward(source, spec.activation)
         self._rotary = RotaryTable(spec, num_positions=cache.capacity, dtype=cache.dtype, device=cache.device)
         self._slots = torch.arange(cache.capacity, device=cache.device)
         self._num_turned = spec.num_heads + spec.num_kv_heads
@@ -101,10 +102,11 @@ class Transformer:
         return self._rotary.nbytes + self._slots.nbytes
 
     @torch.inference_mode()
-    def prefill(self, token_ids: Tensor) -> Tensor:
+    def prefill(self, token_ids: Tensor, feed_forward: FeedForward | None = None) -> Tensor:
         """Append a prompt, int64 [S] in host memory -> float32 [V], the logits after its last token.
 
-        Raises PromptError where the prompt is empty or does not fit into the cache.
+        feed_forward: what to do with the neurons; None computes all. Raises PromptError where the prompt is empty or does not fit
+        into the cache.
         """
         if token_ids.numel() == 0:
             raise PromptError("the prompt has no tokens, at least one is needed; give a text that is not empty")
@@ -113,19 +115,21 @@ class Transformer:
         self._rotary.begin(start + len(token_ids))
         hidden = self._source.embed(token_ids)  # [S] -> [S, D]
         chunks = [self._line(rows, start + i * self._chunk_size) for i, rows in enumerate(hidden.split(self._chunk_size))]
-        self._pass(chunks)
+        self._pass(chunks, feed_forward or self._dense)
         self.cache.advance(len(token_ids))
         return self._logits(hidden[-1:])[0]
 
     @torch.inference_mode()
-    def step(self, token_ids: Tensor, tree: TokenTree | None = None) -> Tensor:
+    def step(self, token_ids: Tensor, tree: TokenTree | None = None, feed_forward: FeedForward | None = None) -> Tensor:
         """Append a few tokens, int64 [S] in host memory -> float32 [S, V], the logits after each.
 
-        They follow each other, unless a tree says otherwise. Raises PromptError where they do not fit into the cache.
+        They follow each other, unless a tree says otherwise. feed_forward: what to do with the neurons; None computes all.
+        Raises PromptError where they do not fit into the cache.
         """
         self.cache.require_room(len(token_ids))
         hidden = self._source.embed(token_ids)  # [S] -> [S, D]
-        self._pass([self._line(hidden, self.cache.length) if tree is None else self._branches(hidden, tree)])
+        chunk = self._line(hidden, self.cache.length) if tree is None else self._branches(hidden, tree)
+        self._pass([chunk], feed_forward or self._dense)
         self.cache.advance(len(token_ids))
         return self._logits(hidden)
 
@@ -142,15 +146,17 @@ class Transformer:
         stop = start + hidden.shape[0]
         return Chunk(hidden=hidden, start=start, stop=stop, rotation=rotation, key_positions=key_positions, mask=tree.mask)
 
-    def _pass(self, chunks: list[Chunk]) -> None:
+    def _pass(self, chunks: list[Chunk], feed_forward: FeedForward) -> None:
         """Take every chunk through every layer. A layer is asked for once; its neurons may arrive while attention computes."""
         for layer, window in enumerate(self.spec.layer_windows):
             attention = self._source.attention(layer)
             for chunk in chunks:
                 self._attend(layer, window, attention, chunk)
-            neurons = self._source.neurons(layer)
+            neurons = feed_forward.open(layer)
             for chunk in chunks:
-                self._feed_forward(attention.post_norm, neurons, chunk.hidden)
+                normed = rms_norm(chunk.hidden, attention.post_norm, self.spec.norm_eps)  # [C, D]
+                chunk.hidden.add_(neurons(normed))
+            feed_forward.close(layer)
             self._source.release(layer)
 
     def _attend(self, layer: int, window: int | None, weights: AttentionWeights, chunk: Chunk) -> None:
@@ -175,11 +181,6 @@ class Transformer:
         queries, keys = heads.split_with_sizes((self.spec.num_heads, self.spec.num_kv_heads), dim=2)
         queries.copy_(rms_norm(queries, weights.q_norm, self.spec.norm_eps))
         keys.copy_(rms_norm(keys, weights.k_norm, self.spec.norm_eps))
-
-    def _feed_forward(self, norm: Tensor, neurons: NeuronWeights, hidden: Tensor) -> None:
-        """Feed-forward block, added to hidden [C, D]."""
-        z = gated_activations(rms_norm(hidden, norm, self.spec.norm_eps), neurons, self._activation)  # [C, D] -> [C, N]
-        hidden.add_(z @ neurons.down)  # [C, N] -> [C, D]
 
     def _logits(self, hidden: Tensor) -> Tensor:
         """[S, D] -> float32 [S, V]"""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from math import prod
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -14,10 +16,30 @@ TRANSPOSE_ROWS = 256
 """Rows of a transposed write that are turned at once: a block stays in cache, which doubles the rate of a strided copy."""
 
 
+@dataclass(frozen=True)
+class KeptNeurons:
+    """Some neurons of a layer, gathered. Satisfies the model's NeuronWeights."""
+
+    gate: Tensor
+    """[N, D]"""
+    up_down: Tensor
+    """[N, 2, D]"""
+
+    @property
+    def up(self) -> Tensor:
+        """[N, D]"""
+        return self.up_down[:, 0]
+
+    @property
+    def down(self) -> Tensor:
+        """[N, D]"""
+        return self.up_down[:, 1]
+
+
 class LayerBuffer:
     """One layer's bytes, and every way to look at them. Built once: making a view costs microseconds that a step does not have.
 
-    Satisfies the model's AttentionWeights and NeuronWeights, with all neurons kept.
+    Satisfies the model's AttentionWeights and NeuronWeights, with all neurons; `kept` is the same place holding some of them.
     """
 
     def __init__(self, storage: Tensor, spec: ModelSpec, layout: LayerLayout, dtype: torch.dtype) -> None:
@@ -25,7 +47,7 @@ class LayerBuffer:
         assert storage.dtype == torch.uint8, storage.dtype
         assert storage.numel() == layout.nbytes, (storage.numel(), layout.nbytes)
         self.storage = storage
-        self.parts: dict[Part, Tensor] = {part: storage[slice(*layout.part_range(part))] for part in ("attention", "records")}
+        self.parts: dict[Part, Tensor] = {part: storage[slice(*layout.part_range(part))] for part in get_args(Part)}
         fields = {name: _field(storage, layout, name, dtype) for name in layout.fields}
         self.input_norm = fields["input_norm"]
         self.qkv = fields["qkv"]
@@ -36,8 +58,10 @@ class LayerBuffer:
         self.output_bias = fields.get("output_bias")
         self.post_norm = fields["post_norm"]
         self.gate = fields["gate"]
-        self.up = fields["up_down"][:, 0]
-        self.down = fields["up_down"][:, 1]
+        self.up_down = fields["up_down"]
+        self.up = self.up_down[:, 0]
+        self.down = self.up_down[:, 1]
+        self.kept = KeptNeurons(fields["kept_gate"], fields["kept_up_down"]) if layout.kept_nbytes else None
         self._spec = spec
 
     def role(self, role: Role) -> Tensor:
@@ -55,10 +79,19 @@ class LayerBuffer:
         return view
 
 
-def _field(storage: Tensor, layout: LayerLayout, name: FieldName, dtype: torch.dtype) -> Tensor:
+def kept_neurons(storage: Tensor, layout: LayerLayout, dtype: torch.dtype) -> KeptNeurons:
+    """Kept neurons that lie in bytes of their own. storage: uint8 [layout.kept_nbytes], contiguous, on any device."""
+    start, _ = layout.part_range("kept")
+    names: tuple[FieldName, FieldName] = ("kept_gate", "kept_up_down")
+    gate, up_down = (_field(storage, layout, name, dtype, start) for name in names)
+    return KeptNeurons(gate, up_down)
+
+
+def _field(storage: Tensor, layout: LayerLayout, name: FieldName, dtype: torch.dtype, start: int = 0) -> Tensor:
+    """start: byte of the layer with which the storage begins."""
     field = layout.fields[name]
-    nbytes = prod(field.shape) * layout.element_nbytes
-    return storage[field.offset : field.offset + nbytes].view(dtype).view(field.shape)
+    offset, nbytes = field.offset - start, prod(field.shape) * layout.element_nbytes
+    return storage[offset : offset + nbytes].view(dtype).view(field.shape)
 
 
 def write_rows(place: Tensor, first_row: int, rows: Tensor, scratch: Tensor) -> None:

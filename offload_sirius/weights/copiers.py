@@ -1,8 +1,8 @@
 """Ways to bring a part of a layer into a slot, behind one protocol: the link. Knows no order of layers.
 
-HostCopier   host memory -> memory, by a thread
+HostCopier   host memory -> memory, by a thread; the only one that brings slices of layers
 DiskCopier   checkpoint's files -> memory, by reader threads
-TieredCopier host layers by one of these, disk layers by another
+TieredCopier host layers and slices by one of these, disk layers by another
 PacedCopier  any of them, no faster than a set rate: the emulated link
 
 Those that upload to a device with memory of its own are in uploads.py.
@@ -12,16 +12,18 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol
 
 import torch
+from torch import Tensor
 
 from offload_sirius.trace import Tracer
 from offload_sirius.weights.buffers import LayerBuffer
 from offload_sirius.weights.disk import Fill, Job, ReaderPool, tensor_jobs
 from offload_sirius.weights.host import HostStore
+from offload_sirius.weights.kept import KeptStore, gather_neurons, gather_rows
 from offload_sirius.weights.layout import Part, part_of
 from offload_sirius_loaders.checkpoint import Checkpoint
 from offload_sirius_loaders.spec import Role
@@ -57,6 +59,10 @@ class Copier(Counters, Protocol):
     def start(self, layer: int, part: Part, slot: LayerBuffer) -> Transfer:
         """Begin to overwrite that part of the slot; returns at once. The slot's last use must be over (CPU) or queued on the
         current stream (CUDA)."""
+
+    def fetch(self, layer: int, neuron_ids: Tensor, slot: LayerBuffer) -> Transfer:
+        """Begin to overwrite the first M up and down records of the slot with those of the given neurons, int64 [M] in host
+        memory; returns at once. As `start` otherwise."""
 
     def close(self) -> None:
         """End threads. Transfers under way are finished first."""
@@ -99,7 +105,7 @@ class BusyMeter:
                 self.peak_bytes_per_second = max(nbytes / seconds, self.peak_bytes_per_second or 0.0)
 
 
-def trace_copy(tracer: Tracer | None, layer: int, part: Part, nbytes: int, began: float, ended: float) -> None:
+def trace_copy(tracer: Tracer | None, layer: int, part: str, nbytes: int, began: float, ended: float) -> None:
     """A part has crossed the link, or will have: times are the host's."""
     if tracer is not None:
         tracer.span("copy", f"layer {layer} {part}", began, ended, layer=layer, part=part, bytes=nbytes)
@@ -119,8 +125,10 @@ class FutureTransfer:
 class HostCopier:
     """Host memory to memory, in order, by one thread: what a link does on a machine that has none."""
 
-    def __init__(self, store: HostStore, tracer: Tracer | None = None) -> None:
+    def __init__(self, store: HostStore, kept: KeptStore | None = None, tracer: Tracer | None = None) -> None:
+        """kept: None where no fixed set of neurons is kept."""
         self._store = store
+        self._kept = kept
         self._tracer = tracer
         self._meter = BusyMeter()
         self._executor = ThreadPoolExecutor(1, "copier", initializer=torch.set_num_threads, initargs=(1,))
@@ -142,15 +150,37 @@ class HostCopier:
 
     def start(self, layer: int, part: Part, slot: LayerBuffer) -> Transfer:
         """See Copier."""
-        return FutureTransfer(self._executor.submit(self._copy, layer, part, slot))
+        copy = self._copy_kept if part == "kept" else self._copy
+        nbytes = slot.parts[part].numel()
+        return self._submit(layer, part, nbytes, lambda: copy(layer, part, slot))
+
+    def fetch(self, layer: int, neuron_ids: Tensor, slot: LayerBuffer) -> Transfer:
+        """See Copier."""
+        place = slot.up_down[: len(neuron_ids)]
+        records = self._store.layer(layer).up_down
+        return self._submit(layer, "neurons", place.nbytes, lambda: gather_rows(records, neuron_ids, place))
+
+    def _submit(self, layer: int, what: str, nbytes: int, copy: Callable[[], None]) -> Transfer:
+        return FutureTransfer(self._executor.submit(self._carry, layer, what, nbytes, copy))
+
+    def _carry(self, layer: int, what: str, nbytes: int, copy: Callable[[], None]) -> None:
+        began = self._meter.open()
+        copy()
+        ended = time.perf_counter()
+        self._meter.close(nbytes, ended - began)
+        trace_copy(self._tracer, layer, what, nbytes, began, ended)
 
     def _copy(self, layer: int, part: Part, slot: LayerBuffer) -> None:
-        began = self._meter.open()
-        destination = slot.parts[part]
-        destination.copy_(self._store.layer(layer).parts[part])
-        ended = time.perf_counter()
-        self._meter.close(destination.numel(), ended - began)
-        trace_copy(self._tracer, layer, part, destination.numel(), began, ended)
+        slot.parts[part].copy_(self._store.layer(layer).parts[part])
+
+    def _copy_kept(self, layer: int, part: Part, slot: LayerBuffer) -> None:
+        assert self._kept is not None
+        assert slot.kept is not None
+        gathered = self._kept.place(layer)
+        if gathered is not None:
+            slot.parts[part].copy_(gathered)
+        else:
+            gather_neurons(self._store.layer(layer), self._kept.ids(layer), slot.kept)
 
     def close(self) -> None:
         """See Copier."""
@@ -199,21 +229,30 @@ class DiskCopier:
         self._meter.close(nbytes)
         trace_copy(self._tracer, layer, part, nbytes, fill.began, time.perf_counter())
 
+    def fetch(self, layer: int, neuron_ids: Tensor, slot: LayerBuffer) -> Transfer:
+        """See Copier. Never asked: in a checkpoint's file the down projection has no neuron in one piece."""
+        raise AssertionError(f"layer {layer} is on disk")
+
     def close(self) -> None:
         """See Copier. The readers belong to who made them."""
 
 
 class TieredCopier:
-    """Each layer by the copier of the tier in which it lives."""
+    """Each layer by the copier of the tier in which it lives; kept neurons, which are in host memory, by the host's."""
 
-    def __init__(self, tiers: Mapping[int, Copier]) -> None:
+    def __init__(self, tiers: Mapping[int, Copier], host: Copier) -> None:
         """tiers: layer -> its copier."""
         self._tiers = tiers
-        self._copiers = list(dict.fromkeys(tiers.values()))
+        self._host = host
+        self._copiers = list(dict.fromkeys((*tiers.values(), host)))
 
     def start(self, layer: int, part: Part, slot: LayerBuffer) -> Transfer:
         """See Copier."""
-        return self._tiers[layer].start(layer, part, slot)
+        return (self._host if part == "kept" else self._tiers[layer]).start(layer, part, slot)
+
+    def fetch(self, layer: int, neuron_ids: Tensor, slot: LayerBuffer) -> Transfer:
+        """See Copier."""
+        return self._tiers[layer].fetch(layer, neuron_ids, slot)
 
     @property
     def nbytes_copied(self) -> int:
@@ -264,13 +303,22 @@ class PacedCopier:
 
     def start(self, layer: int, part: Part, slot: LayerBuffer) -> Transfer:
         """See Copier."""
-        nbytes = slot.parts[part].numel()
+        due = self._due(layer, part, slot.parts[part].numel())
+        return PacedTransfer(self._inner.start(layer, part, slot), due)
+
+    def fetch(self, layer: int, neuron_ids: Tensor, slot: LayerBuffer) -> Transfer:
+        """See Copier."""
+        due = self._due(layer, "neurons", slot.up_down[: len(neuron_ids)].nbytes)
+        return PacedTransfer(self._inner.fetch(layer, neuron_ids, slot), due)
+
+    def _due(self, layer: int, what: str, nbytes: int) -> float:
+        """When a transfer that is asked for now may end."""
         seconds = nbytes / self._bytes_per_second
         begins = max(self._free_at, time.perf_counter())
         self._free_at = begins + seconds
         self._busy_seconds += seconds
-        trace_copy(self._tracer, layer, part, nbytes, begins, self._free_at)
-        return PacedTransfer(self._inner.start(layer, part, slot), self._free_at)
+        trace_copy(self._tracer, layer, what, nbytes, begins, self._free_at)
+        return self._free_at
 
     @property
     def nbytes_copied(self) -> int:

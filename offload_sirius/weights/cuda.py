@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from offload_sirius.kernels.gather import gather, has_triton
 from offload_sirius.trace import Tracer
 from offload_sirius.weights.uploads import Event
 
@@ -102,6 +103,21 @@ class CudaUplink:
 
     def upload(self, source: Tensor, destination: Tensor, *, last_use: Event, name: str) -> CudaEvent:
         """See uploads.Uplink."""
+        return self._queue(lambda: destination.copy_(source, non_blocking=True), destination.nbytes, last_use, name)
+
+    def gather(self, records: Tensor, neuron_ids: Tensor, destination: Tensor, *, last_use: Event, name: str) -> CudaEvent:
+        """See uploads.Uplink. By a kernel that reads the rows over the link; where there is none, the host gathers them first."""
+        if not (has_triton() and self.reads(records)):
+            gathered = records.index_select(0, neuron_ids)
+            return self.upload(gathered, destination, last_use=last_use, name=name)
+        indices = neuron_ids.to(self._device)
+        rows, place = records.flatten(1), destination.flatten(1)  # [F, R], [N, R]
+        event = self._queue(lambda: gather(rows, indices, place), destination.nbytes, last_use, name)
+        indices.record_stream(self._stream)
+        return event
+
+    def _queue(self, copy: Callable[[], object], nbytes: int, last_use: Event, name: str) -> CudaEvent:
+        """Have the copy stream do it once the destination's last use is over."""
         assert isinstance(last_use, CudaEvent)
         # Threads that wait for a copy sleep meanwhile: the cores are the readers'.
         began, done = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True, blocking=True)
@@ -109,10 +125,10 @@ class CudaUplink:
             # What the slot held before may still be computed on.
             self._stream.wait_event(last_use.event)
             began.record(self._stream)
-            destination.copy_(source, non_blocking=True)
+            copy()
             done.record(self._stream)
-            self.nbytes_copied += destination.numel()
-            self._copies.append(_Copy(name, began, done, destination.numel()))
+            self.nbytes_copied += nbytes
+            self._copies.append(_Copy(name, began, done, nbytes))
             self._collect()
         return CudaEvent(done, self._device)
 

@@ -1,4 +1,4 @@
-"""What lives on the device: the ring's slots, resident layers, head and final norm. Allocated once, from the plan.
+"""What lives on the device: slots of the ring, resident layers, caches of neurons, head and final norm. Allocated once, by plan.
 
 Knows neither where bytes come from nor which layer is in which slot.
 """
@@ -13,6 +13,7 @@ from torch import Tensor
 from offload_sirius.weights.buffers import LayerBuffer
 from offload_sirius.weights.host import allocate_bytes
 from offload_sirius.weights.layout import LayerLayout
+from offload_sirius.weights.neuron_cache import NeuronCache
 from offload_sirius.weights.plan import Plan
 from offload_sirius_loaders.spec import ModelSpec
 
@@ -31,12 +32,19 @@ class DeviceStore:
 
         self.residents = {layer: layer_buffer() for layer in plan.resident_layers}
         self.slots = [layer_buffer() for _ in range(plan.num_slots)]
+        self.caches = {
+            layer: NeuronCache(_matrix(plan.num_cached_neurons, 2, spec.width, dtype=dtype, device=device), spec.ffn_width)
+            for layer in plan.streamed_layers
+            if plan.num_cached_neurons
+        }
+        """Streamed layer -> records of neurons that its last tokens needed."""
 
     @property
     def nbytes(self) -> int:
         """Bytes of everything allocated here."""
         layers = [*self.residents.values(), *self.slots]
-        return self.head.nbytes + self.final_norm.nbytes + sum(layer.storage.nbytes for layer in layers)
+        caches = sum(cache.nbytes for cache in self.caches.values())
+        return self.head.nbytes + self.final_norm.nbytes + sum(layer.storage.nbytes for layer in layers) + caches
 
 
 def _matrix(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -37,7 +37,7 @@ class HostStore:
         """
         stride = layout.host_nbytes
         count = len(layers) if num_buffers is None else min(num_buffers, len(layers))
-        self._arena = _tensor(map_memory(count * stride, node=node))
+        self._arena = as_tensor(map_memory(count * stride, node=node))
         self._distinct = [
             LayerBuffer(self._arena[index * stride : index * stride + layout.nbytes], spec, layout, dtype)
             for index in range(count)
@@ -75,10 +75,11 @@ class HostStore:
             self._pinning.close()
             self._pinning = None
         self._distinct.clear()
-        self._arena = _tensor(map_memory(0))
+        self._arena = as_tensor(map_memory(0))
 
 
-def _tensor(view: memoryview) -> Tensor:
+def as_tensor(view: memoryview) -> Tensor:
+    """Mapped memory as uint8 [n]."""
     return torch.frombuffer(view, dtype=torch.uint8) if len(view) else torch.empty(0, dtype=torch.uint8)
 
 

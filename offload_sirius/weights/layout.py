@@ -9,6 +9,10 @@ column) are neuron j. There are two record families rather than one record [gate
 reads every gate row but only some up rows and down columns: so gate alone and up + down alone are contiguous reads, a kept
 neuron is two runs, and a full layer is still one contiguous copy of the whole range. The down projection is transposed when a
 layer is assembled, once, and never again.
+
+The neurons that a sparse step keeps of a layer lie as those of a layer of N neurons would: in a slot, behind the attention block
+
+    | ... attention block ... || gate [N, D] | up_down [N, 2, D] |
 """
 
 from __future__ import annotations
@@ -20,10 +24,26 @@ from typing import Literal
 
 from offload_sirius_loaders.spec import ModelSpec, Role
 
-Part = Literal["attention", "records"]
-PARTS: tuple[Part, ...] = ("attention", "records")
+Part = Literal["attention", "records", "gate", "kept"]
+"""What crosses the link at once. gate: of all neurons, without their up rows and down columns. kept: some neurons, whole."""
 
-FieldName = Literal["input_norm", "qkv", "qkv_bias", "q_norm", "k_norm", "output", "output_bias", "post_norm", "gate", "up_down"]
+PARTS: tuple[Part, ...] = ("attention", "records")
+"""Those that make up a layer."""
+
+FieldName = Literal[
+    "input_norm",
+    "qkv",
+    "qkv_bias",
+    "q_norm",
+    "k_norm",
+    "output",
+    "output_bias",
+    "post_norm",
+    "gate",
+    "up_down",
+    "kept_gate",
+    "kept_up_down",
+]
 
 ALIGNMENT = 64
 """Every field starts at a multiple of this many bytes: a cache line, and the widest vector load."""
@@ -47,8 +67,13 @@ class LayerLayout:
 
     element_nbytes: int
     fields: Mapping[FieldName, Field]
+    """Those of kept neurons overlie the records: a slot holds the ones or the others."""
     attention_nbytes: int
     records_nbytes: int
+    kept_nbytes: int = 0
+    """Of the neurons that a sparse step keeps; 0 where it keeps all, or other ones for every token."""
+    record_nbytes: int = 0
+    """An up row and a down column: what is fetched of a neuron whose gate is there."""
 
     @property
     def nbytes(self) -> int:
@@ -60,11 +85,21 @@ class LayerLayout:
         """Bytes that a layer takes in host memory: whole pages."""
         return align(self.nbytes, PAGE_NBYTES)
 
+    @property
+    def kept_host_nbytes(self) -> int:
+        """Bytes that the kept neurons of a layer take in host memory: whole pages."""
+        return align(self.kept_nbytes, PAGE_NBYTES)
+
     def part_range(self, part: Part) -> tuple[int, int]:
         """First and last + 1 byte of a part, from the start of the layer."""
         if part == "attention":
             return 0, self.attention_nbytes
-        return self.attention_nbytes, self.nbytes
+        sizes = {"records": self.records_nbytes, "gate": self._gate_nbytes, "kept": self.kept_nbytes}
+        return self.attention_nbytes, self.attention_nbytes + sizes[part]
+
+    @property
+    def _gate_nbytes(self) -> int:
+        return self.fields["up_down"].offset - self.fields["gate"].offset
 
     def part_nbytes(self, part: Part) -> int:
         """Bytes that cross the link for one part of a layer."""
@@ -72,16 +107,21 @@ class LayerLayout:
         return stop - start
 
 
-def layer_layout(spec: ModelSpec, element_nbytes: int) -> LayerLayout:
-    """Lay out a layer of the model with elements of the given size."""
+def layer_layout(spec: ModelSpec, element_nbytes: int, num_kept: int = 0) -> LayerLayout:
+    """Lay out a layer of the model with elements of the given size. num_kept: neurons that a sparse step keeps of each layer;
+    0 where that is no fixed set."""
+    assert num_kept <= spec.ffn_width, (num_kept, spec.ffn_width)
     fields: dict[FieldName, Field] = {}
     attention_nbytes = _place(fields, _attention_shapes(spec), 0, element_nbytes)
     end = _place(fields, _record_shapes(spec), attention_nbytes, element_nbytes)
+    kept_end = _place(fields, _kept_shapes(spec, num_kept), attention_nbytes, element_nbytes)
     return LayerLayout(
         element_nbytes=element_nbytes,
         fields=fields,
         attention_nbytes=attention_nbytes,
         records_nbytes=end - attention_nbytes,
+        kept_nbytes=kept_end - attention_nbytes,
+        record_nbytes=2 * spec.width * element_nbytes,
     )
 
 
@@ -114,6 +154,12 @@ def _attention_shapes(spec: ModelSpec) -> dict[FieldName, tuple[int, ...]]:
 
 def _record_shapes(spec: ModelSpec) -> dict[FieldName, tuple[int, ...]]:
     return {"gate": (spec.ffn_width, spec.width), "up_down": (spec.ffn_width, 2, spec.width)}
+
+
+def _kept_shapes(spec: ModelSpec, num_kept: int) -> dict[FieldName, tuple[int, ...]]:
+    if num_kept == 0:
+        return {}
+    return {"kept_gate": (num_kept, spec.width), "kept_up_down": (num_kept, 2, spec.width)}
 
 
 def _place(fields: dict[FieldName, Field], shapes: Mapping[FieldName, tuple[int, ...]], offset: int, element_nbytes: int) -> int:

@@ -4,6 +4,11 @@ The device holds what every step needs (head, final norm, KV cache, activations)
 slots through which the others pass. Layers that do not fit are in host memory while that lasts, the rest stays on disk. Resident
 layers stand evenly between streamed ones, and so do layers on disk between those in host memory: while one kind computes or
 arrives quickly, the next slow one is already on its way.
+
+Sparse steps want memory of their own. Coarse ones want the kept neurons of streamed layers gathered in host memory: first those
+of layers on disk, of which a step otherwise reads everything, even if fewer layers are in host memory then. Fine ones want a
+cache of neuron records on the device for each streamed layer, and get it before layers become resident: per byte it saves more
+of a draft step.
 """
 
 from __future__ import annotations
@@ -31,6 +36,9 @@ DISK_AHEAD_NBYTES = 256 << 20
 
 MIN_READERS, MAX_READERS = 2, 32
 
+LEAST_CACHED_SHARE = 0.25
+"""Caches of fewer of the wanted neurons are not worth their bookkeeping."""
+
 NUM_STAGING = 2
 """Host buffers of a layer's size through which a device with memory of its own is filled: one is read into, one uploaded."""
 
@@ -57,6 +65,10 @@ class Demand:
     """The device has its own memory: what is read from disk passes through host buffers of a layer's size."""
     num_shared_buffers: int | None = None
     """All streamed layers are in host memory and share that many buffers there: for timing shapes that exceed it."""
+    sparsity_nbytes: int = 0
+    """Device bytes that choosing neurons takes."""
+    num_cached_neurons: int = 0
+    """Neurons of each streamed layer whose up and down records are wanted on the device, beside its slots; 0 for none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +89,10 @@ class Plan:
     num_slots: int
     num_host_buffers: int
     """Layers' room in host memory: as many as host_layers, fewer where they share it."""
+    kept_layers: tuple[int, ...]
+    """Streamed layers whose kept neurons have room in host memory, gathered."""
+    num_cached_neurons: int
+    """Neurons of each streamed layer whose records have room on the device."""
     num_readers: int
     embedding_place: EmbeddingPlace
     layer_nbytes: int
@@ -105,30 +121,51 @@ class Plan:
         """Bytes that cross the link in one pass of the full model."""
         return len(self.streamed_layers) * self.layer_nbytes
 
+    @property
+    def sliceable_layers(self) -> tuple[int, ...]:
+        """Streamed layers of which slices can cross the link alone."""
+        return tuple(sorted({*self.host_layers, *self.kept_layers}))
+
 
 def make_plan(spec: ModelSpec, layout: LayerLayout, demand: Demand, budgets: Budgets) -> Plan:
     """Place the model's layers within the budgets. Raises BudgetError with the smallest budget that works."""
+    plan = _make_plan(spec, layout, demand, budgets, demand.num_cached_neurons)
+    # Of layers on disk no single records can be fetched, and a cache has nothing to save.
+    return _make_plan(spec, layout, demand, budgets, 0) if plan.num_cached_neurons and plan.disk_layers else plan
+
+
+def _make_plan(spec: ModelSpec, layout: LayerLayout, demand: Demand, budgets: Budgets, max_cached_neurons: int) -> Plan:
     fixed = _fixed_device_bill(spec, layout, demand)
-    room = _layer_room(spec.num_layers, layout.nbytes, sum(fixed.values()), budgets.device_nbytes)
+    fixed_nbytes = sum(fixed.values())
+    room = _layer_room(spec.num_layers, layout.nbytes, fixed_nbytes, budgets.device_nbytes)
+    left_nbytes = budgets.device_nbytes - fixed_nbytes
     head_ahead = int(fixed["head"] * LINK_SHARE_OF_DEVICE_RATE)
-    num_slots = _num_slots(spec.num_layers, room, layout.nbytes, head_ahead)
-    host = _place_on_host(spec, layout, demand, budgets, spec.num_layers - (room - num_slots))
+    device = _split_room(spec.num_layers, room, layout, left_nbytes, head_ahead, max_cached_neurons)
+    host = _place_on_host(spec, layout, demand, budgets, spec.num_layers - device.num_resident)
     if host.num_disk_layers:
-        num_slots = _num_slots(spec.num_layers, room, layout.nbytes, max(head_ahead, DISK_AHEAD_NBYTES))
-        host = _place_on_host(spec, layout, demand, budgets, spec.num_layers - (room - num_slots))
-    num_resident = room - num_slots
-    streamed = spread(spec.num_layers, spec.num_layers - num_resident)
-    disk = {streamed[index] for index in spread(len(streamed), host.num_disk_layers)}
+        ahead_nbytes = max(head_ahead, DISK_AHEAD_NBYTES)
+        device = _split_room(spec.num_layers, room, layout, left_nbytes, ahead_nbytes, max_cached_neurons)
+        host = _place_on_host(spec, layout, demand, budgets, spec.num_layers - device.num_resident)
+    streamed = spread(spec.num_layers, spec.num_layers - device.num_resident)
+    disk = [streamed[index] for index in spread(len(streamed), host.num_disk_layers)]
+    on_host = [layer for layer in streamed if layer not in disk]
     return Plan(
         resident_layers=tuple(layer for layer in range(spec.num_layers) if layer not in set(streamed)),
-        host_layers=tuple(layer for layer in streamed if layer not in disk),
-        disk_layers=tuple(layer for layer in streamed if layer in disk),
-        num_slots=num_slots,
+        host_layers=tuple(on_host),
+        disk_layers=tuple(disk),
+        num_slots=device.num_slots,
         num_host_buffers=host.num_buffers,
+        kept_layers=tuple(sorted([*disk, *on_host][: host.num_kept])),
+        num_cached_neurons=device.num_cached_neurons,
         num_readers=host.num_readers,
         embedding_place=host.embedding_place,
         layer_nbytes=layout.nbytes,
-        device_bill=fixed | {"resident_layers": num_resident * layout.nbytes, "slots": num_slots * layout.nbytes},
+        device_bill=fixed
+        | {
+            "resident_layers": device.num_resident * layout.nbytes,
+            "slots": device.num_slots * layout.nbytes,
+            "neuron_cache": len(streamed) * device.num_cached_neurons * layout.record_nbytes,
+        },
         host_bill=host.bill,
     )
 
@@ -150,6 +187,7 @@ def _fixed_device_bill(spec: ModelSpec, layout: LayerLayout, demand: Demand) -> 
         "kv_cache": demand.kv_cache_nbytes,
         "position_tables": demand.position_tables_nbytes,
         "activations": demand.activation_nbytes,
+        "sparsity": demand.sparsity_nbytes,
     }
 
 
@@ -177,9 +215,39 @@ def _num_slots(num_layers: int, room: int, layer_nbytes: int, ahead_nbytes: int)
 
 
 @dataclass(frozen=True, kw_only=True)
+class _DeviceSplit:
+    num_slots: int
+    num_cached_neurons: int
+    num_resident: int
+
+
+def _split_room(
+    num_layers: int, room: int, layout: LayerLayout, left_nbytes: int, ahead_nbytes: int, max_cached_neurons: int
+) -> _DeviceSplit:
+    """Slots first, then caches, then resident layers.
+
+    left >= slots * layer + residents * layer + (layers - residents) * cached neurons * record
+    """
+    num_slots = _num_slots(num_layers, room, layout.nbytes, ahead_nbytes)
+    left_nbytes -= num_slots * layout.nbytes
+    num_cached = min(max_cached_neurons, left_nbytes // (num_layers * layout.record_nbytes)) if num_slots else 0
+    if num_cached < max_cached_neurons * LEAST_CACHED_SHARE:
+        num_cached = 0
+    cache_nbytes = num_cached * layout.record_nbytes
+    num_resident = (left_nbytes - num_layers * cache_nbytes) // (layout.nbytes - cache_nbytes)
+    return _DeviceSplit(
+        num_slots=num_slots,
+        num_cached_neurons=num_cached,
+        # The ring is not to be longer than the streamed layers are many.
+        num_resident=min(num_resident, num_layers - num_slots),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class _HostPlacement:
     num_disk_layers: int
     num_buffers: int
+    num_kept: int
     num_readers: int
     embedding_place: EmbeddingPlace
     bill: Mapping[str, int]
@@ -192,6 +260,7 @@ def _place_on_host(spec: ModelSpec, layout: LayerLayout, demand: Demand, budgets
     staging   = what `_staging_nbytes` says, on a device with its own memory
     embedding = V * D * element, unless the device has it or its rows are read from disk
     layers    = layers in host memory * layer in whole pages
+    kept      = layers whose kept neurons are gathered there * their bytes in whole pages
     """
     most_staging_nbytes = _staging_nbytes(layout, 0) if demand.staged else 0
     needed = MIN_READERS * demand.reader_nbytes + most_staging_nbytes
@@ -211,6 +280,7 @@ def _place_on_host(spec: ModelSpec, layout: LayerLayout, demand: Demand, budgets
     return _HostPlacement(
         num_disk_layers=num_streamed - host.num_layers,
         num_buffers=host.num_buffers,
+        num_kept=host.num_kept,
         num_readers=num_readers,
         embedding_place=place,
         bill={
@@ -218,6 +288,7 @@ def _place_on_host(spec: ModelSpec, layout: LayerLayout, demand: Demand, budgets
             "staging": host.staging_nbytes,
             "embedding": embedding_nbytes,
             "layers": host.num_buffers * layout.host_nbytes,
+            "kept_neurons": host.num_kept * layout.kept_host_nbytes,
         },
     )
 
@@ -227,6 +298,8 @@ class _HostLayers:
     num_layers: int
     num_buffers: int
     """As many, unless they share."""
+    num_kept: int
+    """Streamed layers whose kept neurons have room, those on disk first."""
     staging_nbytes: int
     """What filling a device with its own memory takes beside them."""
 
@@ -240,13 +313,29 @@ def _host_layers(layout: LayerLayout, demand: Demand, num_streamed: int, room_nb
         if num_buffers == wanted:
             break
     if demand.num_shared_buffers is None:
-        return _HostLayers(num_layers=num_buffers, num_buffers=num_buffers, staging_nbytes=staging_nbytes)
+        return _beside_kept(layout, num_streamed, num_buffers, staging_nbytes, room_nbytes - staging_nbytes)
     if num_buffers < wanted:
         raise BudgetError(
             f"host memory has room for {num_buffers} shared buffers of {format_size(layout.host_nbytes)}, {wanted} are asked "
             "for; give a larger --host-memory or fewer --shared-host-buffers"
         )
-    return _HostLayers(num_layers=num_streamed, num_buffers=wanted, staging_nbytes=staging_nbytes)
+    return _HostLayers(num_layers=num_streamed, num_buffers=wanted, num_kept=0, staging_nbytes=staging_nbytes)
+
+
+def _beside_kept(layout: LayerLayout, num_streamed: int, num_fitting: int, staging_nbytes: int, room_nbytes: int) -> _HostLayers:
+    """Layers in host memory and kept neurons beside each other. num_fitting: layers that fit where nothing else is there.
+
+    Where all layers fit, their kept neurons take what is left. Where some stay on disk, the kept neurons of those come first:
+
+    room >= host layers * layer + (streamed layers - host layers) * kept
+    """
+    kept_nbytes, num_layers = layout.kept_host_nbytes, num_fitting
+    if kept_nbytes == 0:
+        return _HostLayers(num_layers=num_layers, num_buffers=num_layers, num_kept=0, staging_nbytes=staging_nbytes)
+    if num_layers < num_streamed:
+        num_layers = max(0, (room_nbytes - num_streamed * kept_nbytes) // (layout.host_nbytes - kept_nbytes))
+    num_kept = min(num_streamed, max(0, room_nbytes - num_layers * layout.host_nbytes) // kept_nbytes)
+    return _HostLayers(num_layers=num_layers, num_buffers=num_layers, num_kept=num_kept, staging_nbytes=staging_nbytes)
 
 
 def _staging_nbytes(layout: LayerLayout, num_host: int) -> int:

@@ -2,7 +2,8 @@
 
 While one slot is computed on, the others fill with the layers that follow. The order wraps: behind the last layer comes the
 first one of the next pass, so the link works on while the head and the sampler do, and the next pass finds its first layers
-there. Satisfies the model's WeightSource. Knows no files and no streams; those are the copier's.
+there. Not every pass needs all of a layer, so whoever begins one says what it takes, and what the one after it will. Satisfies
+the model's WeightSource. Knows no files and no streams; those are the copier's.
 """
 
 from __future__ import annotations
@@ -10,20 +11,25 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from torch import Tensor
 
 from offload_sirius.errors import OffloadSiriusError
 from offload_sirius.trace import Moment, Tracer
-from offload_sirius.weights.buffers import LayerBuffer
+from offload_sirius.weights.buffers import KeptNeurons, LayerBuffer
 from offload_sirius.weights.copiers import Copier, Transfer
 from offload_sirius.weights.embedding import Embedding
+from offload_sirius.weights.kept import KeptStore
 from offload_sirius.weights.layout import Part
 
 Phase = Literal["prefill", "draft", "correction", "full"]
+
+Cargo = Literal["records", "kept", "gate"]
+"""What a pass takes of a layer's neurons: all of them; those that are kept; the gates, and single records as they are fetched.
+Layers of which no slice can cross alone bring all their records in any pass."""
 
 
 @dataclass(frozen=True)
@@ -31,9 +37,32 @@ class Flight:
     """A layer on its way into a slot, or there."""
 
     layer: int
+    cargo: Cargo
+    """Of the pass."""
+    part: Cargo
+    """Of the layer, which may bring more than the pass takes."""
     slot: LayerBuffer
     attention: Transfer
-    records: Transfer
+    neurons: Transfer
+
+    @property
+    def nbytes(self) -> int:
+        """What crosses the link."""
+        return self.slot.parts["attention"].numel() + self.slot.parts[self.part].numel()
+
+
+@dataclass(frozen=True)
+class FetchedRecords:
+    """Up and down records of some neurons, on their way into the slot of their layer."""
+
+    place: Tensor
+    """[M, 2, D]"""
+    arrive: Callable[[], None]
+
+    def wait(self) -> Tensor:
+        """The records [M, 2, D], once they are there. They stay until more are fetched, or the layer is released."""
+        self.arrive()
+        return self.place
 
 
 class LayerTrace:
@@ -43,7 +72,7 @@ class LayerTrace:
         self._tracer = tracer
         self._computing: tuple[int, str, Moment] | None = None
 
-    def wait(self, layer: int, part: Part, transfer: Transfer) -> None:
+    def wait(self, layer: int, part: str, transfer: Transfer) -> None:
         """Wait for a part."""
         began = self._tracer.clock.mark()
         transfer.wait()
@@ -75,15 +104,22 @@ class WeightStreamer:
         final_norm: Tensor,
         head: Tensor,
         tracer: Tracer | None = None,
+        sliceable: Collection[int] = (),
+        kept: KeptStore | None = None,
+        arena: Mapping[int, LayerBuffer] | None = None,
     ) -> None:
-        """copier: None where nothing is streamed. Nothing is copied before the first layer is asked for."""
+        """copier: None where nothing is streamed. Nothing is copied before the first layer is asked for.
+
+        sliceable: streamed layers of which slices can cross the link alone; kept: where kept neurons are gathered;
+        arena: layers in host memory, from where a device with memory of its own has them gathered.
+        """
         assert not streamed_layers or (len(slots) >= 2 and copier is not None)
         self.final_norm = final_norm
         self.head = head
-        self.phase: Phase = "prefill"
-        """Under which the bytes of the coming layers are counted."""
-        self.pass_nbytes: dict[Phase, int] = dict.fromkeys(("prefill", "draft", "correction", "full"), 0)
+        self.pass_nbytes: dict[Phase, int] = dict.fromkeys(get_args(Phase), 0)
         """Bytes of the streamed layers that were computed on, by phase."""
+        self.discarded_nbytes = 0
+        """Bytes that were fetched for a pass that did not come."""
         self.wait_seconds = 0.0
         """Time the host has waited for layers."""
         self._residents = residents
@@ -91,10 +127,24 @@ class WeightStreamer:
         self._slots = list(slots)
         self._copier = copier
         self._embedding = embedding
+        self._sliceable = frozenset(sliceable)
+        self._kept = kept
+        self._arena = arena or {}
         self._ring: deque[Flight] = deque()
         self._next = 0
         self._broken_off = False
+        self._phase: Phase = "full"
+        self._cargo: Cargo = "records"
+        self._following: Cargo = "records"
+        self._starting: Cargo = "records"
+        """Of the pass whose layers are being sent for: this one's, and behind the last layer the following one's."""
         self._trace = None if tracer is None else LayerTrace(tracer)
+
+    def begin(self, phase: Phase, cargo: Cargo = "records", *, following: Cargo = "records") -> None:
+        """A pass begins. phase: under which its bytes are counted; cargo: what it takes of each layer; following: the same of the
+        pass that will probably come next. One that was given up half-way may be followed by any other."""
+        self._phase, self._cargo, self._following = phase, cargo, following
+        self._starting = cargo
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """token_ids int64 [S] on the host -> [S, D] on the device."""
@@ -104,24 +154,52 @@ class WeightStreamer:
         """The layer's attention block; blocks until it is there."""
         buffer = self._residents.get(layer)
         if buffer is None:
-            if self._broken_off or not self._ring or self._ring[0].layer != layer:
+            if self._broken_off or not self._ring or (self._ring[0].layer, self._ring[0].cargo) != (layer, self._cargo):
                 self._restart_at(layer)
             buffer = self._arrived(self._ring[0], "attention")
         if self._trace is not None:
             self._trace.computing(layer, "attention")
         return buffer
 
-    def neurons(self, layer: int) -> LayerBuffer:
-        """The layer's neurons; blocks until they are there."""
+    def neurons(self, layer: int) -> LayerBuffer | KeptNeurons:
+        """What the pass takes of the layer's neurons, or all of them; blocks until it is there.
+
+        Of `gate` only the gates are there, unless `has_records` says that the rest is.
+        """
         if self._trace is not None:
             self._trace.computed()
-        buffer = self._residents.get(layer)
+        buffer: LayerBuffer | KeptNeurons | None = self._residents.get(layer)
         if buffer is None:
-            assert self._ring[0].layer == layer
-            buffer = self._arrived(self._ring[0], "records")
+            flight = self._ring[0]
+            assert flight.layer == layer
+            slot = self._arrived(flight, flight.part)
+            buffer = slot if flight.part != "kept" else slot.kept
+            assert buffer is not None
         if self._trace is not None:
             self._trace.computing(layer, "neurons")
         return buffer
+
+    def has_records(self, layer: int) -> bool:
+        """Whether all neurons of the layer that was last asked for are on the device."""
+        return layer in self._residents or self._ring[0].part == "records"
+
+    def fetch(self, layer: int, neuron_ids: Tensor) -> FetchedRecords:
+        """Send for up and down records of neurons, int64 [M] in host memory, of the layer whose gates are in its slot. Any that
+        were fetched before are overwritten."""
+        assert self._copier is not None
+        flight = self._ring[0]
+        assert (flight.layer, flight.part) == (layer, "gate"), (flight.layer, flight.part, layer)
+        place = flight.slot.up_down[: len(neuron_ids)]
+        self.pass_nbytes[self._phase] += place.nbytes
+        transfer = self._copier.fetch(layer, neuron_ids, flight.slot)
+        return FetchedRecords(place, lambda: self._wait(layer, "neurons", transfer))
+
+    def keep(self, layer: int, neuron_ids: Tensor) -> None:
+        """From the next pass on, keep these neurons, int64 [N] in host memory, sorted, of the layer that was last asked for."""
+        if layer in self._residents:
+            return
+        assert self._kept is not None
+        self._kept.choose(layer, neuron_ids, self._arena.get(layer, self._ring[0].slot))
 
     def release(self, layer: int) -> None:
         """The layer has been computed on: its slot goes to the next one that is not under way."""
@@ -131,7 +209,7 @@ class WeightStreamer:
             return
         flight = self._ring.popleft()
         assert flight.layer == layer
-        self.pass_nbytes[self.phase] += flight.slot.storage.numel()
+        self.pass_nbytes[self._phase] += flight.nbytes
         self._start(flight.slot)
 
     @property
@@ -156,36 +234,43 @@ class WeightStreamer:
 
     def _start(self, slot: LayerBuffer) -> None:
         assert self._copier is not None
-        layer = self._streamed[self._next]
+        layer, cargo = self._streamed[self._next], self._starting
         self._next = (self._next + 1) % len(self._streamed)
+        if self._next == 0:
+            self._starting = self._following
+        part: Cargo = cargo if layer in self._sliceable else "records"
         # Attention first: it is computed on while the records, which are most of a layer, still arrive.
         attention = self._copier.start(layer, "attention", slot)
-        records = self._copier.start(layer, "records", slot)
-        self._ring.append(Flight(layer, slot, attention, records))
+        neurons = self._copier.start(layer, part, slot)
+        self._ring.append(Flight(layer, cargo, part, slot, attention, neurons))
 
     def _restart_at(self, layer: int) -> None:
         """The first layer ever, or a pass that was given up half-way: let what is under way arrive, and begin at the layer."""
         for flight in self._ring:
-            for transfer in (flight.attention, flight.records):
+            self.discarded_nbytes += flight.nbytes
+            for transfer in (flight.attention, flight.neurons):
                 with contextlib.suppress(OffloadSiriusError):  # whoever asked for that layer was told; this pass reads it again
                     transfer.wait()
         self._ring.clear()
         self._broken_off = False
         self._next = self._streamed.index(layer)
+        self._starting = self._cargo
         for slot in self._slots:
             self._start(slot)
 
     def _arrived(self, flight: Flight, part: Part) -> LayerBuffer:
         """The flight's slot, once the part is in it."""
-        transfer = flight.attention if part == "attention" else flight.records
+        self._wait(flight.layer, part, flight.attention if part == "attention" else flight.neurons)
+        return flight.slot
+
+    def _wait(self, layer: int, what: str, transfer: Transfer) -> None:
         began = time.perf_counter()
         try:
             if self._trace is None:
                 transfer.wait()
             else:
-                self._trace.wait(flight.layer, part, transfer)
+                self._trace.wait(layer, what, transfer)
         except BaseException:  # a read error, or an interruption: what is in the ring is not to be trusted
             self._broken_off = True
             raise
         self.wait_seconds += time.perf_counter() - began
-        return flight.slot

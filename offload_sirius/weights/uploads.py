@@ -4,6 +4,7 @@ UplinkCopier  the Copier: each layer by the route of the place where it lives
 PinnedRoute   host memory that the device reads directly: one copy a part
 ChunkRoute    host memory that could not be pinned: through a few chunks that could
 DiskRoute     the checkpoint's files, assembled in buffers of a layer's size
+SliceRoute    kept neurons and single records out of host memory
 
 Order on the device: a slot's last use is marked behind the work that used it when its next copy is asked for; the copy waits for
 that mark and leaves another; what is computed on the slot waits for this one. The host waits for neither.
@@ -27,6 +28,7 @@ from offload_sirius.weights.buffers import LayerBuffer
 from offload_sirius.weights.copiers import Counters, Transfer, layer_jobs
 from offload_sirius.weights.disk import ReaderPool
 from offload_sirius.weights.host import HostStore
+from offload_sirius.weights.kept import KeptStore
 from offload_sirius.weights.layout import PARTS, Part
 from offload_sirius.weights.mapping import map_memory
 from offload_sirius.weights.pinning import Pinning, PinReport, Registrar
@@ -59,6 +61,9 @@ class Uplink(Registrar, Counters, Protocol):
         From a pageable source the host waits for the copy, so that only threads which may wait hand one over. name: for traces.
         """
 
+    def gather(self, records: Tensor, neuron_ids: Tensor, destination: Tensor, *, last_use: Event, name: str) -> Event:
+        """As `upload`, of the given rows, int64 [N] in host memory, of records [F, ...] -> destination [N, ...]."""
+
     def reads(self, buffer: Tensor) -> bool:
         """Whether the device reads this host memory directly."""
 
@@ -87,17 +92,23 @@ class Route(Protocol):
 
 
 class UplinkCopier:
-    """Layers to a device with memory of its own, each by its route."""
+    """Layers to a device with memory of its own, each by its route; kept neurons and single records by one for slices."""
 
-    def __init__(self, routes: Mapping[int, Route], uplink: Uplink) -> None:
+    def __init__(self, routes: Mapping[int, Route], slices: SliceRoute, uplink: Uplink) -> None:
         """routes: layer -> its route."""
         self._routes = routes
+        self._slices = slices
         self._distinct = list(dict.fromkeys(routes.values()))
         self._uplink = uplink
 
     def start(self, layer: int, part: Part, slot: LayerBuffer) -> Transfer:
         """See Copier."""
-        return self._routes[layer].start(layer, part, slot, self._uplink.mark())
+        route = self._slices if part == "kept" else self._routes[layer]
+        return route.start(layer, part, slot, self._uplink.mark())
+
+    def fetch(self, layer: int, neuron_ids: Tensor, slot: LayerBuffer) -> Transfer:
+        """See Copier."""
+        return self._slices.fetch(layer, neuron_ids, slot, self._uplink.mark())
 
     @property
     def nbytes_copied(self) -> int:
@@ -154,6 +165,34 @@ class PinnedRoute:
 
     def close(self) -> None:
         """See Route."""
+
+
+class SliceRoute:
+    """Slices of layers out of host memory: kept neurons, gathered already or on the way, and single records."""
+
+    def __init__(self, store: HostStore, kept: KeptStore, uplink: Uplink) -> None:
+        self._store = store
+        self._kept = kept
+        self._uplink = uplink
+
+    def start(self, layer: int, part: Part, slot: LayerBuffer, last_use: Event) -> Transfer:
+        """See Route. part: kept."""
+        assert part == "kept", part
+        name, gathered = f"layer {layer} {part}", self._kept.place(layer)
+        if gathered is not None:
+            return EventTransfer(self._uplink.upload(gathered, slot.parts[part], last_use=last_use, name=name))
+        source, place, neuron_ids = self._store.layer(layer), slot.kept, self._kept.ids(layer)
+        assert place is not None
+        self._uplink.gather(source.gate, neuron_ids, place.gate, last_use=last_use, name=name)
+        # What is queued on the link later is done later: the second event stands for both.
+        done = self._uplink.gather(source.up_down, neuron_ids, place.up_down, last_use=last_use, name=name)
+        return EventTransfer(done)
+
+    def fetch(self, layer: int, neuron_ids: Tensor, slot: LayerBuffer, last_use: Event) -> Transfer:
+        """See Copier.fetch."""
+        records, place = self._store.layer(layer).up_down, slot.up_down[: len(neuron_ids)]
+        name = f"layer {layer} neurons"
+        return EventTransfer(self._uplink.gather(records, neuron_ids, place, last_use=last_use, name=name))
 
 
 class QueuedTransfer:

@@ -1,0 +1,41 @@
+"""What a draft step takes: its share of the model's parameters, and the device bytes that choosing neurons needs. No torch."""
+
+from __future__ import annotations
+
+from math import prod
+
+from offload_sirius.config import DecodingConfig, Sparsity
+from offload_sirius_loaders.spec import ModelSpec
+
+MATRICES_OF_A_NEURON: dict[Sparsity, int] = {"griffin": 3, "cats": 2}
+"""Rows and columns that a dropped neuron saves: gate, up and down, or all but the gate, by which it is chosen."""
+
+
+def num_parameters(spec: ModelSpec) -> int:
+    """Of the whole model, embedding and head included."""
+    layer = sum(prod(shape) for shape in spec.layer_roles().values())
+    return sum(prod(shape) for shape in spec.model_roles().values()) + spec.num_layers * layer
+
+
+def draft_density(spec: ModelSpec, decoding: DecodingConfig) -> float:
+    """Share of all parameters that a draft step uses, as the paper counts density.
+
+    saved = layers * (F - N) * D * rows and columns of a neuron
+    """
+    num_dropped = spec.ffn_width - decoding.num_kept(spec.ffn_width)
+    saved = (
+        spec.num_layers
+        * num_dropped
+        * spec.width
+        * MATRICES_OF_A_NEURON[decoding.sparsity]
+    )  # fmt: skip
+    return 1 - saved / num_parameters(spec)
+
+
+def sparsity_nbytes(spec: ModelSpec, decoding: DecodingConfig, element_nbytes: int) -> int:
+    """Device bytes that choosing neurons keeps: griffin has a score a neuron and a mask a layer, cats a threshold a layer."""
+    if not decoding.drafts or decoding.num_kept(spec.ffn_width) == spec.ffn_width:
+        return 0
+    if decoding.sparsity == "griffin":
+        return spec.ffn_width * 4 + spec.num_layers * spec.ffn_width * element_nbytes
+    return spec.num_layers * 4 if decoding.cats_threshold is not None else 0
