@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from offload_sirius.cli import flags
-from offload_sirius.config import EngineConfig, GenerationConfig, PlanConfig
+from offload_sirius.config import DecodingConfig, EngineConfig, PlanConfig
 from offload_sirius.units import GIB, format_size
 
 if TYPE_CHECKING:
@@ -32,12 +32,16 @@ MORE_NBYTES = 4 * GIB
 PLAIN_WIDTH = 130
 """Columns of a table where stdout is no terminal."""
 
-_ENGINE, _PLAN, _GENERATION = EngineConfig(), PlanConfig(), GenerationConfig()
+_ENGINE, _DECODING, _PLAN = EngineConfig(), DecodingConfig(), PlanConfig()
 
 
 def plan(
     model: flags.Model = _ENGINE.model,
-    mode: flags.Mode = _GENERATION.mode,
+    mode: flags.Mode = _DECODING.mode,
+    sparsity: flags.Sparsity = _DECODING.sparsity,
+    keep: flags.Keep = _DECODING.keep,
+    window: flags.Window = str(_DECODING.window),
+    tree_width: flags.TreeWidth = _DECODING.tree_width,
     device: flags.Device = _ENGINE.device,
     device_memory: flags.DeviceMemory = _ENGINE.device_memory,
     host_memory: flags.HostMemory = _ENGINE.host_memory,
@@ -62,7 +66,13 @@ def plan(
     Rates of a device (--device-tflops, --device-gbps) describe one with memory of its own; so do a size in bytes for
     --device-memory and a --link-gbps where this machine has less. --link-gbps is then its link's real rate.
     """
-    GenerationConfig(mode=mode)  # type: ignore[arg-type]  # refuses a mode that is not built
+    decoding = DecodingConfig(
+        mode=mode,  # type: ignore[arg-type]  # checked by DecodingConfig
+        sparsity=sparsity,  # type: ignore[arg-type]
+        keep=keep,
+        window=window,
+        tree_width=tree_width,
+    )
     config = EngineConfig(
         model=model,
         device=device,
@@ -72,6 +82,7 @@ def plan(
         dtype=dtype,  # type: ignore[arg-type]  # checked by EngineConfig
         max_context=max_context,
         auto=auto,
+        decoding=decoding,
     )
     asked = PlanConfig(
         device_tflops=device_tflops, device_gbps=device_gbps, disk_gbps=disk_gbps, prompt_tokens=prompt_tokens, batch=batch

@@ -127,7 +127,7 @@ def make_link(
     else:
         uplink.draw_on(inner_tracer)
         slices = SliceRoute(origins.arenas.layers, origins.arenas.kept, uplink)
-        copier = UplinkCopier(_routes(origins, plan, uplink, progress), slices, uplink)
+        copier = UplinkCopier(_routes(origins, plan, uplink, progress), uplink, slices)
     return copier if link_gbps is None else PacedCopier(copier, link_gbps * 1e9, tracer)
 
 

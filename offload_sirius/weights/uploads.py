@@ -94,8 +94,8 @@ class Route(Protocol):
 class UplinkCopier:
     """Layers to a device with memory of its own, each by its route; kept neurons and single records by one for slices."""
 
-    def __init__(self, routes: Mapping[int, Route], slices: SliceRoute, uplink: Uplink) -> None:
-        """routes: layer -> its route."""
+    def __init__(self, routes: Mapping[int, Route], uplink: Uplink, slices: SliceRoute | None = None) -> None:
+        """routes: layer -> its route. slices: None where only whole layers are asked for."""
         self._routes = routes
         self._slices = slices
         self._distinct = list(dict.fromkeys(routes.values()))
@@ -103,11 +103,13 @@ class UplinkCopier:
 
     def start(self, layer: int, part: Part, slot: LayerBuffer) -> Transfer:
         """See Copier."""
-        route = self._slices if part == "kept" else self._routes[layer]
+        route: Route | SliceRoute | None = self._slices if part == "kept" else self._routes[layer]
+        assert route is not None
         return route.start(layer, part, slot, self._uplink.mark())
 
     def fetch(self, layer: int, neuron_ids: Tensor, slot: LayerBuffer) -> Transfer:
         """See Copier."""
+        assert self._slices is not None
         return self._slices.fetch(layer, neuron_ids, slot, self._uplink.mark())
 
     @property
