@@ -1,37 +1,146 @@
-"""The way of a token: prefill, choose, emit, step. Knows the model only as logits, and text only through ids."""
+"""The way of a token in each of the three modes. Knows the model only as logits, and text only through ids.
+
+    full     prefill, choose, emit, step
+    sparse   the same with sparse steps
+    sirius   prefill, choose, emit; then windows: draft, correct, emit
+
+All are lazy: a token is yielded before the pass that would follow it is begun, so that nothing is computed for a token nobody
+wants.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Protocol
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from offload_sirius.config import MIN_WINDOW, DecodingConfig
+from offload_sirius.decode.accept import Acceptance
+from offload_sirius.decode.correct import Corrector
+from offload_sirius.decode.draft import Drafter
+from offload_sirius.decode.model import Model, Pass
 from offload_sirius.decode.sampling import Sampler
+from offload_sirius.decode.stats import DecodeStats, Origin
+from offload_sirius.decode.tree import DraftTree
+from offload_sirius.decode.window import WindowChooser, fit_window
 from offload_sirius.trace import Tracer, during
 
-
-class Model(Protocol):
-    """What decoding needs of a model with a KV cache."""
-
-    def prefill(self, token_ids: Tensor) -> Tensor:
-        """Append a prompt, int64 [S] in host memory -> logits float32 [V] behind its last token."""
-
-    def step(self, token_ids: Tensor) -> Tensor:
-        """Append a few tokens, int64 [S] in host memory -> logits float32 [S, V]."""
+Tokens = Generator[int, None, None]
 
 
-def decode_full(model: Model, sampler: Sampler, prompt_ids: Sequence[int], tracer: Tracer | None = None) -> Iterator[int]:
-    """The tokens that follow the prompt, by the full model, one pass each, without end: the caller stops.
+def decode_full(
+    model: Model, sampler: Sampler, prompt_ids: Sequence[int], stats: DecodeStats, tracer: Tracer | None = None
+) -> Tokens:
+    """The tokens that follow the prompt, by the full model, one pass each, without end: the caller stops."""
+    return _one_by_one(model, partial(model.full, following="full"), "full", sampler, prompt_ids, stats, tracer)
 
-    A token is yielded before the pass that would follow it is begun, so that nothing is computed for a token nobody wants.
+
+def decode_sparse(
+    model: Model, sampler: Sampler, prompt_ids: Sequence[int], stats: DecodeStats, tracer: Tracer | None = None
+) -> Tokens:
+    """The same by sparse steps, which nobody corrects; only the first token is the full model's, which computes the prompt."""
+    return _one_by_one(model, partial(model.draft, following="draft"), "draft", sampler, prompt_ids, stats, tracer)
+
+
+def decode_sirius(
+    model: Model,
+    sampler: Sampler,
+    prompt_ids: Sequence[int],
+    *,
+    decoding: DecodingConfig,
+    end_token_ids: frozenset[int],
+    max_new_tokens: int,
+    stats: DecodeStats,
+    tracer: Tracer | None = None,
+    clock: Callable[[], float] = time.perf_counter,
+    eps: float | None = None,
+) -> Tokens:
+    """The tokens that follow the prompt, drafted by the sparse model and corrected by the full one, a window at once.
+
+    Ends by itself: with max_new_tokens, or with an end token, which is yielded. Only corrected tokens are.
+    clock: seconds; times passes for the choice of the window. eps: of the compute dtype, to count near ties by; None does not.
+    Raises WeightReadError where logits are no numbers.
     """
+    sequence, limit = list(prompt_ids), len(prompt_ids) + max_new_tokens
+    drafter = Drafter(model, sampler, end_token_ids=end_token_ids, stats=stats, tracer=tracer, clock=clock)
+    corrector = Corrector(
+        model, sampler, decoding=decoding, end_token_ids=end_token_ids, stats=stats, tracer=tracer, clock=clock, eps=eps
+    )
+    chooser = WindowChooser(decoding)
+
+    logits = _prefill(model, sequence, stats, following=_after(max_new_tokens, model.room - len(sequence) + 1))
+    yield _emit(_choose(sampler, logits, sequence, tracer), "full", sequence, stats)
+    while len(sequence) < limit and sequence[-1] not in end_token_ids:
+        left, room = limit - len(sequence), model.room
+        window = chooser.choose()
+        tree = drafter.draft(sequence, fit_window(window, decoding.tree_width, left=left, room=room))
+        acceptance = corrector.correct(tree, sequence, following=_after(left, room))
+        stats.count_window(window, acceptance)
+        _teach(chooser, tree, acceptance, stats)
+        for token_id, origin in _with_origins(acceptance):
+            yield _emit(token_id, origin, sequence, stats)
+
+
+def _one_by_one(
+    model: Model,
+    step: Callable[[Tensor], Tensor],
+    kind: Origin,
+    sampler: Sampler,
+    prompt_ids: Sequence[int],
+    stats: DecodeStats,
+    tracer: Tracer | None,
+) -> Tokens:
+    """One token a step, each chosen by the sampler. step: int64 [1] -> logits float32 [1, V]."""
     sequence = list(prompt_ids)
-    logits = model.prefill(torch.tensor(sequence))
+    origin: Origin = "full"
+    logits = _prefill(model, sequence, stats, following=kind)
     while True:
-        with during(tracer, "sample", "choose a token"):
-            token_id = sampler.choose(logits, len(sequence), sequence)
-        sequence.append(token_id)
-        yield token_id
-        logits = model.step(torch.tensor([token_id]))[0]
+        yield _emit(_choose(sampler, logits, sequence, tracer), origin, sequence, stats)
+        logits, origin = step(torch.tensor(sequence[-1:]))[0], kind
+        stats.num_passes[kind] += 1
+
+
+def _prefill(model: Model, prompt_ids: Sequence[int], stats: DecodeStats, *, following: Pass) -> Tensor:
+    logits = model.prefill(torch.tensor(prompt_ids), following=following)
+    stats.num_passes["prefill"] += 1
+    return logits
+
+
+def _choose(sampler: Sampler, logits: Tensor, sequence: Sequence[int], tracer: Tracer | None) -> int:
+    with during(tracer, "sample", "choose a token"):
+        return sampler.choose(logits, len(sequence), sequence)
+
+
+def _emit(token_id: int, origin: Origin, sequence: list[int], stats: DecodeStats) -> int:
+    sequence.append(token_id)
+    stats.num_tokens[origin] += 1
+    return token_id
+
+
+def _after(left: int, room: int) -> Pass:
+    """What will follow a pass that gives at least one of the tokens that are left, and takes at least one position of the room.
+
+    A draft takes two of each that then remain: one for itself, one for what the full model adds. That more tokens are given, so
+    that none or a last one remains, is not foreseen.
+    """
+    return "draft" if min(left, room) - 1 >= MIN_WINDOW else "correction"
+
+
+def _with_origins(acceptance: Acceptance) -> Iterator[tuple[int, Origin]]:
+    for index, token_id in enumerate(acceptance.token_ids):
+        yield token_id, "draft" if index < acceptance.num_accepted else "full"
+
+
+def _teach(chooser: WindowChooser, tree: DraftTree, acceptance: Acceptance, stats: DecodeStats) -> None:
+    """Tell the chooser what a window has shown."""
+    num_before = len(stats.draft_seconds) - tree.num_levels
+    chooser.learn(
+        num_accepted=acceptance.num_accepted,
+        num_tried=acceptance.num_tried,
+        draft_seconds=stats.draft_seconds[num_before:],
+        num_nodes=len(tree),
+        correction_seconds=stats.correction_seconds[-1],
+    )

@@ -22,6 +22,15 @@ class Passes:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TokensByOrigin:
+    """Tokens of an answer, by the model that proposed them."""
+
+    full: int = 0
+    draft: int = 0
+    """Corrected ones that stood, where there is a correction."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class LinkBytes:
     """Bytes of layers that crossed the link, by the pass that used them. What is prefetched for a next pass counts with that."""
 
@@ -31,6 +40,8 @@ class LinkBytes:
     draft: int = 0
     correction: int = 0
     full: int = 0
+    discarded: int = 0
+    """Bytes fetched for a pass that did not come."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +56,8 @@ class LinkFigures:
     measured_peak_gbytes_per_second: float | None = None
     busy_share: float | None = None
     """Share of that time in which at least one transfer was under way."""
+    cache_hit_share: float | None = None
+    """Fine sparsity: share of needed neuron records that were on the device already."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,11 +97,24 @@ class Generation:
     memory: MemoryFigures
     plan: Mapping[str, Any]
     settings: Mapping[str, Any]
+    tokens_by_origin: TokensByOrigin = field(default_factory=TokensByOrigin)
+    windows: int = 0
+    """Corrections, each of one window."""
     aal: float | None = None
+    """Average advancement length: tokens that a window gave. None without windows."""
     acceptance: float | None = None
+    """Share of the drafted tokens looked at that stood; behind a rejected one none is looked at. None without any."""
     effective_density: float | None = None
+    """Parameters that passed the device for a token, as a share of the model's. None without windows."""
     window: int | None = None
+    """Tokens of a window as it was last chosen."""
+    draft_seconds: float | None = None
+    """Median of the draft steps."""
+    correction_seconds: float | None = None
+    """Median of the corrections."""
     flips: int | None = None
+    """Corrected tokens whose rival was closer than the compute dtype resolves: another order of sums could choose that one.
+    None where they are not counted."""
 
     @property
     def new_tokens(self) -> int:

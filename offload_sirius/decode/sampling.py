@@ -6,6 +6,7 @@ number that is a pure function of seed and position: what was drawn before chang
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -25,6 +26,16 @@ class Sampler:
     def __init__(self, config: SamplingConfig) -> None:
         self._config = config
 
+    @property
+    def is_greedy(self) -> bool:
+        """Whether the likeliest token is taken, behind the repetition penalty if there is one."""
+        return self._config.temperature == 0
+
+    @property
+    def is_argmax(self) -> bool:
+        """Whether the token of the largest logit is taken as it is."""
+        return self.is_greedy and self._config.repetition_penalty == 1
+
     def choose(self, logits: Tensor, position: int, token_ids: Sequence[int]) -> int:
         """The token at `position`: waits for the device once.
 
@@ -39,15 +50,31 @@ class Sampler:
         Logits that are no numbers give probabilities that are no numbers, which `draw` refuses: finding out here would wait for
         the device once more.
         """
-        config = self._config
-        scores = logits
-        if config.repetition_penalty != 1:
-            scores = penalise_repeats(scores, token_ids, config.repetition_penalty)
-        if config.temperature == 0:
+        scores = self.penalised(logits, token_ids)
+        if self.is_greedy:
             scores = keep_likeliest(scores)
         else:
-            scores = self._keep_candidates(scores / max(config.temperature, _COLDEST))
+            scores = self._keep_candidates(scores / max(self._config.temperature, _COLDEST))
         return scores.softmax(dim=0, dtype=torch.float64)
+
+    def penalised(self, logits: Tensor, token_ids: Sequence[int]) -> Tensor:
+        """Logits [V] behind the repetition penalty for all tokens before; the same tensor where there is none."""
+        if self._config.repetition_penalty == 1:
+            return logits
+        return penalise_repeats(logits, token_ids, self._config.repetition_penalty)
+
+    def log_probabilities(self, logits: Tensor, befores: Sequence[Sequence[int]]) -> Tensor:
+        """What a branch of a draft is worth, [S, V] from logits float32 [S, V]: the log of the distribution that is drawn from.
+
+        Greedy, where that is one token, the log of the model's own behind the penalty. befores: for each row all tokens before.
+        Rows of logits that are no numbers are NaN.
+        """
+        rows = zip(logits, befores, strict=True)
+        if not self.is_greedy:
+            return torch.stack([self.distribution(row, before) for row, before in rows]).log()
+        if not self.is_argmax:
+            logits = torch.stack([self.penalised(row, before) for row, before in rows])
+        return logits.log_softmax(dim=1)
 
     def draw(self, probabilities: Tensor, position: int) -> int:
         """The token at `position` by inverse CDF over the vocabulary in id order. probabilities: float [V], need not sum to 1.
@@ -60,10 +87,7 @@ class Sampler:
         # One read for both: each read waits for the device.
         chosen, mass = torch.cat([token_id.double(), total]).tolist()
         if not mass > 0:  # NaN too
-            raise WeightReadError(
-                f"position {position}: the logits hold NaN or infinity where numbers are needed; the weights are damaged "
-                "or too large for their dtype: download them again, or try --dtype float32"
-            )
+            raise no_numbers(position)
         return int(chosen)
 
     def _keep_candidates(self, scores: Tensor) -> Tensor:
@@ -75,6 +99,27 @@ class Sampler:
         if config.min_p:
             scores = keep_min_p(scores, config.min_p)
         return scores
+
+
+def no_numbers(position: int) -> WeightReadError:
+    """The error for logits from which no token at that position can be chosen."""
+    return WeightReadError(
+        f"position {position}: the logits hold NaN or infinity where numbers are needed; the weights are damaged "
+        "or too large for their dtype: download them again, or try --dtype float32"
+    )
+
+
+def likeliest(logits: Tensor) -> Tensor:
+    """Logits [S, V] -> float64 [S, 2]: the largest of each row, NaN if there is one, and the first token that has it."""
+    largest, token_ids = logits.max(dim=1)  # [S]
+    return torch.stack((largest.double(), token_ids.double()), dim=1)
+
+
+def checked_id(largest: float, token_id: float, position: int) -> int:
+    """A token that `likeliest` found. Raises WeightReadError where greedy `Sampler.choose` does."""
+    if not math.isfinite(largest):
+        raise no_numbers(position)
+    return int(token_id)
 
 
 def uniform(seed: int, position: int) -> float:
