@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import offload_sirius
-from offload_sirius.config import EngineConfig
+from offload_sirius.config import DecodingConfig, EngineConfig
 from offload_sirius.engine import Engine
 from offload_sirius.engine.placement import place
 from offload_sirius.weights.layout import PAGE_NBYTES, align
@@ -25,8 +25,10 @@ Budgets = Callable[..., dict[str, str]]
 
 
 def budgets_for(where: str, dtype: str = "float32") -> dict[str, str]:
-    """Budgets, to the byte, that put the tiny model's four layers and its embedding there."""
-    plan = place(open_checkpoint(TINY), EngineConfig(model=TINY, device="cpu", max_context=CONTEXT, dtype=dtype)).plan  # type: ignore[arg-type]
+    """Budgets, to the byte, that put the tiny model's four layers and its embedding there, for the plain model."""
+    full = DecodingConfig(mode="full")
+    config = EngineConfig(model=TINY, device="cpu", max_context=CONTEXT, dtype=dtype, decoding=full)  # type: ignore[arg-type]
+    plan = place(open_checkpoint(TINY), config).plan
     assert len(plan.resident_layers) == 4, "this machine has no room for the tiny model"
     fixed = plan.device_nbytes - plan.device_bill["resident_layers"]
     room = {"resident": 4, "one resident, rest on the host": 3}.get(where, 2)
@@ -55,11 +57,11 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def load() -> Iterator[Load]:
-    """Load the tiny model; what was loaded is closed at the end of the test."""
+    """Load the tiny model, the plain one unless a test says otherwise; what was loaded is closed at the end of the test."""
     with ExitStack() as engines:
 
         def load(model: str = TINY, **settings: Any) -> Engine:
-            given: dict[str, Any] = {"device": "cpu", "threads": 1, "max_context": CONTEXT} | settings
+            given: dict[str, Any] = {"mode": "full", "device": "cpu", "threads": 1, "max_context": CONTEXT} | settings
             return engines.enter_context(offload_sirius.load(model, **given))
 
         yield load
