@@ -15,8 +15,8 @@ ends, so
     copying   = K + together * (1 - z)
 
 Drafts take slices of those layers of which slices can cross alone, and compute on nothing else there: attention and the kept
-neurons, or attention, all gates, and the records that are sent for once the gates are known, which queue behind what is on its way
-for the layers that follow. Other layers come whole, and like resident ones they are computed whole.
+neurons, or attention, all gates, and the records that are sent for once the gates are known, which queue behind what is on its
+way for the layers that follow. Other layers come whole, and like resident ones they are computed whole.
 """
 
 from __future__ import annotations

@@ -27,6 +27,7 @@ from offload_sirius.weights.layout import Cargo, Part
 
 Phase = Literal["prefill", "draft", "correction", "full"]
 
+
 @dataclass(frozen=True)
 class Flight:
     """A layer on its way into a slot, or there."""
