@@ -21,8 +21,16 @@ BOUNDS: dict[Bound, str] = {"link": "the link", "disk": "the disk", "compute": "
 CLEAR_GAIN = 0.05
 """Smaller differences between two ways to decode are not worth a line."""
 
+PURPOSES = {"sparsity": "choice of neurons", "neuron_cache": "neuron caches", "kept_neurons": "kept neurons for drafts"}
+"""What memory is for, where its name on the bill says too little."""
+
 SLOW_TOKEN_SECONDS = 0.5
 """A model that takes longer a token shows its rate while it writes."""
+
+
+def purpose(name: str) -> str:
+    """A name on a plan's bill, for people."""
+    return PURPOSES.get(name, name.replace("_", " "))
 
 
 def say(line: str) -> None:
@@ -164,6 +172,20 @@ def predicted(prediction: Prediction) -> str:
     """One line of what was to be expected, and of what that rests on."""
     rests_on = ", ".join(sorted(set(prediction.sources.values())))
     return (
-        f"predicted: {prediction.seconds_per_token:.3g} s a token, first after {prediction.first_token_seconds:.3g} s, "
-        f"bound by {BOUNDS[prediction.bound]} (rates: {rests_on})"
+        f"predicted: {prediction.seconds_per_token:.3g} s a token{_passes(prediction)}, first after "
+        f"{prediction.first_token_seconds:.3g} s, bound by {BOUNDS[prediction.bound]} (rates: {rests_on})"
+    )
+
+
+def _passes(prediction: Prediction) -> str:
+    """What drafts and corrections take, where there are any."""
+    if prediction.draft is None:
+        return ""
+    passes = f"a draft step {prediction.draft.seconds:.3g} s"
+    if not prediction.windows:
+        return f" ({passes})"
+    assumed = prediction.windows[0]
+    return (
+        f" ({passes}, a correction of {assumed.window} tokens {assumed.correction.seconds:.3g} s, "
+        f"were {assumed.acceptance:.0%} of the drafted tokens accepted)"
     )

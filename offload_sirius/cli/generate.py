@@ -175,7 +175,7 @@ def _answer(engine: Engine, prompt_ids: list[int], generation: GenerationConfig,
 
 def explain(engine: Engine, num_prompt: int) -> None:
     """Say where the weights are, what that takes, and what may be expected of it."""
-    from offload_sirius.cli.console import predicted, say
+    from offload_sirius.cli.console import predicted, purpose, say
     from offload_sirius.units import format_size
 
     plan = engine.plan
@@ -184,5 +184,5 @@ def explain(engine: Engine, num_prompt: int) -> None:
         f"{len(plan.disk_layers)} from disk, through {plan.num_slots} slots; {format_size(plan.pass_nbytes)} a pass"
     )
     for where, bill in (("device", plan.device_bill), ("host", plan.host_bill)):
-        say(f"{where}: " + ", ".join(f"{what} {format_size(nbytes)}" for what, nbytes in bill.items() if nbytes))
+        say(f"{where}: " + ", ".join(f"{purpose(what)} {format_size(nbytes)}" for what, nbytes in bill.items() if nbytes))
     say(predicted(engine.predict(num_prompt)))

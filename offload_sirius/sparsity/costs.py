@@ -10,6 +10,10 @@ from offload_sirius_loaders.spec import ModelSpec
 MATRICES_OF_A_NEURON: dict[Sparsity, int] = {"griffin": 3, "cats": 2}
 """Rows and columns that a dropped neuron saves: gate, up and down, or all but the gate, by which it is chosen."""
 
+FOUND_SHARE = 0.7
+"""Of the neurons that a token needs, those found in a cache of as many: about what SmolLM2-135M finds. Only the gates of a token
+that is not yet there could tell; a smaller cache is taken to find proportionally less."""
+
 
 def num_parameters(spec: ModelSpec) -> int:
     """Of the whole model, embedding and head included."""
@@ -39,3 +43,8 @@ def sparsity_nbytes(spec: ModelSpec, decoding: DecodingConfig, element_nbytes: i
     if decoding.sparsity == "griffin":
         return spec.ffn_width * 4 + spec.num_layers * spec.ffn_width * element_nbytes
     return spec.num_layers * 4 if decoding.cats_threshold is not None else 0
+
+
+def num_fetched(num_needed: int, num_cached: int) -> int:
+    """Neurons of a layer whose records a fine draft step is expected to send for, with a cache of that many."""
+    return num_needed - int(FOUND_SHARE * min(num_cached, num_needed))

@@ -30,6 +30,10 @@ Part = Literal["attention", "records", "gate", "kept"]
 PARTS: tuple[Part, ...] = ("attention", "records")
 """Those that make up a layer."""
 
+Cargo = Literal["records", "kept", "gate"]
+"""What a pass takes of a layer's neurons: all of them; those that are kept; the gates, and single records as they are fetched.
+Layers of which no slice can cross alone bring all their records in any pass."""
+
 FieldName = Literal[
     "input_norm",
     "qkv",
