@@ -120,7 +120,18 @@ def test_planning_imports_no_torch() -> None:
 
 
 def test_this_machine_s_plan_is_what_generate_does(run: Run) -> None:
-    budgets = ("--mode", "full", "--device-memory", "1MiB", "--host-memory", "100MiB", "--max-context", "48", "--link-gbps", "0.5")
+    budgets = (
+        "--mode",
+        "full",
+        "--device-memory",
+        "1MiB",
+        "--host-memory",
+        "100MiB",
+        "--max-context",
+        "48",
+        "--link-gbps",
+        "0.5",
+    )
     answer = json.loads(run("generate", *TINY, *budgets, "--prompt", "hi", "--max-new-tokens", "8", "--json").out)
     without_threads = TINY[: TINY.index("--threads")]
     report = planned(run, *without_threads, *budgets, "--prompt-tokens", str(answer["prompt_tokens"]))
