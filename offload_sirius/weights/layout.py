@@ -20,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
-from typing import Literal
+from typing import Literal, get_args
 
 from offload_sirius_loaders.spec import ModelSpec, Role
 
@@ -33,6 +33,8 @@ PARTS: tuple[Part, ...] = ("attention", "records")
 Cargo = Literal["records", "kept", "gate"]
 """What a pass takes of a layer's neurons: all of them; those that are kept; the gates, and single records as they are fetched.
 Layers of which no slice can cross alone bring all their records in any pass."""
+
+CARGOES: tuple[Cargo, ...] = get_args(Cargo)
 
 FieldName = Literal[
     "input_norm",

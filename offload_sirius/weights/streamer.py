@@ -1,50 +1,28 @@
-"""Which layer is in which slot, and when: a ring of slots through which the streamed layers pass, in order, again and again.
+"""Weights of a model, part of them resident, the rest streamed through a ring of slots.
 
-While one slot is computed on, the others fill with the layers that follow. The order wraps: behind the last layer comes the
-first one of the next pass, so the link works on while the head and the sampler do, and the next pass finds its first layers
-there. Not every pass needs all of a layer, so whoever begins one says what it takes, and what the one after it will. Satisfies
-the model's WeightSource. Knows no files and no streams; those are the copier's.
+The link works on while the head and the sampler do, and the next pass finds its first layers there. Not every pass needs all of a
+layer, so whoever begins one says what it takes, and what the one after it will. Satisfies the model's WeightSource. Knows no files
+and no streams; those are the copier's.
 """
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 from torch import Tensor
 
-from offload_sirius.errors import OffloadSiriusError
 from offload_sirius.trace import Moment, Tracer
 from offload_sirius.weights.buffers import KeptNeurons, LayerBuffer
 from offload_sirius.weights.copiers import Copier, Transfer
 from offload_sirius.weights.embedding import Embedding
 from offload_sirius.weights.kept import KeptStore
-from offload_sirius.weights.layout import Cargo, Part
+from offload_sirius.weights.layout import CARGOES, Cargo, Part
+from offload_sirius.weights.ring import Flight, Ring
 
 Phase = Literal["prefill", "draft", "correction", "full"]
-
-
-@dataclass(frozen=True)
-class Flight:
-    """A layer on its way into a slot, or there."""
-
-    layer: int
-    cargo: Cargo
-    """Of the pass."""
-    part: Cargo
-    """Of the layer, which may bring more than the pass takes."""
-    slot: LayerBuffer
-    attention: Transfer
-    neurons: Transfer
-
-    @property
-    def nbytes(self) -> int:
-        """What crosses the link."""
-        return self.slot.parts["attention"].numel() + self.slot.parts[self.part].numel()
 
 
 @dataclass(frozen=True)
@@ -114,33 +92,25 @@ class WeightStreamer:
         self.head = head
         self.pass_nbytes: dict[Phase, int] = dict.fromkeys(get_args(Phase), 0)
         """Bytes of the streamed layers that were computed on, by phase."""
-        self.discarded_nbytes = 0
-        """Bytes that were fetched for a pass that did not come."""
         self.wait_seconds = 0.0
         """Time the host has waited for layers."""
         self._residents = residents
-        self._streamed = list(streamed_layers)
-        self._slots = list(slots)
         self._copier = copier
         self._embedding = embedding
         self._sliceable = frozenset(sliceable)
         self._kept = kept
         self._arena = arena or {}
-        self._ring: deque[Flight] = deque()
-        self._next = 0
-        self._broken_off = False
+        shared = list(slots)
+        self._ring = Ring(streamed_layers, {cargo: shared for cargo in CARGOES}, self._send)
+        self._front: Flight[LayerBuffer] | None = None
         self._phase: Phase = "full"
-        self._cargo: Cargo = "records"
-        self._following: Cargo = "records"
-        self._starting: Cargo = "records"
-        """Of the pass whose layers are being sent for: this one's, and behind the last layer the following one's."""
         self._trace = None if tracer is None else LayerTrace(tracer)
 
     def begin(self, phase: Phase, cargo: Cargo = "records", *, following: Cargo = "records") -> None:
         """A pass begins. phase: under which its bytes are counted; cargo: what it takes of each layer; following: the same of the
         pass that will probably come next. One that was given up half-way may be followed by any other."""
-        self._phase, self._cargo, self._following = phase, cargo, following
-        self._starting = cargo
+        self._phase = phase
+        self._ring.begin(cargo, following)
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """token_ids int64 [S] on the host -> [S, D] on the device."""
@@ -150,9 +120,8 @@ class WeightStreamer:
         """The layer's attention block; blocks until it is there."""
         buffer = self._residents.get(layer)
         if buffer is None:
-            if self._broken_off or not self._ring or (self._ring[0].layer, self._ring[0].cargo) != (layer, self._cargo):
-                self._restart_at(layer)
-            buffer = self._arrived(self._ring[0], "attention")
+            self._front = self._ring.front(layer)
+            buffer = self._arrived(self._front, "attention")
         if self._trace is not None:
             self._trace.computing(layer, "attention")
         return buffer
@@ -166,8 +135,7 @@ class WeightStreamer:
             self._trace.computed()
         buffer: LayerBuffer | KeptNeurons | None = self._residents.get(layer)
         if buffer is None:
-            flight = self._ring[0]
-            assert flight.layer == layer
+            flight = self._front_of(layer)
             slot = self._arrived(flight, flight.part)
             buffer = slot if flight.part != "kept" else slot.kept
             assert buffer is not None
@@ -177,14 +145,14 @@ class WeightStreamer:
 
     def has_records(self, layer: int) -> bool:
         """Whether all neurons of the layer that was last asked for are on the device."""
-        return layer in self._residents or self._ring[0].part == "records"
+        return layer in self._residents or self._front_of(layer).part == "records"
 
     def fetch(self, layer: int, neuron_ids: Tensor) -> FetchedRecords:
         """Send for up and down records of neurons, int64 [M] in host memory, of the layer whose gates are in its slot. Any that
         were fetched before are overwritten."""
         assert self._copier is not None
-        flight = self._ring[0]
-        assert (flight.layer, flight.part) == (layer, "gate"), (flight.layer, flight.part, layer)
+        flight = self._front_of(layer)
+        assert flight.part == "gate", flight.part
         place = flight.slot.up_down[: len(neuron_ids)]
         self.pass_nbytes[self._phase] += place.nbytes
         transfer = self._copier.fetch(layer, neuron_ids, flight.slot)
@@ -195,7 +163,7 @@ class WeightStreamer:
         if layer in self._residents:
             return
         assert self._kept is not None
-        self._kept.choose(layer, neuron_ids, self._arena.get(layer, self._ring[0].slot))
+        self._kept.choose(layer, neuron_ids, self._arena.get(layer, self._front_of(layer).slot))
 
     def release(self, layer: int) -> None:
         """The layer has been computed on: its slot goes to the next one that is not under way."""
@@ -203,10 +171,14 @@ class WeightStreamer:
             self._trace.computed()
         if layer in self._residents:
             return
-        flight = self._ring.popleft()
+        flight = self._ring.advance()
         assert flight.layer == layer
         self.pass_nbytes[self._phase] += flight.nbytes
-        self._start(flight.slot)
+
+    @property
+    def discarded_nbytes(self) -> int:
+        """Bytes that were fetched for a pass that did not come."""
+        return self._ring.discarded_nbytes
 
     @property
     def copied_nbytes(self) -> int:
@@ -228,35 +200,25 @@ class WeightStreamer:
         if self._copier is not None:
             self._copier.close()
 
-    def _start(self, slot: LayerBuffer) -> None:
+    def _front_of(self, layer: int) -> Flight[LayerBuffer]:
+        assert self._front is not None
+        assert self._front.layer == layer, (self._front.layer, layer)
+        return self._front
+
+    def _send(self, layer: int, cargo: Cargo, slot: LayerBuffer) -> Flight[LayerBuffer]:
         assert self._copier is not None
-        layer, cargo = self._streamed[self._next], self._starting
-        self._next = (self._next + 1) % len(self._streamed)
-        if self._next == 0:
-            self._starting = self._following
         part: Cargo = cargo if layer in self._sliceable else "records"
         # Attention first: it is computed on while the records, which are most of a layer, still arrive.
         attention = self._copier.start(layer, "attention", slot)
         neurons = self._copier.start(layer, part, slot)
-        self._ring.append(Flight(layer, cargo, part, slot, attention, neurons))
+        nbytes = slot.parts["attention"].numel() + slot.parts[part].numel()
+        return Flight(layer, cargo, part, slot, attention, neurons, nbytes)
 
-    def _restart_at(self, layer: int) -> None:
-        """The first layer ever, or a pass that was given up half-way: let what is under way arrive, and begin at the layer."""
-        for flight in self._ring:
-            self.discarded_nbytes += flight.nbytes
-            for transfer in (flight.attention, flight.neurons):
-                with contextlib.suppress(OffloadSiriusError):  # whoever asked for that layer was told; this pass reads it again
-                    transfer.wait()
-        self._ring.clear()
-        self._broken_off = False
-        self._next = self._streamed.index(layer)
-        self._starting = self._cargo
-        for slot in self._slots:
-            self._start(slot)
-
-    def _arrived(self, flight: Flight, part: Part) -> LayerBuffer:
+    def _arrived(self, flight: Flight[LayerBuffer], part: Part) -> LayerBuffer:
         """The flight's slot, once the part is in it."""
-        self._wait(flight.layer, part, flight.attention if part == "attention" else flight.neurons)
+        transfer = flight.attention if part == "attention" else flight.neurons
+        assert transfer is not None
+        self._wait(flight.layer, part, transfer)
         return flight.slot
 
     def _wait(self, layer: int, what: str, transfer: Transfer) -> None:
@@ -267,6 +229,6 @@ class WeightStreamer:
             else:
                 self._trace.wait(layer, what, transfer)
         except BaseException:  # a read error, or an interruption: what is in the ring is not to be trusted
-            self._broken_off = True
+            self._ring.break_off()
             raise
         self.wait_seconds += time.perf_counter() - began

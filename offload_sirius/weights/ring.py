@@ -1,0 +1,118 @@
+"""Slots through which the layers of a cycle pass, in order, again and again. Knows neither what is sent nor who sends it.
+
+While one slot is computed on, the others fill with the layers that follow. The order wraps: behind the last layer comes the first
+one of the next pass. What a pass takes of each layer, its cargo, may differ from pass to pass, and so may the slots that hold it:
+where the next pass has others, the ring drains at the end of this one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from offload_sirius.errors import OffloadSiriusError
+from offload_sirius.weights.copiers import Transfer
+from offload_sirius.weights.layout import Cargo
+
+SlotT = TypeVar("SlotT")
+
+
+@dataclass(frozen=True)
+class Flight(Generic[SlotT]):
+    """A layer on its way into a slot, or there."""
+
+    layer: int
+    cargo: Cargo
+    """Of the pass."""
+    part: Cargo
+    """Of the layer, which may bring more than the pass takes."""
+    slot: SlotT
+    attention: Transfer | None
+    """None where the attention block does not travel."""
+    neurons: Transfer
+    nbytes: int
+    """What crosses the link."""
+
+
+Send = Callable[[int, Cargo, SlotT], Flight[SlotT]]
+"""Begin to overwrite a slot with a layer's cargo."""
+
+
+class Ring(Generic[SlotT]):
+    """Flights under way and arrived, the first of them being computed on."""
+
+    def __init__(self, layers: Sequence[int], slots: Mapping[Cargo, Sequence[SlotT]], send: Send[SlotT]) -> None:
+        """layers: in order. slots: cargo -> slots for it, two or more; cargoes with the same list share their slots.
+
+        Nothing is sent before the first layer is asked for.
+        """
+        self.discarded_nbytes = 0
+        """Bytes that were sent for a pass that did not come."""
+        self._layers = list(layers)
+        self._slots = slots
+        self._send = send
+        self._flights: deque[Flight[SlotT]] = deque()
+        self._next = 0
+        self._broken_off = False
+        self._cargo: Cargo = "records"
+        self._following: Cargo = "records"
+        self._sending: Cargo = "records"
+        """Cargo of the pass whose layers are being sent: of this one, and behind its last layer of the following one."""
+
+    def __iter__(self) -> Iterator[Flight[SlotT]]:
+        """What is under way or there, in order."""
+        return iter(self._flights)
+
+    def begin(self, cargo: Cargo, following: Cargo) -> None:
+        """A pass begins, and another will probably follow. One that was given up half-way may be followed by any."""
+        self._cargo, self._following, self._sending = cargo, following, cargo
+
+    def front(self, layer: int) -> Flight[SlotT]:
+        """The flight of the layer that is computed on next; sends it, and those behind it, where it is not under way."""
+        first = self._flights[0] if self._flights else None
+        if self._broken_off or first is None or (first.layer, first.cargo) != (layer, self._cargo):
+            self.restart_at(layer)
+        return self._flights[0]
+
+    def fill(self) -> None:
+        """Send the first layers of the pass that begins, where nothing is under way."""
+        if not self._flights:
+            self.restart_at(self._layers[0])
+
+    def advance(self) -> Flight[SlotT]:
+        """The first layer has been computed on: its slot goes to the next one that is not under way."""
+        flight = self._flights.popleft()
+        if self._slots[self._sending] is self._slots[flight.cargo]:
+            self._start(flight.slot)
+        return flight
+
+    def break_off(self) -> None:
+        """What is in the ring is not to be trusted: the next layer that is asked for is sent anew."""
+        self._broken_off = True
+
+    def restart_at(self, layer: int) -> None:
+        """The first layer ever, or a pass that was given up half-way: let what is under way arrive, and begin at the layer."""
+        for flight in self._flights:
+            self.discarded_nbytes += flight.nbytes
+            for transfer in (flight.attention, flight.neurons):
+                with contextlib.suppress(OffloadSiriusError):  # whoever asked for that layer was told; this pass reads it again
+                    if transfer is not None:
+                        transfer.wait()
+        self._flights.clear()
+        self._broken_off = False
+        self._next = self._layers.index(layer)
+        self._sending = self._cargo
+        slots = self._slots[self._cargo]
+        for slot in slots[: len(self._layers)]:
+            if self._slots[self._sending] is slots:
+                self._start(slot)
+
+    def _start(self, slot: SlotT) -> None:
+        layer, cargo = self._layers[self._next], self._sending
+        self._next = (self._next + 1) % len(self._layers)
+        if self._next == 0:
+            self._sending = self._following
+        self._flights.append(self._send(layer, cargo, slot))
