@@ -26,6 +26,11 @@ class KeptNeurons:
     """[N, 2, D]"""
 
     @property
+    def nbytes(self) -> int:
+        """Bytes of the records."""
+        return self.gate.nbytes + self.up_down.nbytes
+
+    @property
     def up(self) -> Tensor:
         """[N, D]"""
         return self.up_down[:, 0]

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from offload_sirius.trace import Tracer
-from offload_sirius.weights.buffers import LayerBuffer
+from offload_sirius.weights.buffers import KeptNeurons, LayerBuffer
 from offload_sirius.weights.disk import Fill, Job, ReaderPool, tensor_jobs
 from offload_sirius.weights.host import HostStore
 from offload_sirius.weights.kept import KeptStore, gather_neurons, gather_rows
@@ -63,6 +63,9 @@ class Copier(Counters, Protocol):
     def fetch(self, layer: int, neuron_ids: Tensor, slot: LayerBuffer) -> Transfer:
         """Begin to overwrite the first M up and down records of the slot with those of the given neurons, int64 [M] in host
         memory; returns at once. As `start` otherwise."""
+
+    def gather(self, layer: int, neuron_ids: Tensor | None, place: KeptNeurons) -> Transfer:
+        """The same of whole neurons, int64 [N] in host memory or None for all, into their place."""
 
     def close(self) -> None:
         """End threads. Transfers under way are finished first."""
@@ -160,6 +163,11 @@ class HostCopier:
         records = self._store.layer(layer).up_down
         return self._submit(layer, "neurons", place.nbytes, lambda: gather_rows(records, neuron_ids, place))
 
+    def gather(self, layer: int, neuron_ids: Tensor | None, place: KeptNeurons) -> Transfer:
+        """See Copier."""
+        source = self._store.layer(layer)
+        return self._submit(layer, "neurons", place.nbytes, lambda: gather_neurons(source, neuron_ids, place))
+
     def _submit(self, layer: int, what: str, nbytes: int, copy: Callable[[], None]) -> Transfer:
         return FutureTransfer(self._executor.submit(self._carry, layer, what, nbytes, copy))
 
@@ -233,6 +241,10 @@ class DiskCopier:
         """See Copier. Never asked: in a checkpoint's file the down projection has no neuron in one piece."""
         raise AssertionError(f"layer {layer} is on disk")
 
+    def gather(self, layer: int, neuron_ids: Tensor | None, place: KeptNeurons) -> Transfer:
+        """See Copier. Never asked, as `fetch`."""
+        raise AssertionError(f"layer {layer} is on disk")
+
     def close(self) -> None:
         """See Copier. The readers belong to who made them."""
 
@@ -253,6 +265,10 @@ class TieredCopier:
     def fetch(self, layer: int, neuron_ids: Tensor, slot: LayerBuffer) -> Transfer:
         """See Copier."""
         return self._tiers[layer].fetch(layer, neuron_ids, slot)
+
+    def gather(self, layer: int, neuron_ids: Tensor | None, place: KeptNeurons) -> Transfer:
+        """See Copier."""
+        return self._tiers[layer].gather(layer, neuron_ids, place)
 
     @property
     def nbytes_copied(self) -> int:
@@ -310,6 +326,11 @@ class PacedCopier:
         """See Copier."""
         due = self._due(layer, "neurons", slot.up_down[: len(neuron_ids)].nbytes)
         return PacedTransfer(self._inner.fetch(layer, neuron_ids, slot), due)
+
+    def gather(self, layer: int, neuron_ids: Tensor | None, place: KeptNeurons) -> Transfer:
+        """See Copier."""
+        due = self._due(layer, "neurons", place.nbytes)
+        return PacedTransfer(self._inner.gather(layer, neuron_ids, place), due)
 
     def _due(self, layer: int, what: str, nbytes: int) -> float:
         """When a transfer that is asked for now may end."""

@@ -79,14 +79,17 @@ class KeptStore:
         self._arena = as_tensor(map_memory(0))
 
 
-def gather_neurons(source: LayerBuffer, neuron_ids: Tensor, kept: KeptNeurons) -> None:
-    """Gather neurons, int64 [N] in host memory, of a layer into their place."""
+def gather_neurons(source: LayerBuffer | KeptNeurons, neuron_ids: Tensor | None, kept: KeptNeurons) -> None:
+    """Gather neurons, int64 [N], of a layer into their place; None takes all, in order. On any devices."""
     for records, place in ((source.gate, kept.gate), (source.up_down, kept.up_down)):
-        gather_rows(records, neuron_ids, place)
+        if neuron_ids is None:
+            place.copy_(records)
+        else:
+            gather_rows(records, neuron_ids, place)
 
 
 def gather_rows(records: Tensor, neuron_ids: Tensor, place: Tensor) -> None:
-    """place [N, ...] = the given rows, int64 [N] in host memory, of records [F, ...], on any devices."""
+    """place [N, ...] = the given rows, int64 [N], of records [F, ...], on any devices."""
     if records.device == place.device:
         torch.index_select(records, 0, neuron_ids.to(records.device), out=place)
     else:

@@ -30,9 +30,10 @@ Part = Literal["attention", "records", "gate", "kept"]
 PARTS: tuple[Part, ...] = ("attention", "records")
 """Those that make up a layer."""
 
-Cargo = Literal["records", "kept", "gate"]
-"""What a pass takes of a layer's neurons: all of them; those that are kept; the gates, and single records as they are fetched.
-Layers of which no slice can cross alone bring all their records in any pass."""
+Cargo = Literal["records", "kept", "gate", "hot", "cold"]
+"""What a pass takes of a layer's neurons: all of them; those that are kept; the gates, and single records as they are fetched; those
+that are on the device for good, which move nothing; all but those. Layers of which no slice can cross alone bring all their records
+in any pass."""
 
 CARGOES: tuple[Cargo, ...] = get_args(Cargo)
 

@@ -1,8 +1,8 @@
 """Weights of a model, part of them resident, the rest streamed through a ring of slots.
 
-The link works on while the head and the sampler do, and the next pass finds its first layers there. Not every pass needs all of a
-layer, so whoever begins one says what it takes, and what the one after it will. Satisfies the model's WeightSource. Knows no files
-and no streams; those are the copier's.
+The link works on while head and sampler do, and the next pass finds its first layers there. Not every pass needs all of a layer,
+so whoever begins one says what it takes, and what the one after it will. Satisfies the model's WeightSource. Knows no files and
+no streams; those are the copier's.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from torch import Tensor
 
@@ -64,8 +64,77 @@ class LayerTrace:
             self._computing = None
 
 
-class WeightStreamer:
-    """Weights of a model, part of them resident, the rest streamed through slots."""
+class Streamer:
+    """What all sources of streamed weights have: what is always there, counters, and waiting."""
+
+    def __init__(
+        self,
+        *,
+        copier: Copier | None,
+        embedding: Embedding,
+        final_norm: Tensor,
+        head: Tensor,
+        tracer: Tracer | None,
+    ) -> None:
+        """copier: None where nothing is streamed."""
+        self.final_norm = final_norm
+        self.head = head
+        self.pass_nbytes: dict[Phase, int] = dict.fromkeys(get_args(Phase), 0)
+        """Bytes of the streamed layers that were computed on, by phase."""
+        self.wait_seconds = 0.0
+        """Time the host has waited for layers."""
+        self._copier = copier
+        self._embedding = embedding
+        self._phase: Phase = "full"
+        self._trace = None if tracer is None else LayerTrace(tracer)
+
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """token_ids int64 [S] on the host -> [S, D] on the device."""
+        return self._embedding.rows(token_ids)
+
+    @property
+    def copied_nbytes(self) -> int:
+        """Bytes the link has carried, prefetches included."""
+        return self._copier.nbytes_copied if self._copier else 0
+
+    @property
+    def busy_seconds(self) -> float:
+        """Time in which the link has carried something."""
+        return self._copier.busy_seconds if self._copier else 0.0
+
+    @property
+    def peak_bytes_per_second(self) -> float | None:
+        """The link's best rate, where it is known."""
+        return self._copier.peak_bytes_per_second if self._copier else None
+
+    def close(self) -> None:
+        """Finish what is under way and end the copier's threads."""
+        if self._copier is not None:
+            self._copier.close()
+
+    def _computing(self, layer: int, what: str) -> None:
+        if self._trace is not None:
+            self._trace.computing(layer, what)
+
+    def _computed(self) -> None:
+        if self._trace is not None:
+            self._trace.computed()
+
+    def _wait(self, ring: Ring[Any], layer: int, what: str, transfer: Transfer) -> None:
+        began = time.perf_counter()
+        try:
+            if self._trace is None:
+                transfer.wait()
+            else:
+                self._trace.wait(layer, what, transfer)
+        except BaseException:  # a read error, or an interruption: what is in the ring is not to be trusted
+            ring.break_off()
+            raise
+        self.wait_seconds += time.perf_counter() - began
+
+
+class WeightStreamer(Streamer):
+    """Whole layers, or slices of them: some are resident, the others pass through slots."""
 
     def __init__(
         self,
@@ -88,23 +157,14 @@ class WeightStreamer:
         arena: layers in host memory, from where a device with memory of its own has them gathered.
         """
         assert not streamed_layers or (len(slots) >= 2 and copier is not None)
-        self.final_norm = final_norm
-        self.head = head
-        self.pass_nbytes: dict[Phase, int] = dict.fromkeys(get_args(Phase), 0)
-        """Bytes of the streamed layers that were computed on, by phase."""
-        self.wait_seconds = 0.0
-        """Time the host has waited for layers."""
+        super().__init__(copier=copier, embedding=embedding, final_norm=final_norm, head=head, tracer=tracer)
         self._residents = residents
-        self._copier = copier
-        self._embedding = embedding
         self._sliceable = frozenset(sliceable)
         self._kept = kept
         self._arena = arena or {}
         shared = list(slots)
-        self._ring = Ring(streamed_layers, {cargo: shared for cargo in CARGOES}, self._send)
+        self._ring = Ring(streamed_layers, dict.fromkeys(CARGOES, shared), self._send)
         self._front: Flight[LayerBuffer] | None = None
-        self._phase: Phase = "full"
-        self._trace = None if tracer is None else LayerTrace(tracer)
 
     def begin(self, phase: Phase, cargo: Cargo = "records", *, following: Cargo = "records") -> None:
         """A pass begins. phase: under which its bytes are counted; cargo: what it takes of each layer; following: the same of the
@@ -112,18 +172,13 @@ class WeightStreamer:
         self._phase = phase
         self._ring.begin(cargo, following)
 
-    def embed(self, token_ids: Tensor) -> Tensor:
-        """token_ids int64 [S] on the host -> [S, D] on the device."""
-        return self._embedding.rows(token_ids)
-
     def attention(self, layer: int) -> LayerBuffer:
         """The layer's attention block; blocks until it is there."""
         buffer = self._residents.get(layer)
         if buffer is None:
             self._front = self._ring.front(layer)
             buffer = self._arrived(self._front, "attention")
-        if self._trace is not None:
-            self._trace.computing(layer, "attention")
+        self._computing(layer, "attention")
         return buffer
 
     def neurons(self, layer: int) -> LayerBuffer | KeptNeurons:
@@ -131,16 +186,14 @@ class WeightStreamer:
 
         Of `gate` only the gates are there, unless `has_records` says that the rest is.
         """
-        if self._trace is not None:
-            self._trace.computed()
+        self._computed()
         buffer: LayerBuffer | KeptNeurons | None = self._residents.get(layer)
         if buffer is None:
             flight = self._front_of(layer)
             slot = self._arrived(flight, flight.part)
             buffer = slot if flight.part != "kept" else slot.kept
             assert buffer is not None
-        if self._trace is not None:
-            self._trace.computing(layer, "neurons")
+        self._computing(layer, "neurons")
         return buffer
 
     def has_records(self, layer: int) -> bool:
@@ -156,7 +209,7 @@ class WeightStreamer:
         place = flight.slot.up_down[: len(neuron_ids)]
         self.pass_nbytes[self._phase] += place.nbytes
         transfer = self._copier.fetch(layer, neuron_ids, flight.slot)
-        return FetchedRecords(place, lambda: self._wait(layer, "neurons", transfer))
+        return FetchedRecords(place, lambda: self._wait(self._ring, layer, "neurons", transfer))
 
     def keep(self, layer: int, neuron_ids: Tensor) -> None:
         """From the next pass on, keep these neurons, int64 [N] in host memory, sorted, of the layer that was last asked for."""
@@ -167,8 +220,7 @@ class WeightStreamer:
 
     def release(self, layer: int) -> None:
         """The layer has been computed on: its slot goes to the next one that is not under way."""
-        if self._trace is not None:
-            self._trace.computed()
+        self._computed()
         if layer in self._residents:
             return
         flight = self._ring.advance()
@@ -179,26 +231,6 @@ class WeightStreamer:
     def discarded_nbytes(self) -> int:
         """Bytes that were fetched for a pass that did not come."""
         return self._ring.discarded_nbytes
-
-    @property
-    def copied_nbytes(self) -> int:
-        """Bytes the link has carried, prefetches included."""
-        return self._copier.nbytes_copied if self._copier else 0
-
-    @property
-    def busy_seconds(self) -> float:
-        """Time in which the link has carried something."""
-        return self._copier.busy_seconds if self._copier else 0.0
-
-    @property
-    def peak_bytes_per_second(self) -> float | None:
-        """The link's best rate, where it is known."""
-        return self._copier.peak_bytes_per_second if self._copier else None
-
-    def close(self) -> None:
-        """Finish what is under way and end the copier's threads."""
-        if self._copier is not None:
-            self._copier.close()
 
     def _front_of(self, layer: int) -> Flight[LayerBuffer]:
         assert self._front is not None
@@ -218,17 +250,5 @@ class WeightStreamer:
         """The flight's slot, once the part is in it."""
         transfer = flight.attention if part == "attention" else flight.neurons
         assert transfer is not None
-        self._wait(flight.layer, part, transfer)
+        self._wait(self._ring, flight.layer, part, transfer)
         return flight.slot
-
-    def _wait(self, layer: int, what: str, transfer: Transfer) -> None:
-        began = time.perf_counter()
-        try:
-            if self._trace is None:
-                transfer.wait()
-            else:
-                self._trace.wait(layer, what, transfer)
-        except BaseException:  # a read error, or an interruption: what is in the ring is not to be trusted
-            self._ring.break_off()
-            raise
-        self.wait_seconds += time.perf_counter() - began

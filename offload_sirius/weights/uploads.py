@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from offload_sirius.trace import Clock, Tracer
-from offload_sirius.weights.buffers import LayerBuffer
+from offload_sirius.weights.buffers import KeptNeurons, LayerBuffer
 from offload_sirius.weights.copiers import Counters, Transfer, layer_jobs
 from offload_sirius.weights.disk import ReaderPool
 from offload_sirius.weights.host import HostStore
@@ -112,6 +112,11 @@ class UplinkCopier:
         assert self._slices is not None
         return self._slices.fetch(layer, neuron_ids, slot, self._uplink.mark())
 
+    def gather(self, layer: int, neuron_ids: Tensor | None, place: KeptNeurons) -> Transfer:
+        """See Copier."""
+        assert self._slices is not None
+        return self._slices.gather(layer, neuron_ids, place, self._uplink.mark())
+
     @property
     def nbytes_copied(self) -> int:
         """See Copier."""
@@ -195,6 +200,16 @@ class SliceRoute:
         records, place = self._store.layer(layer).up_down, slot.up_down[: len(neuron_ids)]
         name = f"layer {layer} neurons"
         return EventTransfer(self._uplink.gather(records, neuron_ids, place, last_use=last_use, name=name))
+
+    def gather(self, layer: int, neuron_ids: Tensor | None, place: KeptNeurons, last_use: Event) -> Transfer:
+        """See Copier.gather."""
+        source, name = self._store.layer(layer), f"layer {layer} neurons"
+        for records, rows in ((source.gate, place.gate), (source.up_down, place.up_down)):
+            if neuron_ids is None:
+                done = self._uplink.upload(records, rows, last_use=last_use, name=name)
+            else:
+                done = self._uplink.gather(records, neuron_ids, rows, last_use=last_use, name=name)
+        return EventTransfer(done)
 
 
 class QueuedTransfer:
