@@ -25,7 +25,7 @@ from offload_sirius.model.costs import (
 from offload_sirius.rates import DtypeName, Rates, Stored, assumed_cpu_rates, assumed_gpu_rates
 from offload_sirius.sparsity.costs import num_fetched, sparsity_nbytes
 from offload_sirius.units import MIB, Size, format_size
-from offload_sirius.weights.layout import PARTS, Cargo, LayerLayout, Part, layer_layout
+from offload_sirius.weights.layout import PARTS, LayerLayout, Part, Slice, layer_layout
 from offload_sirius.weights.pieces import load_nbytes, reader_nbytes, stored_part_nbytes
 from offload_sirius.weights.plan import MAX_READERS, Budgets, Demand, Plan, as_flag, make_plan
 from offload_sirius.weights.predict import (
@@ -47,7 +47,7 @@ ELEMENT_NBYTES: dict[DtypeName, int] = {"bfloat16": 2, "float32": 4}
 DEFAULT_CONTEXT = 4096
 """Positions planned for where nobody says how long prompt and answer will be."""
 
-CARGO: dict[Sparsity | None, Cargo] = {"griffin": "kept", "cats": "gate", None: "records"}
+CARGO: dict[Sparsity | None, Slice] = {"griffin": "kept", "cats": "gate", None: "records"}
 """What a draft step takes of a layer of which slices can cross the link alone."""
 
 HOST_RESERVE_NBYTES = 192 * MIB

@@ -1,12 +1,12 @@
-"""Some neurons of every layer stay on the device, the others pass through slots: what is resident, what travels, and their exchange.
+"""Some neurons of every layer stay on the device, the others pass through slots: what is where, and how they change places.
 
-    on the device for good   all attention blocks, and N hot neurons of each layer: a layer of N neurons, as `layout.py` lays it out
+    on the device for good   all attention blocks, and N hot neurons of each layer: a layer of N neurons, as `layout.py` has it
     slots while prefilling   all F neurons of a layer, from which the hot ones are copied
     slots after that         the F - N cold ones: as they are fewer bytes, more slots of the same memory
 
 A draft step moves nothing. While it computes, the link fills the slots with the cold neurons that the coming correction begins
-with. A neuron that becomes hot is copied out of the slot in which it passes, into the place of one that becomes cold, of which host
-memory has all bytes anyway: the exchange costs no bytes of the link.
+with. A neuron that becomes hot is copied out of the slot in which it passes, into the place of one that becomes cold, of which
+host memory has all bytes anyway: the exchange costs no bytes of the link.
 """
 
 from __future__ import annotations
@@ -37,8 +37,10 @@ class HotSlots:
 
 
 class HotStreamer(Streamer):
-    """Weights of which every layer is partly resident. Satisfies the model's WeightSource in passes that prefill or draft; one that
-    needs all neurons asks for both halves of a layer."""
+    """Weights of which every layer is partly resident.
+
+    Satisfies the model's WeightSource in passes that prefill or draft; one that needs all neurons asks for both halves of a layer.
+    """
 
     def __init__(
         self,
@@ -62,7 +64,7 @@ class HotStreamer(Streamer):
         self._front: Flight[KeptNeurons] | None = None
 
     def begin(self, phase: Phase, cargo: Cargo, *, following: Cargo = "cold") -> None:
-        """A pass begins. cargo: `records` where the hot neurons are chosen, `hot` where no others are needed, `cold` where all are.
+        """A pass begins. cargo: `records` where hot neurons are chosen, `hot` where no others are needed, `cold` where all are.
 
         following: as for WeightStreamer. Whatever the next pass is, the next that moves anything moves what is cold.
         """
@@ -101,8 +103,10 @@ class HotStreamer(Streamer):
         self._cold_ids[layer] = cold_ids.cpu()
 
     def exchange(self, layer: int, hot_places: Tensor, cold_places: Tensor, cold_ids: Tensor) -> None:
-        """Copy cold neurons of the layer that passes into places of hot ones, int64 [k] each. cold_ids: those that are cold then, int64
-        [F - N], in the order in which they shall arrive from now on. All on the device."""
+        """Copy cold neurons of the layer that passes into places of hot ones, int64 [k] each.
+
+        cold_ids: those that are cold then, int64 [F - N], in the order in which they shall arrive from now on. All on the device.
+        """
         hot, cold = self._hot(layer), self._arrived(layer)
         hot.gate.index_copy_(0, hot_places, cold.gate.index_select(0, cold_places))
         hot.up_down.index_copy_(0, hot_places, cold.up_down.index_select(0, cold_places))

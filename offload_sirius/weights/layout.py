@@ -30,12 +30,14 @@ Part = Literal["attention", "records", "gate", "kept"]
 PARTS: tuple[Part, ...] = ("attention", "records")
 """Those that make up a layer."""
 
-Cargo = Literal["records", "kept", "gate", "hot", "cold"]
-"""What a pass takes of a layer's neurons: all of them; those that are kept; the gates, and single records as they are fetched; those
-that are on the device for good, which move nothing; all but those. Layers of which no slice can cross alone bring all their records
-in any pass."""
+Slice = Literal["records", "kept", "gate"]
+"""What crosses the link of a layer's neurons: all; those that are kept; the gates, and single records as they are fetched. Layers of
+which no slice can cross alone bring all their records in any pass."""
 
-CARGOES: tuple[Cargo, ...] = get_args(Cargo)
+Cargo = Literal["records", "kept", "gate", "hot", "cold"]
+"""What a pass takes: a slice; or of layers that are partly on the device what is there, which moves nothing, or the rest."""
+
+SLICES: tuple[Slice, ...] = get_args(Slice)
 
 FieldName = Literal[
     "input_norm",

@@ -29,7 +29,7 @@ from itertools import islice
 from typing import Literal, get_args
 
 from offload_sirius.rates import Rates
-from offload_sirius.weights.layout import PARTS, Cargo, LayerLayout, Part
+from offload_sirius.weights.layout import PARTS, LayerLayout, Part, Slice
 from offload_sirius.weights.plan import NUM_STAGING, Plan
 
 Bound = Literal["link", "disk", "compute"]
@@ -59,7 +59,7 @@ class Work:
     """Keys and values that attention reads in one layer."""
     mixing_flops: int
     """Arithmetic of attention in one layer, the projections apart."""
-    cargo: Cargo = "records"
+    cargo: Slice = "records"
     """What the pass takes of layers of which slices can cross the link alone."""
     num_fetched: int = 0
     """Of `gate`: neurons of each such layer whose records are sent for."""
@@ -383,7 +383,7 @@ def _share_of_cores(setting: Setting, *, decoding: bool) -> float:
 class _PassSeconds:
     """A pass as the replay needs it. Seconds are of computing alone, without what copies take from it."""
 
-    cargo: Cargo
+    cargo: Slice
     fetched_nbytes: int
     """Records of a layer that are sent for."""
     whole: Mapping[Step, float]
@@ -504,9 +504,9 @@ class _Replay:
         self._num_layers = len(setting.plan.resident_layers) + len(self._streamed)
         self._ring: deque[dict[Step, Arrival]] = deque()
         self._next = 0
-        self._starting: Cargo = "records"
+        self._starting: Slice = "records"
         """Of the pass whose layers are being sent for."""
-        self._following: Cargo = "records"
+        self._following: Slice = "records"
         self._now = 0.0
 
     def run(self, seconds: _PassSeconds, following: _PassSeconds | None = None) -> float:
@@ -531,13 +531,13 @@ class _Replay:
         self._now = self._thread.compute(seconds.behind_layers)
         return self._now
 
-    def _is_sliced(self, layer: int, cargo: Cargo) -> bool:
+    def _is_sliced(self, layer: int, cargo: Slice) -> bool:
         return cargo != "records" and layer in self._sliceable
 
     def _start(self) -> None:
         """A slot is free: bring the next layer of the cycle into it, attention first."""
         layer = self._streamed[self._next]
-        part: Cargo = self._starting if self._is_sliced(layer, self._starting) else "records"
+        part: Slice = self._starting if self._is_sliced(layer, self._starting) else "records"
         self._next = (self._next + 1) % len(self._streamed)
         if self._next == 0:
             self._starting = self._following

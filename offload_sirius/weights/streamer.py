@@ -19,7 +19,7 @@ from offload_sirius.weights.buffers import KeptNeurons, LayerBuffer
 from offload_sirius.weights.copiers import Copier, Transfer
 from offload_sirius.weights.embedding import Embedding
 from offload_sirius.weights.kept import KeptStore
-from offload_sirius.weights.layout import CARGOES, Cargo, Part
+from offload_sirius.weights.layout import SLICES, Cargo, Part, Slice
 from offload_sirius.weights.ring import Flight, Ring
 
 Phase = Literal["prefill", "draft", "correction", "full"]
@@ -37,6 +37,13 @@ class FetchedRecords:
         """The records [M, 2, D], once they are there. They stay until more are fetched, or the layer is released."""
         self.arrive()
         return self.place
+
+
+def slice_of(cargo: Cargo) -> Slice:
+    """The cargo, which is a slice."""
+    assert cargo != "hot"
+    assert cargo != "cold"
+    return cargo
 
 
 class LayerTrace:
@@ -163,7 +170,7 @@ class WeightStreamer(Streamer):
         self._kept = kept
         self._arena = arena or {}
         shared = list(slots)
-        self._ring = Ring(streamed_layers, dict.fromkeys(CARGOES, shared), self._send)
+        self._ring = Ring(streamed_layers, dict.fromkeys(SLICES, shared), self._send)
         self._front: Flight[LayerBuffer] | None = None
 
     def begin(self, phase: Phase, cargo: Cargo = "records", *, following: Cargo = "records") -> None:
@@ -190,7 +197,7 @@ class WeightStreamer(Streamer):
         buffer: LayerBuffer | KeptNeurons | None = self._residents.get(layer)
         if buffer is None:
             flight = self._front_of(layer)
-            slot = self._arrived(flight, flight.part)
+            slot = self._arrived(flight, slice_of(flight.part))
             buffer = slot if flight.part != "kept" else slot.kept
             assert buffer is not None
         self._computing(layer, "neurons")
@@ -239,7 +246,7 @@ class WeightStreamer(Streamer):
 
     def _send(self, layer: int, cargo: Cargo, slot: LayerBuffer) -> Flight[LayerBuffer]:
         assert self._copier is not None
-        part: Cargo = cargo if layer in self._sliceable else "records"
+        part = slice_of(cargo) if layer in self._sliceable else "records"
         # Attention first: it is computed on while the records, which are most of a layer, still arrive.
         attention = self._copier.start(layer, "attention", slot)
         neurons = self._copier.start(layer, part, slot)
