@@ -17,6 +17,9 @@ MODES: tuple[Mode, ...] = get_args(Mode)
 Sparsity = Literal["griffin", "cats"]
 SPARSITIES: tuple[Sparsity, ...] = get_args(Sparsity)
 
+Draft = Literal["auto", "resident", "streamed"]
+DRAFTS: tuple[Draft, ...] = get_args(Draft)
+
 Accept = Literal["exact", "threshold"]
 ACCEPTS: tuple[Accept, ...] = get_args(Accept)
 
@@ -86,6 +89,13 @@ class DecodingConfig:
         "exact", "exact: the full model's own tokens. threshold: what it finds likely enough; lossy, greedy only."
     )
     threshold: float = _setting(0.1, "Probability from which --accept threshold takes a drafted token.")
+    draft: Draft = _setting(
+        "auto",
+        "resident: each layer's kept neurons stay on the device, drafts move nothing and corrections only the rest (griffin). "
+        "streamed: drafts bring them. auto: what is predicted to be faster.",
+    )
+    refresh: bool = _setting(True, "Let corrections change which neurons a resident draft keeps.")
+    refresh_decay: float = _setting(0.7, "What earlier windows count for beside the last one, when it is decided which to keep.")
     tree_width: int = _setting(1, "Branches that are drafted side by side and verified together.")
 
     def __post_init__(self) -> None:
@@ -96,6 +106,12 @@ class DecodingConfig:
         object.__setattr__(self, "window", _window(self.window))
         _require(self.accept in ACCEPTS, "accept", self.accept, "one of " + ", ".join(ACCEPTS))
         _require(0 < self.threshold <= 1, "threshold", self.threshold, "above 0 and at most 1")
+        _require(self.draft in DRAFTS, "draft", self.draft, "one of " + ", ".join(DRAFTS))
+        _require(0 <= self.refresh_decay < 1, "refresh-decay", self.refresh_decay, "at least 0 and below 1")
+        if self.draft == "resident" and self.sparsity != "griffin":
+            raise ConfigError(
+                f"--draft resident keeps neurons for a whole answer, and --sparsity is {self.sparsity}; use griffin"
+            )
         _require(self.tree_width >= 1, "tree-width", self.tree_width, "at least 1")
         _require(
             tree_nodes(MIN_WINDOW, self.tree_width) <= MAX_TREE_NODES,

@@ -102,9 +102,14 @@ class KeptFeedForward:
 
 def add_squared_scores(squared_scores: Tensor, z: Tensor) -> None:
     """Add what the tokens of z [C, F] say to s_j^2, float32 [F], in place. One of which no neuron says anything adds nothing."""
+    squared_scores.add_(say_shares(z))
+
+
+def say_shares(z: Tensor) -> Tensor:
+    """The sum over tokens of (z_tj / ||z_t||)^2 for z [C, F], float32 [F]."""
     squares = z.float().square()  # [C, F]
     token_squares = squares.sum(dim=1).clamp_(min=torch.finfo(torch.float32).tiny)  # [C]: ||z_t||^2
-    squared_scores.addmv_(squares.t(), token_squares.reciprocal_())
+    return squares.t() @ token_squares.reciprocal_()
 
 
 def largest(scores: Tensor, count: int) -> Tensor:

@@ -1,0 +1,196 @@
+"""The hot set: coarse sparsity whose kept neurons are the resident part of the full model itself.
+
+A draft step computes the N hot neurons of each layer, which are on the device. The full model computes them too, and the cold ones
+as they pass, so that only those cross the link:
+
+    y = z[hot] down[hot] + z[cold] down[cold]        summed in float32
+
+The hot neurons are chosen by the prompt, with the statistic of `griffin.py`. A correction says anew of each neuron of each layer what
+it says of the window, so the statistic is kept up to date for nothing,
+
+    s^2 <- decay * s^2 + sum over the window's tokens of (z_tj / ||z_t||)^2
+
+and a cold neuron that has become better than a hot one, by more than what would have them change places all the time, takes its
+place while it passes. Knows neither slots nor links.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from offload_sirius.model.feed_forward import Neurons
+from offload_sirius.model.ops import activation_named, gated_activations
+from offload_sirius.model.source import NeuronWeights
+from offload_sirius.sparsity.griffin import add_squared_scores, say_shares
+from offload_sirius_loaders.spec import ModelSpec
+
+HYSTERESIS = 0.1
+"""A cold neuron is taken for a hot one when its s^2 is larger by more than this share: of equals neither moves."""
+
+
+class HotSource(Protocol):
+    """What a hot set needs of a weight source."""
+
+    def neurons(self, layer: int) -> NeuronWeights:
+        """While hot neurons are chosen all of the layer, afterwards those that are hot, in the order of their places."""
+
+    def cold_neurons(self, layer: int) -> NeuronWeights:
+        """The others, in the order in which they were said to be cold; blocks until they are there."""
+
+    def choose(self, layer: int, hot_ids: Tensor, cold_ids: Tensor) -> None:
+        """These neurons of the layer that passes, int64 [N], are hot from now on, and these, int64 [F - N], cold."""
+
+    def exchange(self, layer: int, hot_places: Tensor, cold_places: Tensor, cold_ids: Tensor) -> None:
+        """Cold neurons of the layer that passes take places of hot ones, int64 [k] each; cold_ids: [F - N], cold from now on."""
+
+
+class HotSet:
+    """Statistic, places, and the feed-forward blocks of the four kinds of passes."""
+
+    def __init__(self, spec: ModelSpec, source: HotSource, num_hot: int, *, decay: float | None, device: torch.device) -> None:
+        """num_hot: N of each layer, below F. decay: of the statistic from window to window; None leaves the set as the prompt
+        chose it. Allocates what `hot_set_nbytes` says."""
+        assert 0 < num_hot < spec.ffn_width, (num_hot, spec.ffn_width)
+        self.num_hot = num_hot
+        self.source = source
+        self.decay = decay
+        self.activation = activation_named(spec.activation)
+        self.squared_scores = torch.zeros(spec.num_layers, spec.ffn_width, device=device)  # [L, F]
+        shape = (spec.num_layers, spec.ffn_width)
+        self.ids = torch.zeros(
+            shape, dtype=torch.int64, device=device
+        )  # [L, F]: hot ones by their places, then cold ones, sorted
+        self.num_exchanged = 0
+        """Neurons that became hot, of all layers and windows."""
+        self.prefill = ChoosingFeedForward(self)
+        self.draft = HotFeedForward(self)
+        self.full = BothFeedForward(self)
+        self.correction = self.full if decay is None else RefreshingFeedForward(self, decay)
+
+    def hot_ids(self, layer: int) -> Tensor:
+        """Neuron in each hot place, int64 [N]: a view."""
+        return self.ids[layer, : self.num_hot]
+
+    def cold_ids(self, layer: int) -> Tensor:
+        """The others, int64 [F - N], in the order in which they arrive: a view."""
+        return self.ids[layer, self.num_hot :]
+
+
+class ChoosingFeedForward:
+    """All neurons of a layer; the best of them become hot."""
+
+    def __init__(self, hot_set: HotSet) -> None:
+        self._hot_set = hot_set
+
+    def open(self, layer: int) -> Neurons:
+        """See FeedForward."""
+        hot_set, neurons = self._hot_set, self._hot_set.source.neurons(layer)
+        squared_scores = hot_set.squared_scores[layer].zero_()  # [F]
+
+        def compute(x: Tensor) -> Tensor:
+            z = gated_activations(x, neurons, hot_set.activation)  # [C, D] -> [C, F]
+            add_squared_scores(squared_scores, z)
+            return z @ neurons.down  # [C, F] -> [C, D]
+
+        return compute
+
+    def close(self, layer: int) -> None:
+        """See FeedForward."""
+        hot_set = self._hot_set
+        ranked = hot_set.squared_scores[layer].sort(descending=True, stable=True).indices  # [F]
+        for ids, chosen in (
+            (hot_set.hot_ids(layer), ranked[: hot_set.num_hot]),
+            (hot_set.cold_ids(layer), ranked[hot_set.num_hot :]),
+        ):
+            ids.copy_(chosen.sort().values)
+        hot_set.source.choose(layer, hot_set.hot_ids(layer), hot_set.cold_ids(layer))
+
+
+class HotFeedForward:
+    """Hot neurons only."""
+
+    def __init__(self, hot_set: HotSet) -> None:
+        self._hot_set = hot_set
+
+    def open(self, layer: int) -> Neurons:
+        """See FeedForward."""
+        neurons, activation = self._hot_set.source.neurons(layer), self._hot_set.activation
+        return lambda x: gated_activations(x, neurons, activation) @ neurons.down  # [C, D] -> [C, N] -> [C, D]
+
+    def close(self, layer: int) -> None:
+        """See FeedForward."""
+
+
+class BothFeedForward:
+    """All neurons: hot ones while the cold ones still arrive, then those."""
+
+    def __init__(self, hot_set: HotSet) -> None:
+        self._hot_set = hot_set
+
+    def open(self, layer: int) -> Neurons:
+        """See FeedForward."""
+        hot_set, hot = self._hot_set, self._hot_set.source.neurons(layer)
+
+        def compute(x: Tensor) -> Tensor:
+            hot_z = gated_activations(x, hot, hot_set.activation)  # [C, D] -> [C, N]
+            y = (hot_z @ hot.down).float()  # -> [C, D]
+            cold = hot_set.source.cold_neurons(layer)
+            cold_z = gated_activations(x, cold, hot_set.activation)  # [C, D] -> [C, F - N]
+            y += cold_z @ cold.down
+            self.observe(layer, hot_z, cold_z)
+            return y.to(x.dtype)
+
+        return compute
+
+    def observe(self, layer: int, hot_z: Tensor, cold_z: Tensor) -> None:
+        """What neurons have said: [C, N] and [C, F - N]."""
+
+    def close(self, layer: int) -> None:
+        """See FeedForward."""
+
+
+class RefreshingFeedForward(BothFeedForward):
+    """The same, and what they say of a window decides which are hot in the next one."""
+
+    def __init__(self, hot_set: HotSet, decay: float) -> None:
+        super().__init__(hot_set)
+        self._decay = decay
+
+    def open(self, layer: int) -> Neurons:
+        """See FeedForward."""
+        self._hot_set.squared_scores[layer].mul_(self._decay)
+        return super().open(layer)
+
+    def observe(self, layer: int, hot_z: Tensor, cold_z: Tensor) -> None:
+        """See BothFeedForward."""
+        hot_set = self._hot_set
+        said = say_shares(torch.cat((hot_z, cold_z), dim=1))  # [C, F] in the order of places -> [F]
+        hot_set.squared_scores[layer].index_add_(0, hot_set.ids[layer], said)
+
+    def close(self, layer: int) -> None:
+        """See FeedForward. Waits for the device once."""
+        hot_set = self._hot_set
+        hot_ids, cold_ids = hot_set.hot_ids(layer), hot_set.cold_ids(layer)
+        scores = hot_set.squared_scores[layer]
+        hot_places, cold_places = exchanges(scores[hot_ids], scores[cold_ids])
+        if len(hot_places) == 0:
+            return
+        hot_ids[hot_places], cold_ids[cold_places] = cold_ids[cold_places], hot_ids[hot_places]
+        cold_ids.copy_(cold_ids.sort().values)
+        hot_set.num_exchanged += len(hot_places)
+        hot_set.source.exchange(layer, hot_places, cold_places, cold_ids)
+
+
+def exchanges(hot_scores: Tensor, cold_scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Which places to exchange, int64 [k] each: the worst hot ones for the best cold ones, while those are better by HYSTERESIS.
+
+    hot_scores: s^2 by place [N], cold_scores [F - N].
+    """
+    most = min(len(hot_scores), len(cold_scores))
+    hot, cold = hot_scores.sort(stable=True), cold_scores.sort(descending=True, stable=True)
+    # Hot ones get better along the way and cold ones worse, so that those to be exchanged come first.
+    count = int((cold.values[:most] > hot.values[:most] * (1 + HYSTERESIS)).sum())
+    return hot.indices[:count], cold.indices[:count]
