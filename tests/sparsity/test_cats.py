@@ -1,4 +1,4 @@
-"""The choice of fine sparsity, token by token, and that fetching and caching give what computing all of them and masking gives."""
+"""The choice of fine sparsity, token by token, and that fetching and caching give what computing all and masking gives."""
 
 from __future__ import annotations
 
