@@ -438,9 +438,12 @@ def _budgets(spec: ModelSpec, layout: LayerLayout, demand: Demand, config: Engin
         )
     free_device = free_host - min(MAX_READERS * demand.reader_nbytes, free_host // 4)
     device_nbytes = config.device_size.resolve(free_device)
-    unlimited = make_plan(spec, layout, demand, Budgets(device_nbytes=device_nbytes, host_nbytes=1 << 62))
-    _require(("device",), unlimited.device_nbytes, free_device)
-    return Budgets(device_nbytes=device_nbytes, host_nbytes=config.host_size.resolve(free_host - unlimited.device_nbytes))
+    unlimited = Budgets(device_nbytes=device_nbytes, host_nbytes=1 << 62)
+    # Where layers stay on disk there are no caches of neurons, and resident layers may take more than those would have.
+    demands = (demand, replace(demand, num_cached_neurons=0))
+    most_nbytes = max(make_plan(spec, layout, each, unlimited).device_nbytes for each in demands)
+    _require(("device",), most_nbytes, free_device)
+    return Budgets(device_nbytes=device_nbytes, host_nbytes=config.host_size.resolve(free_host - most_nbytes))
 
 
 def _absolute(flag: str, text: str, size: Size) -> int:
