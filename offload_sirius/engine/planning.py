@@ -242,11 +242,12 @@ class Planned:
 
     def _draft_work(self, prompt_tokens: int, num_leaves: int, sparsity: Sparsity | None) -> Work:
         """The same of a draft step. Sequences that are drafted together share a set of neurons, as the leaves of a tree do."""
-        num_kept = self.config.decoding.num_kept(self.spec.ffn_width)
+        num_neurons = self.spec.ffn_width
+        num_needed = self.config.decoding.num_kept(num_neurons) if sparsity == "cats" else 0
         return replace(
             self._step_work(prompt_tokens, num_leaves),
             cargo=CARGO[sparsity],
-            num_fetched=num_fetched(num_kept, self.plan.num_cached_neurons) if sparsity == "cats" else 0,
+            num_fetched=num_fetched(num_needed, self.plan.num_cached_neurons, num_neurons),
         )
 
     def _prompt_work(self, prompt_tokens: int) -> Work:
