@@ -18,6 +18,9 @@ PLAIN_PROGRESS_SECONDS = 5.0
 BOUNDS: dict[Bound, str] = {"link": "the link", "disk": "the disk", "compute": "computing"}
 """What a pass may be held up by, for people."""
 
+CLEAR_GAIN = 0.05
+"""Smaller differences between two ways to decode are not worth a line."""
+
 PURPOSES = {"sparsity": "choice of neurons", "neuron_cache": "neuron caches", "kept_neurons": "kept neurons for drafts"}
 """What memory is for, where its name on the bill says too little."""
 
@@ -143,11 +146,26 @@ def summary(result: Generation) -> str:
     parts = [f"{result.new_tokens} tokens", f"first after {result.ttft_seconds:.2f} s"]
     if result.tokens_per_second is not None:
         parts.append(f"{result.tokens_per_second:.2f} tokens/s")
+    if result.aal is not None:
+        parts.append(f"{result.aal:.2f} tokens a correction (AAL)")
+    if result.acceptance is not None:
+        parts.append(f"{result.acceptance:.0%} of drafts accepted")
     link = result.link
     if link.gbytes_per_second is not None and link.busy_share is not None:
         per_token = link.copied_bytes / max(result.new_tokens, 1) / 1e9
         parts.append(f"{per_token:.3f} GB a token over the link at {link.gbytes_per_second:.2f} GB/s, {link.busy_share:.0%} busy")
     return ", ".join(parts)
+
+
+def advice(result: Generation) -> str | None:
+    """A line that says so where drafting cost more than it saved; None where it paid, or nothing is known of it.
+
+    A pass over one token takes no longer than a correction, which takes the same weights over more of them.
+    """
+    rate, correction = result.tokens_per_second, result.correction_seconds
+    if rate is None or correction is None or rate * correction > 1 - CLEAR_GAIN:
+        return None
+    return f"drafts cost more than they saved: --mode full would give {1 / correction:.2f} tokens/s or more here"
 
 
 def predicted(prediction: Prediction) -> str:

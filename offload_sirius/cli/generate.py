@@ -148,7 +148,7 @@ def _run(
 
 def _answer(engine: Engine, prompt_ids: list[int], generation: GenerationConfig, *, as_json: bool) -> int:
     from offload_sirius.cli.app import EXIT_DONE, EXIT_INTERRUPTED
-    from offload_sirius.cli.console import TextWriter, say, summary
+    from offload_sirius.cli.console import TextWriter, advice, say, summary
 
     writer = None if as_json else TextWriter()
     stream = engine.stream(prompt_ids, generation)
@@ -168,6 +168,8 @@ def _answer(engine: Engine, prompt_ids: list[int], generation: GenerationConfig,
     else:
         sys.stdout.write(json.dumps(result.as_json()) + "\n")
     say(summary(result))
+    if (better := advice(result)) is not None:
+        say(better)
     return EXIT_INTERRUPTED if result.finish_reason == "interrupted" else EXIT_DONE
 
 

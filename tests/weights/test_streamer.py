@@ -160,10 +160,11 @@ def test_attention_is_copied_before_the_records_of_a_layer() -> None:
 
 def test_bytes_count_for_the_phase_that_computes_on_them_and_sum_up_with_what_is_under_way() -> None:
     streamer, copier = make(4, {1}, 2)
+    streamer.begin("prefill")
     run_pass(streamer, 4)
-    streamer.phase = "full"
-    run_pass(streamer, 4)
-    run_pass(streamer, 4)
+    for _ in range(2):
+        streamer.begin("full")
+        run_pass(streamer, 4)
     assert streamer.pass_nbytes == {"prefill": 3 * LAYOUT.nbytes, "draft": 0, "correction": 0, "full": 6 * LAYOUT.nbytes}
     assert streamer.copied_nbytes == copier.nbytes_copied == (9 + 2) * LAYOUT.nbytes
 
