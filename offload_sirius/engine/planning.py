@@ -242,11 +242,12 @@ class Planned:
 
     def _draft_work(self, prompt_tokens: int, num_leaves: int, sparsity: Sparsity | None) -> Work:
         """The same of a draft step. Sequences that are drafted together share a set of neurons, as the leaves of a tree do."""
-        num_kept = self.config.decoding.num_kept(self.spec.ffn_width)
+        num_neurons = self.spec.ffn_width
+        num_needed = self.config.decoding.num_kept(num_neurons) if sparsity == "cats" else 0
         return replace(
             self._step_work(prompt_tokens, num_leaves),
             cargo=CARGO[sparsity],
-            num_fetched=num_fetched(num_kept, self.plan.num_cached_neurons) if sparsity == "cats" else 0,
+            num_fetched=num_fetched(num_needed, self.plan.num_cached_neurons, num_neurons),
         )
 
     def _prompt_work(self, prompt_tokens: int) -> Work:
@@ -438,9 +439,12 @@ def _budgets(spec: ModelSpec, layout: LayerLayout, demand: Demand, config: Engin
         )
     free_device = free_host - min(MAX_READERS * demand.reader_nbytes, free_host // 4)
     device_nbytes = config.device_size.resolve(free_device)
-    unlimited = make_plan(spec, layout, demand, Budgets(device_nbytes=device_nbytes, host_nbytes=1 << 62))
-    _require(("device",), unlimited.device_nbytes, free_device)
-    return Budgets(device_nbytes=device_nbytes, host_nbytes=config.host_size.resolve(free_host - unlimited.device_nbytes))
+    unlimited = Budgets(device_nbytes=device_nbytes, host_nbytes=1 << 62)
+    # Where layers stay on disk there are no caches of neurons, and resident layers may take more than those would have.
+    demands = (demand, replace(demand, num_cached_neurons=0))
+    most_nbytes = max(make_plan(spec, layout, each, unlimited).device_nbytes for each in demands)
+    _require(("device",), most_nbytes, free_device)
+    return Budgets(device_nbytes=device_nbytes, host_nbytes=config.host_size.resolve(free_host - most_nbytes))
 
 
 def _absolute(flag: str, text: str, size: Size) -> int:

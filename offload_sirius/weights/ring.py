@@ -68,7 +68,9 @@ class Ring(Generic[SlotT]):
 
     def begin(self, cargo: Cargo, following: Cargo) -> None:
         """A pass begins, and another will probably follow. One that was given up half-way may be followed by any."""
-        self._cargo, self._following, self._sending = cargo, following, cargo
+        self._cargo, self._following = cargo, following
+        # As many slots as layers: all of this pass is under way, and the first slot that is free is for the next one.
+        self._sending = cargo if self._next else following
 
     def front(self, layer: int) -> Flight[SlotT]:
         """The flight of the layer that is computed on next; sends it, and those behind it, where it is not under way."""

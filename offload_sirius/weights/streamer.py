@@ -7,6 +7,7 @@ no streams; those are the copier's.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from typing import Any, Literal, get_args
 
 from torch import Tensor
 
+from offload_sirius.errors import OffloadSiriusError
 from offload_sirius.trace import Moment, Tracer
 from offload_sirius.weights.buffers import KeptNeurons, LayerBuffer
 from offload_sirius.weights.copiers import Copier, Transfer
@@ -172,12 +174,15 @@ class WeightStreamer(Streamer):
         shared = list(slots)
         self._ring = Ring(streamed_layers, dict.fromkeys(SLICES, shared), self._send)
         self._front: Flight[LayerBuffer] | None = None
+        self._fetching: Transfer | None = None
+        """What was sent for last and has not been waited for."""
 
     def begin(self, phase: Phase, cargo: Cargo = "records", *, following: Cargo = "records") -> None:
         """A pass begins. phase: under which its bytes are counted; cargo: what it takes of each layer; following: the same of the
         pass that will probably come next. One that was given up half-way may be followed by any other."""
         self._phase = phase
         self._ring.begin(cargo, following)
+        self._let_fetched_arrive()
 
     def attention(self, layer: int) -> LayerBuffer:
         """The layer's attention block; blocks until it is there."""
@@ -215,8 +220,9 @@ class WeightStreamer(Streamer):
         assert flight.part == "gate", flight.part
         place = flight.slot.up_down[: len(neuron_ids)]
         self.pass_nbytes[self._phase] += place.nbytes
-        transfer = self._copier.fetch(layer, neuron_ids, flight.slot)
-        return FetchedRecords(place, lambda: self._wait(self._ring, layer, "neurons", transfer))
+        self._let_fetched_arrive()
+        self._fetching = transfer = self._copier.fetch(layer, neuron_ids, flight.slot)
+        return FetchedRecords(place, lambda: self._fetched(layer, transfer))
 
     def keep(self, layer: int, neuron_ids: Tensor) -> None:
         """From the next pass on, keep these neurons, int64 [N] in host memory, sorted, of the layer that was last asked for."""
@@ -238,6 +244,17 @@ class WeightStreamer(Streamer):
     def discarded_nbytes(self) -> int:
         """Bytes that were fetched for a pass that did not come."""
         return self._ring.discarded_nbytes
+
+    def _fetched(self, layer: int, transfer: Transfer) -> None:
+        self._wait(self._ring, layer, "neurons", transfer)
+        self._fetching = None
+
+    def _let_fetched_arrive(self) -> None:
+        """A pass may have been given up before what it sent for was there: nothing else may be on its way to the same bytes."""
+        if self._fetching is not None:
+            with contextlib.suppress(OffloadSiriusError):
+                self._fetching.wait()
+            self._fetching = None
 
     def _front_of(self, layer: int) -> Flight[LayerBuffer]:
         assert self._front is not None
