@@ -13,14 +13,15 @@ from offload_sirius.engine.link import Origins, make_arenas, make_link, uplink_t
 from offload_sirius.engine.opened import Model
 from offload_sirius.engine.placement import Placement, memory_errors, place
 from offload_sirius.engine.progress import Progress
-from offload_sirius.engine.streamed import StreamedModel, streamed_model
+from offload_sirius.engine.streamed import StreamedModel, hot_model, streamed_model
 from offload_sirius.errors import ConfigError
 from offload_sirius.model.kv_cache import KVCache
 from offload_sirius.model.transformer import Transformer
 from offload_sirius.trace import Tracer
-from offload_sirius.weights.device import DeviceStore
+from offload_sirius.weights.device import DeviceStore, HotDeviceStore
 from offload_sirius.weights.disk import ReaderPool
 from offload_sirius.weights.embedding import DiskEmbedding, Embedding, TableEmbedding
+from offload_sirius.weights.hotset import HotStreamer
 from offload_sirius.weights.load import Loader
 from offload_sirius.weights.pieces import load_nbytes
 from offload_sirius.weights.pinning import PinReport
@@ -64,7 +65,7 @@ def _join(
     progress: Progress,
     tracer: Tracer | None,
     stores: ExitStack,
-) -> tuple[WeightStreamer, Transformer, StreamedModel, ReaderPool, int, PinReport]:
+) -> tuple[WeightStreamer | HotStreamer, Transformer, StreamedModel, ReaderPool, int, PinReport]:
     """Disk, host, device, matmul. What is opened on the way is closed by `stores`, last first."""
     spec, plan, layout, dtype = checkpoint.spec, placement.plan, placement.layout, placement.dtype
     uplink = uplink_to(placement.device)
@@ -75,7 +76,8 @@ def _join(
     stores.callback(readers.close)
     arenas = make_arenas(placement, spec, uplink)
     stores.callback(arenas.close)
-    device = DeviceStore(plan, spec, layout, dtype, placement.device)
+    store = DeviceStore if plan.hot is None else HotDeviceStore
+    device = store(plan, spec, layout, dtype, placement.device)
 
     progress.begin(f"loading {spec.name}", load_nbytes(checkpoint, plan))
     try:
@@ -91,29 +93,49 @@ def _join(
         readers.close()  # nothing is read any more: give their buffers back
     arenas.give_back_unused(plan)
 
-    streamer = WeightStreamer(
-        residents=device.residents,
-        streamed_layers=plan.streamed_layers,
-        slots=device.slots,
-        copier=make_link(Origins(checkpoint, readers, arenas), plan, uplink, config.link_gbps, progress, tracer),
-        embedding=embedding,
-        final_norm=device.final_norm,
-        head=device.head,
-        tracer=tracer,
-        sliceable=plan.sliceable_layers,
-        kept=arenas.kept,
-        # Where the device is the host, a slot is as near as the arena, and all layers pass through one.
-        arena={} if uplink is None else {layer: arenas.layers.layer(layer) for layer in plan.host_layers},
-    )
-    stores.callback(streamer.close)
+    copier = make_link(Origins(checkpoint, readers, arenas), plan, uplink, config.link_gbps, progress, tracer)
     cache = KVCache(spec, capacity=placement.context, dtype=dtype, device=placement.device)
-    transformer = Transformer(spec, streamer, cache, tracer=tracer)
-    streamed = streamed_model(transformer, streamer, device.caches, config.decoding)
+    decoding = placement.planned.config.decoding
+    streamer: WeightStreamer | HotStreamer
+    if isinstance(device, HotDeviceStore):
+        assert plan.hot is not None
+        for layer, buffer in device.layers.items():
+            buffer.parts["attention"].copy_(arenas.layers.layer(layer).parts["attention"])
+        assert copier is not None
+        streamer = HotStreamer(
+            layers=device.layers,
+            slots=device.slots,
+            copier=copier,
+            embedding=embedding,
+            final_norm=device.final_norm,
+            head=device.head,
+            tracer=tracer,
+        )
+        transformer = Transformer(spec, streamer, cache, tracer=tracer)
+        streamed = hot_model(transformer, streamer, plan.hot.num_hot, decoding)
+    else:
+        streamer = WeightStreamer(
+            residents=device.residents,
+            streamed_layers=plan.streamed_layers,
+            slots=device.slots,
+            sliceable=plan.sliceable_layers,
+            kept=arenas.kept,
+            # Where the device is the host, a slot is as near as the arena, and all layers pass through one.
+            arena={} if uplink is None else {layer: arenas.layers.layer(layer) for layer in plan.host_layers},
+            copier=copier,
+            embedding=embedding,
+            final_norm=device.final_norm,
+            head=device.head,
+            tracer=tracer,
+        )
+        transformer = Transformer(spec, streamer, cache, tracer=tracer)
+        streamed = streamed_model(transformer, streamer, device.caches, decoding)
+    stores.callback(streamer.close)
     nbytes = device.nbytes + cache.nbytes + transformer.nbytes + plan.device_bill["sparsity"]
     return streamer, transformer, streamed, readers, nbytes, arenas.report()
 
 
-def _embedding(placement: Placement, loader: Loader, readers: ReaderPool, device: DeviceStore) -> Embedding:
+def _embedding(placement: Placement, loader: Loader, readers: ReaderPool, device: DeviceStore | HotDeviceStore) -> Embedding:
     where = placement.plan.embedding_place
     if where == "device":
         return TableEmbedding(device.head, placement.device)

@@ -32,13 +32,13 @@ from offload_sirius.engine.streamed import StreamedModel
 from offload_sirius.errors import ConfigError
 from offload_sirius.model.costs import activation_nbytes
 from offload_sirius.model.transformer import Transformer
-from offload_sirius.sparsity.cats import FetchCounts
+from offload_sirius.sparsity.cats import Cats, FetchCounts
 from offload_sirius.sparsity.costs import draft_density
 from offload_sirius.trace import Tracer
 from offload_sirius.weights.pinning import PinReport
 from offload_sirius.weights.plan import Plan
 from offload_sirius.weights.predict import Prediction
-from offload_sirius.weights.streamer import WeightStreamer
+from offload_sirius.weights.streamer import Streamer
 from offload_sirius_loaders.checkpoint import Checkpoint
 from offload_sirius_loaders.spec import ModelSpec
 
@@ -55,7 +55,7 @@ class Engine:
         placement: Placement,
         transformer: Transformer,
         streamed: StreamedModel,
-        streamer: WeightStreamer,
+        streamer: Streamer,
         closing: ExitStack,
         device_nbytes: int,
         pinned: PinReport,
@@ -286,9 +286,9 @@ def _settings(config: EngineConfig, request: _Request) -> dict[str, Any]:
 class _Counters:
     """The streamer's and the link's counters, from where an answer began."""
 
-    def __init__(self, streamer: WeightStreamer, streamed: StreamedModel) -> None:
+    def __init__(self, streamer: Streamer, streamed: StreamedModel) -> None:
         self._streamer = streamer
-        self._fetches = streamed.fetches
+        self._fetches = streamed.sparsity.counts if isinstance(streamed.sparsity, Cats) else None
         self._pass_nbytes = dict(streamer.pass_nbytes)
         self._discarded_nbytes = streamer.discarded_nbytes
         self._copied_nbytes = streamer.copied_nbytes

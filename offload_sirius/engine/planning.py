@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from offload_sirius import machine
-from offload_sirius.config import DecodingConfig, EngineConfig, PlanConfig, Sparsity, tree_nodes
+from offload_sirius.config import DecodingConfig, Draft, EngineConfig, PlanConfig, Sparsity, tree_nodes
 from offload_sirius.engine.windows import window_speeds
 from offload_sirius.errors import BudgetError, ConfigError
 from offload_sirius.model.costs import (
@@ -25,6 +25,7 @@ from offload_sirius.model.costs import (
 from offload_sirius.rates import DtypeName, Rates, Stored, assumed_cpu_rates, assumed_gpu_rates
 from offload_sirius.sparsity.costs import num_fetched, sparsity_nbytes
 from offload_sirius.units import MIB, Size, format_size
+from offload_sirius.weights.hot_plan import make_hot_plan
 from offload_sirius.weights.layout import PARTS, LayerLayout, Part, Slice, layer_layout
 from offload_sirius.weights.pieces import load_nbytes, reader_nbytes, stored_part_nbytes
 from offload_sirius.weights.plan import MAX_READERS, Budgets, Demand, Plan, as_flag, make_plan
@@ -179,7 +180,7 @@ class Planned:
         budgets = Budgets(
             device_nbytes=self.budgets.device_nbytes + device_nbytes, host_nbytes=self.budgets.host_nbytes + host_nbytes
         )
-        return replace(self, budgets=budgets, plan=make_plan(self.spec, self.layout, self.demand, budgets))
+        return replace(self, budgets=budgets, plan=plan_for(self.spec, self.layout, self.demand, budgets))
 
     @property
     def stored_nbytes(self) -> dict[Part, int]:
@@ -275,7 +276,8 @@ def plan_model(
     element_nbytes, context = ELEMENT_NBYTES[dtype], context_of(config, spec)
     sparse = sparsity_of(decoding, spec)
     num_kept = decoding.num_kept(spec.ffn_width)
-    layout = layer_layout(spec, element_nbytes, num_kept if sparse == "griffin" else 0)
+    resident_draft = sparse is not None and decoding.draft == "resident"
+    layout = layer_layout(spec, element_nbytes, num_kept if sparse == "griffin" and not resident_draft else 0)
     demand = Demand(
         kv_cache_nbytes=kv_cache_nbytes(spec, batch=batch, capacity=context, element_nbytes=element_nbytes),
         position_tables_nbytes=position_tables_nbytes(spec, context, element_nbytes),
@@ -288,9 +290,10 @@ def plan_model(
         num_shared_buffers=config.shared_host_buffers,
         sparsity_nbytes=sparsity_nbytes(spec, decoding, element_nbytes),
         num_cached_neurons=num_kept if sparse == "cats" else 0,
+        num_hot=num_kept if resident_draft else 0,
     )
     budgets = _budgets(spec, layout, demand, config, hardware)
-    plan = make_plan(spec, layout, demand, budgets)
+    plan = plan_for(spec, layout, demand, budgets)
     _require_free(plan, hardware)
     return Planned(
         checkpoint=checkpoint,
@@ -305,6 +308,11 @@ def plan_model(
         budgets=budgets,
         plan=plan,
     )
+
+
+def plan_for(spec: ModelSpec, layout: LayerLayout, demand: Demand, budgets: Budgets) -> Plan:
+    """The plan of the kind that is asked for. Raises BudgetError."""
+    return (make_hot_plan if demand.num_hot else make_plan)(spec, layout, demand, budgets)
 
 
 def sparsity_of(decoding: DecodingConfig, spec: ModelSpec) -> Sparsity | None:
@@ -368,12 +376,19 @@ def _consider(config: EngineConfig, consider: Consider) -> Candidate | BudgetErr
 
 
 def alternatives(config: EngineConfig, spec: ModelSpec) -> list[EngineConfig]:
-    """Settings with everything settled that --auto may choose; what it would be without --auto comes first."""
+    """Settings with everything settled that may be chosen by prediction; what it would be if it could not comes first."""
     usual = dtype_of(config, spec)
-    if not config.auto or config.dtype != "auto":
-        return [replace(config, dtype=usual)]
-    others = [dtype for dtype in ELEMENT_NBYTES if dtype != usual]
-    return [replace(config, dtype=dtype) for dtype in (usual, *others)]
+    dtypes = [usual]
+    if config.auto and config.dtype == "auto":
+        dtypes += [dtype for dtype in ELEMENT_NBYTES if dtype != usual]
+    decodings = [replace(config.decoding, draft=draft) for draft in _draft_places(config.decoding, spec)]
+    return [replace(config, dtype=dtype, decoding=decoding) for dtype in dtypes for decoding in decodings]
+
+
+def _draft_places(decoding: DecodingConfig, spec: ModelSpec) -> list[Draft]:
+    if decoding.draft != "auto":
+        return [decoding.draft]
+    return ["streamed", "resident"] if sparsity_of(decoding, spec) == "griffin" else ["streamed"]
 
 
 def plan_figures(planned: Planned) -> dict[str, Any]:
@@ -442,7 +457,7 @@ def _budgets(spec: ModelSpec, layout: LayerLayout, demand: Demand, config: Engin
     unlimited = Budgets(device_nbytes=device_nbytes, host_nbytes=1 << 62)
     # Where layers stay on disk there are no caches of neurons, and resident layers may take more than those would have.
     demands = (demand, replace(demand, num_cached_neurons=0))
-    most_nbytes = max(make_plan(spec, layout, each, unlimited).device_nbytes for each in demands)
+    most_nbytes = max(plan_for(spec, layout, each, unlimited).device_nbytes for each in demands)
     _require(("device",), most_nbytes, free_device)
     return Budgets(device_nbytes=device_nbytes, host_nbytes=config.host_size.resolve(free_host - most_nbytes))
 

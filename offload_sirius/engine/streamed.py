@@ -6,6 +6,7 @@ Each pass tells the streamer what it takes of the layers and what the next one w
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -13,42 +14,52 @@ from torch import Tensor
 
 from offload_sirius.config import AUTO, DecodingConfig
 from offload_sirius.decode.model import Pass
-from offload_sirius.engine.planning import sparsity_of
+from offload_sirius.engine.planning import CARGO, sparsity_of
 from offload_sirius.model.feed_forward import FeedForward
 from offload_sirius.model.transformer import TokenTree, Transformer
-from offload_sirius.sparsity.cats import Cats, FetchCounts
+from offload_sirius.sparsity.cats import Cats
 from offload_sirius.sparsity.griffin import Griffin
+from offload_sirius.sparsity.hot import HotSet
+from offload_sirius.weights.hotset import HotStreamer
 from offload_sirius.weights.layout import Cargo
 from offload_sirius.weights.neuron_cache import NeuronCache
-from offload_sirius.weights.streamer import WeightStreamer
+from offload_sirius.weights.streamer import Phase, WeightStreamer
+from offload_sirius_loaders.spec import ModelSpec
 
 
-class Sparsity(Protocol):
-    """How some passes use only some neurons."""
+class Source(Protocol):
+    """What passes need of a streamer."""
 
-    @property
-    def prefill(self) -> FeedForward | None:
-        """All neurons, looked at; None where there is nothing to look for."""
+    def begin(self, phase: Phase, cargo: Cargo, *, following: Cargo) -> None:
+        """See WeightStreamer, HotStreamer."""
 
-    @property
-    def draft(self) -> FeedForward:
-        """Some of them."""
+
+@dataclass(frozen=True, kw_only=True)
+class Way:
+    """How a kind of pass goes through the layers."""
+
+    cargo: Cargo = "records"
+    """What it takes of each."""
+    feed_forward: FeedForward | None = None
+    """What it does with their neurons; None computes all."""
+
+
+ALL = Way()
+FULL_WAYS: dict[Pass, Way] = {"prefill": ALL, "draft": ALL, "correction": ALL, "full": ALL}
+"""Every pass computes all neurons."""
 
 
 class StreamedModel:
     """Satisfies decode.model.Model."""
 
-    def __init__(self, transformer: Transformer, streamer: WeightStreamer, sparsity: Sparsity | None, draft_cargo: Cargo) -> None:
-        """sparsity: None where drafts compute all neurons; draft_cargo: what a draft step takes of each layer."""
+    def __init__(
+        self, transformer: Transformer, source: Source, ways: Mapping[Pass, Way], sparsity: Griffin | Cats | HotSet | None = None
+    ) -> None:
+        """sparsity: whose feed-forwards are among the ways; None where they compute all neurons."""
+        self.sparsity = sparsity
         self._transformer = transformer
-        self._streamer = streamer
-        self._sparsity = sparsity
-        self._draft_cargo = draft_cargo
-
-    @property
-    def fetches(self) -> FetchCounts | None:
-        """What draft steps needed of single neurons; None where they do not choose any."""
-        return self._sparsity.counts if isinstance(self._sparsity, Cats) else None
+        self._source = source
+        self._ways = ways
 
     @property
     def length(self) -> int:
@@ -67,55 +78,67 @@ class StreamedModel:
 
     def prefill(self, token_ids: Tensor, *, following: Pass) -> Tensor:
         """See Model."""
-        self._begin("prefill", following)
-        # A full answer does not pay for looking at neurons: it is followed by no draft.
-        observing = self._sparsity.prefill if self._sparsity is not None and following != "full" else None
-        return self._transformer.prefill(token_ids, observing)
+        return self._transformer.prefill(token_ids, self._begin("prefill", following))
 
     def full(self, token_ids: Tensor, *, following: Pass) -> Tensor:
         """See Model."""
-        self._begin("full", following)
-        return self._transformer.step(token_ids)
+        return self._transformer.step(token_ids, feed_forward=self._begin("full", following))
 
     def draft(self, token_ids: Tensor, tree: TokenTree | None = None, *, following: Pass) -> Tensor:
         """See Model."""
-        self._begin("draft", following)
-        return self._transformer.step(token_ids, tree, self._sparsity.draft if self._sparsity is not None else None)
+        return self._transformer.step(token_ids, tree, self._begin("draft", following))
 
     def correct(self, token_ids: Tensor, tree: TokenTree | None = None, *, following: Pass) -> Tensor:
         """See Model."""
-        self._begin("correction", following)
-        return self._transformer.step(token_ids, tree)
+        return self._transformer.step(token_ids, tree, self._begin("correction", following))
 
     def keep(self, length: int, offsets: Sequence[int] = ()) -> None:
         """See Model."""
         self._transformer.cache.keep(length, offsets)
 
-    def _begin(self, this: Pass, following: Pass) -> None:
-        self._streamer.begin(this, self._cargo(this), following=self._cargo(following))
-
-    def _cargo(self, of: Pass) -> Cargo:
-        return self._draft_cargo if of == "draft" else "records"
+    def _begin(self, this: Pass, following: Pass) -> FeedForward | None:
+        way = self._ways[this]
+        self._source.begin(this, way.cargo, following=self._ways[following].cargo)
+        return way.feed_forward
 
 
 def streamed_model(
-    transformer: Transformer,
-    streamer: WeightStreamer,
-    caches: Mapping[int, NeuronCache],
-    decoding: DecodingConfig,
+    transformer: Transformer, streamer: WeightStreamer, caches: Mapping[int, NeuronCache], decoding: DecodingConfig
 ) -> StreamedModel:
-    """The model, with drafts as asked for. caches: layer -> records of its neurons on the device."""
+    """The model whose drafts bring what they need. caches: layer -> records of its neurons on the device."""
     spec, kind = transformer.spec, sparsity_of(decoding, transformer.spec)
     if kind is None:
-        return StreamedModel(transformer, streamer, None, "records")
+        return StreamedModel(transformer, streamer, FULL_WAYS)
     num_kept, cache = decoding.num_kept(spec.ffn_width), transformer.cache
+    sparsity: Griffin | Cats
     if kind == "griffin":
-        griffin = Griffin(spec, streamer, num_kept, dtype=cache.dtype, device=cache.device)
-        return StreamedModel(transformer, streamer, griffin, "kept")
-    calibrate = decoding.cats_threshold == AUTO
-    thresholds = None
-    if decoding.cats_threshold is not None:
-        given = 0.0 if calibrate else float(decoding.cats_threshold)
-        thresholds = torch.full((spec.num_layers,), given, device=cache.device)
-    cats = Cats(spec, streamer, num_kept, caches=caches, thresholds=thresholds, calibrate=calibrate)
-    return StreamedModel(transformer, streamer, cats, "gate")
+        sparsity = Griffin(spec, streamer, num_kept, dtype=cache.dtype, device=cache.device)
+    else:
+        thresholds = _thresholds(decoding, spec, cache.device)
+        calibrate = decoding.cats_threshold == AUTO
+        sparsity = Cats(spec, streamer, num_kept, caches=caches, thresholds=thresholds, calibrate=calibrate)
+    drafting = Way(cargo=CARGO[kind], feed_forward=sparsity.draft)
+    return StreamedModel(
+        transformer, streamer, FULL_WAYS | {"prefill": Way(feed_forward=sparsity.prefill), "draft": drafting}, sparsity
+    )
+
+
+def hot_model(transformer: Transformer, streamer: HotStreamer, num_hot: int, decoding: DecodingConfig) -> StreamedModel:
+    """The model whose drafts are on the device."""
+    decay = decoding.refresh_decay if decoding.refresh else None
+    hot_set = HotSet(transformer.spec, streamer, num_hot, decay=decay, device=transformer.cache.device)
+    ways: dict[Pass, Way] = {
+        "prefill": Way(feed_forward=hot_set.prefill),
+        "draft": Way(cargo="hot", feed_forward=hot_set.draft),
+        "correction": Way(cargo="cold", feed_forward=hot_set.correction),
+        "full": Way(cargo="cold", feed_forward=hot_set.full),
+    }
+    return StreamedModel(transformer, streamer, ways, hot_set)
+
+
+def _thresholds(decoding: DecodingConfig, spec: ModelSpec, device: torch.device) -> Tensor | None:
+    """Of cats, float32 [L]; None where it keeps a fixed number."""
+    if decoding.cats_threshold is None:
+        return None
+    given = 0.0 if decoding.cats_threshold == AUTO else float(decoding.cats_threshold)
+    return torch.full((spec.num_layers,), given, device=device)

@@ -40,6 +40,9 @@ def sparsity_nbytes(spec: ModelSpec, decoding: DecodingConfig, element_nbytes: i
     """Device bytes that choosing neurons keeps: griffin has a score a neuron and a mask a layer, cats a threshold a layer."""
     if not decoding.drafts or decoding.num_kept(spec.ffn_width) == spec.ffn_width:
         return 0
+    if decoding.draft == "resident":
+        # A score as float32, and the neurons by place as int64.
+        return spec.num_layers * spec.ffn_width * (4 + 8)
     if decoding.sparsity == "griffin":
         return spec.ffn_width * 4 + spec.num_layers * spec.ffn_width * element_nbytes
     return spec.num_layers * 4 if decoding.cats_threshold is not None else 0

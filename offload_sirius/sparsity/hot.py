@@ -1,12 +1,12 @@
 """The hot set: coarse sparsity whose kept neurons are the resident part of the full model itself.
 
-A draft step computes the N hot neurons of each layer, which are on the device. The full model computes them too, and the cold ones
-as they pass, so that only those cross the link:
+A draft step computes the N hot neurons of each layer, which are on the device. The full model computes them too, and the cold
+ones as they pass, so that only those cross the link:
 
     y = z[hot] down[hot] + z[cold] down[cold]        summed in float32
 
-The hot neurons are chosen by the prompt, with the statistic of `griffin.py`. A correction says anew of each neuron of each layer what
-it says of the window, so the statistic is kept up to date for nothing,
+The hot neurons are chosen by the prompt, with the statistic of `griffin.py`. A correction learns anew what each neuron of each
+layer says of the window, so the statistic is kept up to date for nothing,
 
     s^2 <- decay * s^2 + sum over the window's tokens of (z_tj / ||z_t||)^2
 

@@ -5,13 +5,16 @@ Knows neither where bytes come from nor which layer is in which slot.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import prod
 
 import torch
 from torch import Tensor
 
-from offload_sirius.weights.buffers import LayerBuffer
+from offload_sirius.weights.buffers import KeptNeurons, LayerBuffer, kept_neurons
 from offload_sirius.weights.host import allocate_bytes
+from offload_sirius.weights.hot_plan import hot_layouts
+from offload_sirius.weights.hotset import HotSlots
 from offload_sirius.weights.layout import LayerLayout
 from offload_sirius.weights.neuron_cache import NeuronCache
 from offload_sirius.weights.plan import Plan
@@ -45,6 +48,41 @@ class DeviceStore:
         layers = [*self.residents.values(), *self.slots]
         caches = sum(cache.nbytes for cache in self.caches.values())
         return self.head.nbytes + self.final_norm.nbytes + sum(layer.storage.nbytes for layer in layers) + caches
+
+
+class HotDeviceStore:
+    """Fixed buffers on a device that holds every layer in part."""
+
+    def __init__(self, plan: Plan, spec: ModelSpec, layout: LayerLayout, dtype: torch.dtype, device: torch.device) -> None:
+        """Raises BudgetError when the device's memory runs out."""
+        assert plan.hot is not None
+        self.device = device
+        self.head = _matrix(spec.vocab_size, spec.width, dtype=dtype, device=device)
+        self.final_norm = _matrix(spec.width, dtype=dtype, device=device)
+        layouts, hot_spec = hot_layouts(spec, layout.element_nbytes, plan.hot.num_hot), replace(spec, ffn_width=plan.hot.num_hot)
+        self.residents: dict[int, LayerBuffer] = {}
+        """Layers that are resident as a whole: none."""
+        self.layers = {
+            layer: LayerBuffer(allocate_bytes(layouts.resident.nbytes, device, "device"), hot_spec, layouts.resident, dtype)
+            for layer in range(spec.num_layers)
+        }
+        """Attention block and hot neurons of every layer."""
+        self._slot_memory = allocate_bytes(plan.device_bill["slots"], device, "device")
+
+        def slots(count: int, slot_layout: LayerLayout) -> list[KeptNeurons]:
+            nbytes = slot_layout.kept_nbytes
+            return [
+                kept_neurons(self._slot_memory[index * nbytes : (index + 1) * nbytes], slot_layout, dtype)
+                for index in range(count)
+            ]
+
+        self.slots = HotSlots(whole=slots(plan.num_slots, layouts.whole), cold=slots(plan.hot.num_cold_slots, layouts.cold))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of everything allocated here."""
+        layers = sum(layer.storage.nbytes for layer in self.layers.values())
+        return self.head.nbytes + self.final_norm.nbytes + layers + self._slot_memory.nbytes
 
 
 def _matrix(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -39,7 +39,7 @@ class HotSlots:
 class HotStreamer(Streamer):
     """Weights of which every layer is partly resident.
 
-    Satisfies the model's WeightSource in passes that prefill or draft; one that needs all neurons asks for both halves of a layer.
+    Satisfies the model's WeightSource in passes that prefill or draft. One that needs all neurons asks for a layer's two halves.
     """
 
     def __init__(

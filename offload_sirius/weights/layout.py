@@ -31,8 +31,8 @@ PARTS: tuple[Part, ...] = ("attention", "records")
 """Those that make up a layer."""
 
 Slice = Literal["records", "kept", "gate"]
-"""What crosses the link of a layer's neurons: all; those that are kept; the gates, and single records as they are fetched. Layers of
-which no slice can cross alone bring all their records in any pass."""
+"""What crosses the link of a layer's neurons: all; those that are kept; the gates, and single records as they are fetched. Layers
+of which no slice can cross alone bring all their records in any pass."""
 
 Cargo = Literal["records", "kept", "gate", "hot", "cold"]
 """What a pass takes: a slice; or of layers that are partly on the device what is there, which moves nothing, or the rest."""

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from offload_sirius.weights.buffers import LayerBuffer
 from offload_sirius.weights.copiers import layer_jobs
-from offload_sirius.weights.device import DeviceStore
+from offload_sirius.weights.device import DeviceStore, HotDeviceStore
 from offload_sirius.weights.disk import Fill, Job, ReaderPool, tensor_jobs
 from offload_sirius.weights.host import HostStore, allocate_bytes
 from offload_sirius.weights.layout import PARTS
@@ -37,7 +37,7 @@ class Loader:
         """Fill the arena."""
         self._fill_layers((layer, store.layer(layer)) for layer in layers)
 
-    def load_device(self, device: DeviceStore, staging: list[LayerBuffer]) -> None:
+    def load_device(self, device: DeviceStore | HotDeviceStore, staging: list[LayerBuffer]) -> None:
         """Fill head, final norm and residents. staging: host buffers to pass through; none where the device is the host."""
         tensors: dict[Role, Tensor] = {"final_norm": device.final_norm, head_role(self._checkpoint): device.head}
         for role, place in tensors.items():

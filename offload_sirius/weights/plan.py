@@ -70,6 +70,8 @@ class Demand:
     """All streamed layers are in host memory and share that many buffers there: for timing shapes that exceed it."""
     sparsity_nbytes: int = 0
     """Device bytes that choosing neurons takes."""
+    num_hot: int = 0
+    """Neurons of each layer that are wanted on the device for good, where every layer is to be partly resident."""
     num_cached_neurons: int = 0
     """Neurons of each streamed layer whose up and down records are wanted on the device, beside its slots; 0 for none."""
 
@@ -80,6 +82,18 @@ class Budgets:
 
     device_nbytes: int
     host_nbytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class HotPlan:
+    """Every layer is partly resident: its attention block, and some neurons."""
+
+    num_hot: int
+    """Neurons of each layer on the device, N."""
+    num_cold_slots: int
+    """Slots for the others of a layer, in the memory of those for all of them."""
+    cold_nbytes: int
+    """Bytes of the others."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,6 +117,8 @@ class Plan:
     """Device bytes by purpose; they add up to device_nbytes."""
     host_bill: Mapping[str, int]
     """Host bytes by purpose; they add up to host_nbytes."""
+    hot: HotPlan | None = None
+    """None where layers are resident as a whole or not at all."""
 
     @property
     def device_nbytes(self) -> int:
@@ -122,7 +138,7 @@ class Plan:
     @property
     def pass_nbytes(self) -> int:
         """Bytes that cross the link in one pass of the full model."""
-        return len(self.streamed_layers) * self.layer_nbytes
+        return len(self.streamed_layers) * (self.layer_nbytes if self.hot is None else self.hot.cold_nbytes)
 
     @property
     def sliceable_layers(self) -> tuple[int, ...]:
@@ -138,17 +154,17 @@ def make_plan(spec: ModelSpec, layout: LayerLayout, demand: Demand, budgets: Bud
 
 
 def _make_plan(spec: ModelSpec, layout: LayerLayout, demand: Demand, budgets: Budgets, max_cached_neurons: int) -> Plan:
-    fixed = _fixed_device_bill(spec, layout, demand)
+    fixed = fixed_device_bill(spec, layout, demand)
     fixed_nbytes = sum(fixed.values())
     room = _layer_room(spec.num_layers, layout.nbytes, fixed_nbytes, budgets.device_nbytes)
     left_nbytes = budgets.device_nbytes - fixed_nbytes
     head_ahead = int(fixed["head"] * LINK_SHARE_OF_DEVICE_RATE)
     device = _split_room(spec.num_layers, room, layout, left_nbytes, head_ahead, max_cached_neurons)
-    host = _place_on_host(spec, layout, demand, budgets, spec.num_layers - device.num_resident)
+    host = place_on_host(spec, layout, demand, budgets, spec.num_layers - device.num_resident)
     if host.num_disk_layers:
         ahead_nbytes = max(head_ahead, DISK_AHEAD_NBYTES)
         device = _split_room(spec.num_layers, room, layout, left_nbytes, ahead_nbytes, max_cached_neurons)
-        host = _place_on_host(spec, layout, demand, budgets, spec.num_layers - device.num_resident)
+        host = place_on_host(spec, layout, demand, budgets, spec.num_layers - device.num_resident)
     streamed = spread(spec.num_layers, spec.num_layers - device.num_resident)
     disk = [streamed[index] for index in spread(len(streamed), host.num_disk_layers)]
     on_host = [layer for layer in streamed if layer not in disk]
@@ -178,7 +194,7 @@ def spread(num_all: int, num_chosen: int) -> tuple[int, ...]:
     return tuple(i for i in range(num_all) if (i + 1) * num_chosen // num_all > i * num_chosen // num_all)
 
 
-def _fixed_device_bill(spec: ModelSpec, layout: LayerLayout, demand: Demand) -> dict[str, int]:
+def fixed_device_bill(spec: ModelSpec, layout: LayerLayout, demand: Demand) -> dict[str, int]:
     """Device bytes that every plan has.
 
     head       = V * D * element
@@ -258,7 +274,7 @@ def neuron_cache_nbytes(layout: LayerLayout, num_cached: int) -> int:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _HostPlacement:
+class HostPlacement:
     num_disk_layers: int
     num_buffers: int
     num_kept: int
@@ -267,7 +283,7 @@ class _HostPlacement:
     bill: Mapping[str, int]
 
 
-def _place_on_host(spec: ModelSpec, layout: LayerLayout, demand: Demand, budgets: Budgets, num_streamed: int) -> _HostPlacement:
+def place_on_host(spec: ModelSpec, layout: LayerLayout, demand: Demand, budgets: Budgets, num_streamed: int) -> HostPlacement:
     """Readers first, as nothing loads without them (three quarters at most); then the embedding table; then layers.
 
     readers   = readers * (one read buffer + one decoded piece)
@@ -291,7 +307,7 @@ def _place_on_host(spec: ModelSpec, layout: LayerLayout, demand: Demand, budgets
     place: EmbeddingPlace = "device" if demand.embedding_on_device else "host" if fits else "disk"
     embedding_nbytes = embedding_nbytes if place == "host" else 0
     host = _host_layers(layout, demand, num_streamed, room - embedding_nbytes)
-    return _HostPlacement(
+    return HostPlacement(
         num_disk_layers=num_streamed - host.num_layers,
         num_buffers=host.num_buffers,
         num_kept=host.num_kept,

@@ -97,6 +97,11 @@ class Streamer:
         self._phase: Phase = "full"
         self._trace = None if tracer is None else LayerTrace(tracer)
 
+    @property
+    def discarded_nbytes(self) -> int:
+        """Bytes that were fetched for a pass that did not come."""
+        raise NotImplementedError
+
     def embed(self, token_ids: Tensor) -> Tensor:
         """token_ids int64 [S] on the host -> [S, D] on the device."""
         return self._embedding.rows(token_ids)
