@@ -63,9 +63,7 @@ class SimulatedUplink:
         event.flag.set()  # what was computed before has been computed by the thread that asks
         return event
 
-    def upload(
-        self, source: Tensor, destination: Tensor, *, last_use: Event, name: str, reads: bool | None = None
-    ) -> FlagEvent:
+    def upload(self, source: Tensor, destination: Tensor, *, last_use: Event, name: str, reads: bool | None = None) -> FlagEvent:
         """reads: whether the device reads the source directly, where that is not to be looked up."""
         done = FlagEvent()
         if reads is None:
@@ -89,7 +87,8 @@ class SimulatedUplink:
             last_use.synchronize()
             began = time.perf_counter()
             time.sleep(self._delay_seconds)
-            destination.copy_(source)
+            with torch.inference_mode():  # the views of a pass were taken in it
+                destination.copy_(source)
             seconds = time.perf_counter() - began
             self.busy_seconds += seconds
             if self._tracer is not None:
