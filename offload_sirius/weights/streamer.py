@@ -23,13 +23,9 @@ from offload_sirius.weights.buffers import KeptNeurons, LayerBuffer
 from offload_sirius.weights.copiers import Copier, Transfer
 from offload_sirius.weights.embedding import Embedding
 from offload_sirius.weights.kept import KeptStore
-from offload_sirius.weights.layout import Part
+from offload_sirius.weights.layout import Cargo, Part
 
 Phase = Literal["prefill", "draft", "correction", "full"]
-
-Cargo = Literal["records", "kept", "gate"]
-"""What a pass takes of a layer's neurons: all of them; those that are kept; the gates, and single records as they are fetched.
-Layers of which no slice can cross alone bring all their records in any pass."""
 
 
 @dataclass(frozen=True)
