@@ -144,9 +144,8 @@ def engine(row: Row, gguf: Path, folder: Path, resident: Engine) -> Iterator[Eng
 
 def load(path: Path, **settings: Any) -> Engine:
     # One thread: nearly as fast for a model of this size, and not held up where other processes share the cores.
-    return offload_sirius.load(
-        str(path), **{"mode": "full", "dtype": "float32", "device": "cpu", "max_context": CONTEXT, "threads": 1} | settings
-    )
+    given: dict[str, Any] = {"mode": "full", "dtype": "float32", "device": "cpu", "max_context": CONTEXT, "threads": 1}
+    return offload_sirius.load(str(path), **given | settings)
 
 
 def sampled_answers(engine: Engine, prompt: Sequence[int]) -> list[tuple[int, ...]]:

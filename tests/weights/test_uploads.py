@@ -15,10 +15,10 @@ from offload_sirius.weights.copiers import Transfer
 from offload_sirius.weights.disk import ReaderPool
 from offload_sirius.weights.host import HostStore
 from offload_sirius.weights.kept import KeptStore
-from offload_sirius.weights.layout import PARTS, Part, layer_layout
+from offload_sirius.weights.layout import PARTS, Cargo, Part, layer_layout
 from offload_sirius.weights.load import Loader
 from offload_sirius.weights.plan import CHUNK_NBYTES, NUM_CHUNKS
-from offload_sirius.weights.streamer import Cargo, WeightStreamer
+from offload_sirius.weights.streamer import WeightStreamer
 from offload_sirius.weights.uploads import ChunkRoute, Chunks, DiskRoute, Event, PinnedRoute, Route, SliceRoute, UplinkCopier
 from offload_sirius_loaders import open_checkpoint
 from offload_sirius_loaders.checkpoint import Checkpoint
