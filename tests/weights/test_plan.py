@@ -173,6 +173,10 @@ NUM_KEPT = 28672 // 2
 KEPT_LAYOUT = layer_layout(SPEC, 2, NUM_KEPT)
 KEPT = 3 * NUM_KEPT * 8192 * 2
 RECORD = 2 * 8192 * 2
+CACHED = RECORD + 16
+"""A record, and two numbers of 8 bytes that say whose it is and when it was needed."""
+FLAGS = 28672 + 1
+"""A byte for each neuron of a layer and one for nobody, in each cache."""
 SPARSITY = 5 * MIB
 
 
@@ -233,18 +237,23 @@ def test_full_passes_keep_nothing() -> None:
 def test_caches_of_neurons_come_before_resident_layers() -> None:
     made = plan_cached(24 * GIB, 200 * GIB, 2000)
     left = 24 * GIB - FIXED - 2 * LAYER
-    num_resident = (left - 80 * 2000 * RECORD) // (LAYER - 2000 * RECORD)
+    cache = 2000 * CACHED + FLAGS
+    num_resident = (left - 80 * cache) // (LAYER - cache)
     assert (made.num_cached_neurons, made.num_slots) == (2000, 2)
     assert len(made.resident_layers) == num_resident < 11
-    assert made.device_bill["neuron_cache"] == (80 - num_resident) * 2000 * RECORD
+    assert made.device_bill["neuron_cache"] == (80 - num_resident) * cache
 
 
 def test_caches_are_as_large_as_there_is_room_for_and_none_is_worth_less_than_a_quarter() -> None:
     wanted = NUM_KEPT
     for num_fitting, num_cached in ((wanted, wanted), (wanted // 2, wanted // 2), (wanted // 4 - 1, 0)):
-        made = plan_cached(FIXED + 2 * LAYER + 80 * num_fitting * RECORD, 200 * GIB)
+        fitting = FIXED + 2 * LAYER + 80 * (num_fitting * CACHED + FLAGS)
+        made = plan_cached(fitting, 200 * GIB)
         assert made.num_cached_neurons == num_cached
         assert bool(made.resident_layers) == (num_cached == 0)
+        less = plan_cached(fitting - 1, 200 * GIB)
+        assert less.num_cached_neurons == max(0, num_cached - 1)
+        assert less.device_nbytes <= fitting - 1
 
 
 def test_layers_on_disk_have_no_caches_and_residents_have_their_room() -> None:
@@ -285,7 +294,8 @@ def test_plans_of_sparse_steps_stay_within_their_budgets_and_their_bills_add_up(
         assert made.device_bill["resident_layers"] + made.device_bill["slots"] == (
             (len(made.resident_layers) + made.num_slots) * LAYER
         )
-        assert made.device_bill["neuron_cache"] == len(made.streamed_layers) * made.num_cached_neurons * RECORD
+        cache = made.num_cached_neurons * CACHED + FLAGS if made.num_cached_neurons else 0
+        assert made.device_bill["neuron_cache"] == len(made.streamed_layers) * cache
         assert made.num_cached_neurons <= num_cached
         assert not (made.num_cached_neurons and made.disk_layers)
         if set(made.kept_layers) & set(made.host_layers):
