@@ -44,13 +44,17 @@ class TextStream:
     def __init__(
         self,
         *,
-        tokens: Iterator[int],
+        tokens: Generator[int, None, None],
         detokenizer: Detokenizer,
         stops: StopMatcher,
         end_token_ids: frozenset[int],
         max_new_tokens: int,
         finish: Callable[[Outcome], Generation],
     ) -> None:
+        """tokens: taken one by one and closed at the end, so that no pass is begun for tokens that nobody wants.
+
+        finish: makes the result of an outcome; called once, when the tokens are closed.
+        """
         self._tokens = tokens
         self._detokenizer = detokenizer
         self._stops = stops
@@ -113,5 +117,6 @@ class TextStream:
         return TextPiece(text=text, token_id=token_id, new_tokens=len(self._outcome.token_ids), seconds=seconds)
 
     def _end(self, reason: FinishReason) -> None:
+        self._tokens.close()
         self._outcome.finish_reason = reason
         self._result = self._finish(self._outcome)

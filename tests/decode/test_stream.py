@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from offload_sirius.config import DecodingConfig, SamplingConfig
+from offload_sirius.decode.loop import decode_full, decode_sirius
 from offload_sirius.decode.result import Generation, LinkFigures, MemoryFigures, Passes
+from offload_sirius.decode.sampling import Sampler
+from offload_sirius.decode.stats import DecodeStats
 from offload_sirius.decode.stream import Outcome, TextPiece, TextStream
 from offload_sirius.decode.text import Detokenizer, StopMatcher
+
+from .toys import VOCAB, ToyModel, jumble, mostly
 
 END = 0
 NO_MEMORY = MemoryFigures(
@@ -29,16 +35,20 @@ class ByteDecoder:
 
 
 class Script:
-    """Tokens one after the other, which knows how many were taken."""
+    """Tokens one after the other, which knows how many were taken, and when it was closed."""
 
     def __init__(self, token_ids: Iterable[int]) -> None:
         self.num_taken = 0
+        self.closed = False
         self._token_ids = token_ids
 
-    def tokens(self) -> Iterator[int]:
-        for token_id in self._token_ids:
-            self.num_taken += 1
-            yield token_id
+    def tokens(self) -> Generator[int, None, None]:
+        try:
+            for token_id in self._token_ids:
+                self.num_taken += 1
+                yield token_id
+        finally:
+            self.closed = True
 
 
 def finish(outcome: Outcome) -> Generation:
@@ -62,7 +72,13 @@ def finish(outcome: Outcome) -> Generation:
     )
 
 
-def stream_of(script: Script | bytes, *stops: str, max_new_tokens: int = 100, ends: Iterable[int] = (END,)) -> TextStream:
+def stream_of(
+    script: Script | bytes,
+    *stops: str,
+    max_new_tokens: int = 100,
+    ends: Iterable[int] = (END,),
+    finish: Callable[[Outcome], Generation] = finish,
+) -> TextStream:
     script = Script(script) if isinstance(script, bytes) else script
     return TextStream(
         tokens=script.tokens(),
@@ -211,3 +227,98 @@ def test_the_rate_counts_the_tokens_behind_the_first() -> None:
     list(stream)
     result = stream.result
     assert result.tokens_per_second == pytest.approx(2 / result.decode_seconds)
+
+
+@pytest.mark.parametrize(("length", "stops"), [(3, ()), (9, ("b",)), (9, ())], ids=["length", "stop string", "end token"])
+def test_tokens_are_closed_when_the_answer_has_ended(length: int, stops: tuple[str, ...]) -> None:
+    script = Script(b"abcd\0ef")
+    list(stream := stream_of(script, *stops, max_new_tokens=length))
+    assert script.closed
+    assert stream.result.new_tokens < 7
+
+
+def test_interrupting_closes_the_tokens_before_figures_are_taken() -> None:
+    script = Script(b"abcd")
+    closed_at_finish = []
+
+    def watch(outcome: Outcome) -> Generation:
+        closed_at_finish.append(script.closed)
+        return finish(outcome)
+
+    stream = stream_of(script, finish=watch)
+    next(stream)
+    stream.interrupt()
+    assert closed_at_finish == [True]
+
+
+LETTERS = bytes(range(ord("a"), ord("a") + VOCAB)).decode()
+
+
+class LetterDecoder:
+    """An id is a letter."""
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        return "".join(LETTERS[token_id] for token_id in token_ids)
+
+    def is_hidden(self, token_id: int) -> bool:
+        return False
+
+
+def both_modes(seed: int, count: int, stops: tuple[str, ...], ends: frozenset[int]) -> tuple[TextStream, TextStream, DecodeStats]:
+    """The same answer in full mode and in windows of six, and the figures of the latter."""
+    target, sampler, stats = jumble(seed), Sampler(SamplingConfig(temperature=0.5, seed=seed)), DecodeStats()
+    one_by_one = decode_full(ToyModel(target), sampler, [1, 2], DecodeStats())
+    in_windows = decode_sirius(
+        ToyModel(target, mostly(target, jumble(seed + 1), 0.9)),
+        sampler,
+        [1, 2],
+        decoding=DecodingConfig(mode="sirius", window=6),
+        end_token_ids=ends,
+        max_new_tokens=count,
+        stats=stats,
+    )
+    full, sirius = (
+        TextStream(
+            tokens=tokens,
+            detokenizer=Detokenizer(LetterDecoder()),
+            stops=StopMatcher(stops),
+            end_token_ids=ends,
+            max_new_tokens=count,
+            finish=finish,
+        )
+        for tokens in (one_by_one, in_windows)
+    )
+    return full, sirius, stats
+
+
+def told(stream: TextStream) -> list[tuple[str, int | None, int]]:
+    return [(piece.text, piece.token_id, piece.new_tokens) for piece in stream]
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    seed=st.integers(0, 100),
+    count=st.integers(1, 25),
+    stops=st.lists(st.text(LETTERS[:6], min_size=1, max_size=2), max_size=3).map(tuple),
+    ends=st.frozensets(st.integers(0, VOCAB - 1), max_size=2),
+)
+def test_a_window_is_cut_where_full_mode_would_have_ended(
+    seed: int, count: int, stops: tuple[str, ...], ends: frozenset[int]
+) -> None:
+    full, sirius, stats = both_modes(seed, count, stops, ends)
+    assert told(sirius) == told(full)
+    for name in ("text", "token_ids", "finish_reason"):
+        assert getattr(sirius.result, name) == getattr(full.result, name)
+    assert stats.tokens_by_origin.full + stats.tokens_by_origin.draft == sirius.result.new_tokens
+
+
+@pytest.mark.parametrize("num_pieces", range(1, 12))
+def test_interrupting_inside_a_window_leaves_what_full_mode_leaves(num_pieces: int) -> None:
+    full, sirius, stats = both_modes(5, 20, (), frozenset())
+    for stream in (full, sirius):
+        for _ in range(num_pieces):
+            next(stream)
+        stream.interrupt()
+    assert sirius.result.text == full.result.text
+    assert sirius.result.token_ids == full.result.token_ids
+    assert sum(stats.num_tokens.values()) == sirius.result.new_tokens == num_pieces
