@@ -135,6 +135,10 @@ def summary(result: Generation) -> str:
     parts = [f"{result.new_tokens} tokens", f"first after {result.ttft_seconds:.2f} s"]
     if result.tokens_per_second is not None:
         parts.append(f"{result.tokens_per_second:.2f} tokens/s")
+    if result.aal is not None:
+        parts.append(f"{result.aal:.2f} tokens a correction (AAL)")
+    if result.acceptance is not None:
+        parts.append(f"{result.acceptance:.0%} of drafts accepted")
     link = result.link
     if link.gbytes_per_second is not None and link.busy_share is not None:
         per_token = link.copied_bytes / max(result.new_tokens, 1) / 1e9

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, field, replace
 from types import TracebackType
 from typing import Any
@@ -20,7 +19,7 @@ from offload_sirius.config import (
     names_of,
     require_greedy_threshold,
 )
-from offload_sirius.decode.loop import decode_full, decode_sirius, decode_sparse
+from offload_sirius.decode.loop import Tokens, decode_full, decode_sirius, decode_sparse
 from offload_sirius.decode.result import Generation, LinkBytes, LinkFigures, MemoryFigures
 from offload_sirius.decode.sampling import Sampler
 from offload_sirius.decode.stats import DecodeStats
@@ -173,16 +172,16 @@ class Engine:
                 )
         return asked
 
-    def _tokens(self, request: _Request) -> Iterator[int]:
+    def _tokens(self, request: _Request) -> Tokens:
         # The reader threads compute with one thread each; torch keeps that number per thread, so ours is set here.
         torch.set_num_threads(self.config.threads or machine.physical_cores())
         self._streamed.keep(0)
-        with memory_errors(self.plan):
-            for token_id in self._decode(request):
+        with memory_errors(self.plan), closing(self._decode(request)) as tokens:
+            for token_id in tokens:
                 yield token_id
                 torch.set_num_threads(self.config.threads or self._decode_threads())
 
-    def _decode(self, request: _Request) -> Iterator[int]:
+    def _decode(self, request: _Request) -> Tokens:
         model, sampler, decoding = self._streamed, Sampler(request.config.sampling), request.decoding
         if decoding.mode == "full":
             return decode_full(model, sampler, request.prompt_ids, request.stats, self._tracer)

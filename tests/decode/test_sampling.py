@@ -232,6 +232,39 @@ def test_the_only_possible_token_is_drawn() -> None:
     assert {Sampler(config).choose(logits, position, [31]) for position in range(20)} == {31}
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        SamplingConfig(),
+        SamplingConfig(repetition_penalty=1.5),
+        SamplingConfig(temperature=0.7, top_k=5),
+        SamplingConfig(temperature=0.7, top_p=0.8, repetition_penalty=1.5),
+    ],
+    ids=str,
+)
+def test_branches_are_worth_the_log_of_what_is_drawn_from_or_of_the_models_own_where_that_is_one_token(
+    config: SamplingConfig,
+) -> None:
+    sampler, logits, befores = Sampler(config), torch.stack([random_logits(0), random_logits(1)]), [[3, 4], [5, 6, 7]]
+    worth = sampler.log_probabilities(logits, befores)
+    own = SamplingConfig(temperature=1.0, repetition_penalty=config.repetition_penalty) if config.temperature == 0 else config
+    expected = torch.stack([Sampler(own).distribution(*each) for each in zip(logits, befores, strict=True)]).log()
+    torch.testing.assert_close(worth.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("config", "is_greedy", "is_argmax"),
+    [
+        (SamplingConfig(), True, True),
+        (SamplingConfig(repetition_penalty=1.1), True, False),
+        (SamplingConfig(temperature=0.5), False, False),
+        (SamplingConfig(top_k=3, top_p=0.5, min_p=0.5), True, True),
+    ],
+)
+def test_a_sampler_knows_whether_it_takes_the_likeliest_token(config: SamplingConfig, is_greedy: bool, is_argmax: bool) -> None:
+    assert (Sampler(config).is_greedy, Sampler(config).is_argmax) == (is_greedy, is_argmax)
+
+
 @pytest.mark.parametrize("broken", [[1.0, math.nan, 0.0], [1.0, math.inf, 0.0], [-math.inf] * 3], ids=["nan", "inf", "nothing"])
 @pytest.mark.parametrize(
     "config",
