@@ -212,8 +212,15 @@ def _context(model: Model, bench: DecodeBench) -> int:
 
 
 def _prompt_tokens(model: Model, bench: DecodeBench) -> list[int]:
-    """Of each prompt."""
-    return [len(model.encode(prompt, chat=bench.generation.chat)) for prompt in bench.prompts]
+    """Of each prompt. Raises PromptError, saying which."""
+    return [_num_tokens(model, prompt, number, bench) for number, prompt in enumerate(bench.prompts, 1)]
+
+
+def _num_tokens(model: Model, prompt: str, number: int, bench: DecodeBench) -> int:
+    try:
+        return len(model.encode(prompt, chat=bench.generation.chat))
+    except PromptError as error:
+        raise PromptError(f"prompt {number}: {error}") from error
 
 
 def _streaming_nbytes(model: Model, config: EngineConfig, bench: DecodeBench) -> int:
