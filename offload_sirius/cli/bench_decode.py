@@ -142,7 +142,7 @@ def decode(
         forced_aal=None if force_aal is None else _fraction(force_aal),
     )
     report = _measure(config, bench, trace, plot, all_streamed=device_memory is None, verbose=verbose)
-    typer.echo(json.dumps(report.as_json()) if as_json else "\n".join(_table(report)))
+    typer.echo(json.dumps(report.as_json()) if as_json else "\n".join(table(report)))
 
 
 def _measure(
@@ -244,7 +244,8 @@ COLUMNS = (
 )
 
 
-def _table(report: DecodeReport) -> list[str]:
+def table(report: DecodeReport) -> list[str]:
+    """A title, a head, and a line for each row."""
     full = report.rows[0]
     where = f"{full.num_streamed_layers} of {full.num_streamed_layers + full.num_resident_layers} layers streamed in mode full"
     link = "" if report.link_gbps is None else f" at {report.link_gbps:g} GB/s"
