@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from statistics import median
 
 from offload_sirius.bench.spread import Spread, spread_of
@@ -30,6 +31,8 @@ class Answer:
     """The same for all passes behind the prompt's."""
     busy_share: float | None
     cache_hit_share: float | None
+    step_seconds: float | None
+    """Median between two tokens; in mode sirius, where they come by the window, it means nothing."""
     draft_seconds: float | None
     """Median of the draft steps; in mode sparse every token behind the first is one."""
     correction_seconds: float | None
@@ -46,10 +49,12 @@ class Answer:
         return self.decode_seconds / self.num_timed if self.num_timed > 0 else None
 
 
-def answer_of(result: Generation) -> Answer:
-    """Keep what rows are made of."""
+def answer_of(result: Generation, moments: Sequence[float]) -> Answer:
+    """Keep what rows are made of. moments: seconds at which each token was there."""
     link, passes = result.link, result.passes
-    answer = Answer(
+    steps = [after - before for before, after in pairwise(moments)]
+    step_seconds = median(steps) if steps else None
+    return Answer(
         token_ids=result.token_ids,
         decode_seconds=result.decode_seconds,
         num_windows=result.windows,
@@ -60,12 +65,10 @@ def answer_of(result: Generation) -> Answer:
         nbytes=link.bytes.draft + link.bytes.correction + link.bytes.full,
         busy_share=link.busy_share,
         cache_hit_share=link.cache_hit_share,
-        draft_seconds=result.draft_seconds,
+        step_seconds=step_seconds,
+        draft_seconds=step_seconds if result.mode == "sparse" else result.draft_seconds,
         correction_seconds=result.correction_seconds,
     )
-    if result.mode == "sparse":
-        return Answer(**vars(answer) | {"draft_seconds": answer.seconds_per_token})
-    return answer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +112,7 @@ class DecodeRow:
     correction_seconds: float | None
     """Of a correction: median over the prompts of their medians."""
     correction_ratio: float | None
-    """Seconds of a correction, over those of a step of the full model."""
+    """Seconds of a correction, over those of a step of the full model: medians."""
     num_streamed_layers: int
     num_resident_layers: int
 
@@ -156,7 +159,7 @@ def row_of(decoding: DecodingConfig, answers: Sequence[Answer], full: Sequence[A
         draft_nbytes=draft_nbytes,
         draft_link_ratio=_link_ratio(draft_seconds, draft_nbytes, loaded.link_bytes_per_second),
         correction_seconds=correction_seconds,
-        correction_ratio=_over(correction_seconds, full_seconds),
+        correction_ratio=_over(correction_seconds, _median(full, "step_seconds")),
         num_streamed_layers=loaded.num_streamed_layers,
         num_resident_layers=loaded.num_resident_layers,
     )

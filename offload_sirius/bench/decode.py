@@ -179,17 +179,19 @@ class _Runner:
 def answer_to(engine: Engine, prompt: str, variant: DecodingConfig, bench: DecodeBench) -> Answer:
     """Have one prompt answered in one way."""
     generation = replace(bench.generation, decoding=variant, max_new_tokens=bench.num_tokens)
-    if bench.forced_aal is None:
-        return answer_of(engine.generate(prompt, generation))
-    if variant.mode != "sirius":
-        return answer_of(engine.generate(prompt, replace(generation, ignore_eos=True)))
-    # Room for one more window, so that the last one that counts drafts as many tokens as all others; then it ends.
-    longer = replace(generation, ignore_eos=True, max_new_tokens=bench.num_tokens + variant.max_window)
-    stream = engine.stream(prompt, longer, rule=ForcedAcceptance(bench.forced_aal))
+    rule = None
+    if bench.forced_aal is not None:
+        # Room for one more window, so that the last one that counts drafts as many tokens as all others.
+        num_more = variant.max_window if variant.mode == "sirius" else 0
+        generation = replace(generation, ignore_eos=True, max_new_tokens=bench.num_tokens + num_more)
+        rule = ForcedAcceptance(bench.forced_aal)
+    stream, moments = engine.stream(prompt, generation, rule=rule), list[float]()
     for piece in stream:
+        if piece.token_id is not None:  # not the rest of the text that may come behind the last token
+            moments.append(piece.seconds)
         if piece.new_tokens == bench.num_tokens:
             break
-    return answer_of(stream.interrupt())
+    return answer_of(stream.interrupt(), moments)
 
 
 def _warm_up(engine: Engine, bench: DecodeBench) -> None:

@@ -24,6 +24,7 @@ PLAIN = Answer(
     nbytes=400,
     busy_share=0.9,
     cache_hit_share=None,
+    step_seconds=3.0,
     draft_seconds=None,
     correction_seconds=None,
 )
@@ -39,6 +40,7 @@ CORRECTED = Answer(
     nbytes=440,
     busy_share=0.8,
     cache_hit_share=None,
+    step_seconds=0.0,
     draft_seconds=0.5,
     correction_seconds=1.5,
 )
