@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from report import finish, machine_facts
 
-from offload_sirius.config import EngineConfig
+from offload_sirius.config import DecodingConfig, EngineConfig
 from offload_sirius.engine import NoProgress, build, open_model
 
 PROMPT_TOKENS = 128
@@ -32,7 +32,8 @@ def main() -> int:
         print("error: no CUDA device; this question is about graphs of CUDA kernels", file=sys.stderr)
         return 2
     model = open_model(options.model)
-    config = EngineConfig(model=options.model, device="cuda", max_context=PROMPT_TOKENS + 1)
+    full = DecodingConfig(mode="full")
+    config = EngineConfig(model=options.model, device="cuda", max_context=PROMPT_TOKENS + 1, decoding=full)
     with build(model, config, NoProgress()) as engine:
         if engine.plan.streamed_layers:
             print(f"error: {options.model} does not fit the device; give one with fewer layers", file=sys.stderr)
@@ -42,10 +43,10 @@ def main() -> int:
         with torch.inference_mode():
             hidden = engine._streamer.embed(torch.tensor([1]))
             chunk = transformer._line(hidden, transformer.cache.length)
-            launched = median_seconds(lambda: transformer._pass([chunk]))
+            launched = median_seconds(lambda: transformer._pass([chunk], transformer._dense))
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
-                transformer._pass([chunk])
+                transformer._pass([chunk], transformer._dense)
             replayed = median_seconds(graph.replay)
     num_layers = model.spec.num_layers
     print(

@@ -213,7 +213,19 @@ def new_cgroup() -> Iterator[Cgroup]:
 def generate_within(group: Cgroup, case: Case, cache: Path) -> subprocess.CompletedProcess[str]:
     """Run the command in the group, from its first byte of memory on: a shell enters it and becomes the command."""
     enter = ["sh", "-c", 'echo $$ > "$0" && exec "$@"', str(group.folder / "cgroup.procs")]
-    generate = [sys.executable, "-m", "offload_sirius", "generate", "--model", MODEL, "--prompt", "hi", "--json"]
+    generate = [
+        sys.executable,
+        "-m",
+        "offload_sirius",
+        "generate",
+        "--model",
+        MODEL,
+        "--mode",
+        "full",
+        "--prompt",
+        "hi",
+        "--json",
+    ]
     command = [*enter, *generate, "--max-new-tokens", str(NUM_NEW), "--ignore-eos", *case.flags]
     environment = os.environ | {"OFFLOAD_SIRIUS_CACHE": str(cache)}
     return subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=False)

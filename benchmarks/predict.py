@@ -27,7 +27,7 @@ from report import finish, machine_facts
 import offload_sirius
 from offload_sirius.bench.rates import measure_rates
 from offload_sirius.cache import cache_folder
-from offload_sirius.config import EngineConfig
+from offload_sirius.config import DecodingConfig, EngineConfig
 from offload_sirius.engine import Engine
 from offload_sirius.engine.placement import DTYPES
 from offload_sirius.engine.planning import Planned, assumed_rates, dtype_of, host_hardware, plan_model
@@ -131,7 +131,8 @@ def steady_row(model: str, share: float, link_gbps: float, rates: Rates, options
 
 def row(model: str, share: float, link_gbps: float, rates: Rates, num_passes: int) -> Row:
     """Predict, then run."""
-    config = EngineConfig(model=model, device="cpu", link_gbps=link_gbps, max_context=CONTEXT)
+    full = DecodingConfig(mode="full")
+    config = EngineConfig(model=model, device="cpu", link_gbps=link_gbps, max_context=CONTEXT, decoding=full)
     planned = with_residents(config, share)
     predicted = planned.predict(rates, len(PROMPT))
     with offload_sirius.load(**vars(planned.config)) as engine:

@@ -77,7 +77,7 @@ def disk_row(options: argparse.Namespace) -> dict[str, Any]:
 def load(options: argparse.Namespace, **settings: Any) -> Engine:
     """The model with no more device memory than streaming takes."""
     device_memory = options.device_memory or smallest_device_memory(options.model)
-    return offload_sirius.load(options.model, device_memory=device_memory, max_context=64, **settings)
+    return offload_sirius.load(options.model, device_memory=device_memory, max_context=64, mode="full", **settings)
 
 
 def smallest_device_memory(model: str) -> str:

@@ -512,7 +512,7 @@ def refuse(kind: type[Exception], *arguments: object) -> Callable[..., Any]:
 
 
 RAN_OUT = (
-    r"memory ran out; the plan takes [\d.]+ KiB on the device and [\d.]+ MiB on the host: "
+    r"memory ran out; the plan takes [\d.]+ [KM]iB on the device and [\d.]+ MiB on the host: "
     r"give smaller --device-memory or --host-memory"
 )
 CANNOT_ALLOCATE = "[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes."

@@ -8,11 +8,23 @@ from typing import Any
 
 import pytest
 
-from offload_sirius.config import EngineConfig, GenerationConfig, PlanConfig, SamplingConfig, default_of, help_of
-from offload_sirius.errors import ConfigError, NotBuiltError
+from offload_sirius.config import (
+    AUTO,
+    MAX_AUTO_WINDOW,
+    MAX_TREE_NODES,
+    DecodingConfig,
+    EngineConfig,
+    GenerationConfig,
+    PlanConfig,
+    SamplingConfig,
+    default_of,
+    help_of,
+    tree_nodes,
+)
+from offload_sirius.errors import ConfigError
 from offload_sirius.units import GIB, Size
 
-CONFIGS = (EngineConfig, SamplingConfig, GenerationConfig, PlanConfig)
+CONFIGS = (EngineConfig, DecodingConfig, SamplingConfig, GenerationConfig, PlanConfig)
 
 
 def test_defaults_are_within_their_ranges() -> None:
@@ -27,10 +39,17 @@ def test_defaults_are_greedy_and_chat_with_the_small_model() -> None:
     assert GenerationConfig().sampling == SamplingConfig()
 
 
+def test_by_default_the_full_model_corrects_coarse_drafts_exactly() -> None:
+    decoding = EngineConfig().decoding
+    assert (decoding.mode, decoding.sparsity, decoding.keep, decoding.accept) == ("sirius", "griffin", 0.5, "exact")
+    assert (decoding.window, decoding.tree_width, decoding.threshold, decoding.cats_threshold) == (AUTO, 1, 0.1, None)
+    assert GenerationConfig().decoding is None, "a request is decoded as the model was loaded for"
+
+
 def test_every_setting_has_a_help_text_of_one_line() -> None:
     for config in CONFIGS:
         for field in dataclasses.fields(config):
-            if field.name != "sampling":
+            if field.name not in ("sampling", "decoding"):
                 assert help_of(config, field.name).endswith(".")
                 assert "\n" not in help_of(config, field.name)
 
@@ -129,7 +148,6 @@ def test_the_ends_of_a_range_belong_to_it(setting: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ({"mode": "fast"}, "--mode is fast; it must be one of full, sparse, sirius"),
         ({"max_new_tokens": 0}, "--max-new-tokens is 0; it must be between 1 and 10,000,000"),
         ({"stop": ("END", "")}, "--stop is ''; it must be a text that is not empty"),
     ],
@@ -141,8 +159,102 @@ def test_a_generation_setting_outside_its_range_is_one_clear_line(setting: dict[
     assert str(error.value) == message
 
 
-@pytest.mark.parametrize("mode", ["sparse", "sirius"])
-def test_a_mode_that_is_not_built_is_one_clear_line(mode: Any) -> None:
-    with pytest.raises(NotBuiltError) as error:
-        GenerationConfig(mode=mode)
-    assert str(error.value) == f"--mode {mode} is not built yet; use --mode full"
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"mode": "fast"}, "--mode is fast; it must be one of full, sparse, sirius"),
+        ({"sparsity": "nonsense"}, "--sparsity is nonsense; it must be one of griffin, cats"),
+        ({"keep": 0}, "--keep is 0; it must be above 0 and at most 1"),
+        ({"keep": 1.5}, "--keep is 1.5; it must be above 0 and at most 1"),
+        ({"keep": math.nan}, "--keep is nan; it must be above 0 and at most 1"),
+        ({"window": 1}, "--window is 1; it must be auto, or 2 or more tokens"),
+        ({"window": "x"}, "--window is x; it must be auto, or 2 or more tokens"),
+        ({"window": "-3"}, "--window is -3; it must be auto, or 2 or more tokens"),
+        ({"window": 2.5}, "--window is 2.5; it must be auto, or 2 or more tokens"),
+        ({"window": 513}, "--window is 513; it must be such that (window - 1) * width + 1 is at most 512"),
+        (
+            {"window": 66, "tree_width": 8},
+            "--window is 66 with --tree-width 8; it must be such that (window - 1) * width + 1 is at most 512",
+        ),
+        ({"accept": "nonsense"}, "--accept is nonsense; it must be one of exact, threshold"),
+        ({"threshold": 0.0}, "--threshold is 0.0; it must be above 0 and at most 1"),
+        ({"threshold": 2.0}, "--threshold is 2.0; it must be above 0 and at most 1"),
+        ({"threshold": math.nan}, "--threshold is nan; it must be above 0 and at most 1"),
+        ({"tree_width": 0}, "--tree-width is 0; it must be at least 1"),
+        ({"tree_width": 512}, "--tree-width is 512; it must be at most 511"),
+        ({"cats_threshold": "0"}, "--cats-threshold is 0; it must be auto or a positive number"),
+        ({"cats_threshold": "x"}, "--cats-threshold is x; it must be auto or a positive number"),
+        ({"cats_threshold": "nan"}, "--cats-threshold is nan; it must be auto or a positive number"),
+        ({"cats_threshold": "inf"}, "--cats-threshold is inf; it must be auto or a positive number"),
+    ],
+    ids=str,
+)
+def test_a_decoding_setting_outside_its_range_is_one_clear_line(setting: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        DecodingConfig(**setting)
+    assert str(error.value) == message
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"keep": 1.0},
+        {"keep": 1e-9},
+        {"window": 2},
+        {"window": 512},
+        {"window": 2, "tree_width": 511},
+        {"threshold": 1.0},
+        {"tree_width": 511},
+    ],
+    ids=str,
+)
+def test_the_ends_of_a_decoding_range_belong_to_it(setting: dict[str, Any]) -> None:
+    assert DecodingConfig(**setting).max_nodes <= MAX_TREE_NODES
+
+
+def test_numbers_may_be_given_as_text() -> None:
+    assert DecodingConfig(window="16").window == 16
+    assert DecodingConfig(cats_threshold="0.25").cats_threshold == 0.25
+    assert DecodingConfig(cats_threshold="auto").cats_threshold == AUTO
+
+
+@pytest.mark.parametrize(
+    ("setting", "max_window", "max_nodes", "num_side_nodes"),
+    [
+        ({"mode": "full"}, MAX_AUTO_WINDOW, 1, 0),
+        ({"mode": "sparse", "window": 9, "tree_width": 4}, 9, 1, 0),
+        ({}, 64, 64, 0),
+        ({"window": 16}, 16, 16, 0),
+        ({"window": 16, "tree_width": 8}, 16, 121, 105),
+        ({"tree_width": 2}, 64, 127, 63),
+        ({"tree_width": 8}, 32, 249, 217),
+        ({"tree_width": 255}, 2, 256, 254),
+        ({"tree_width": 511}, 2, 512, 510),
+    ],
+    ids=str,
+)
+def test_a_window_has_a_most_of_tokens_by_hand(
+    setting: dict[str, Any], max_window: int, max_nodes: int, num_side_nodes: int
+) -> None:
+    decoding = DecodingConfig(**setting)
+    assert (decoding.max_window, decoding.max_nodes, decoding.num_side_nodes) == (max_window, max_nodes, num_side_nodes)
+
+
+def test_a_tree_has_a_root_and_as_many_nodes_on_each_further_level_as_it_is_wide() -> None:
+    assert [tree_nodes(window, width) for window, width in ((2, 1), (16, 1), (16, 8), (3, 4))] == [2, 16, 121, 9]
+
+
+def test_at_least_one_neuron_is_kept() -> None:
+    assert DecodingConfig(keep=0.5).num_kept(11) == 5
+    assert DecodingConfig(keep=0.01).num_kept(11) == 1
+    assert DecodingConfig(keep=1).num_kept(11) == 11
+
+
+def test_a_threshold_takes_no_temperature() -> None:
+    sampling = SamplingConfig(temperature=0.7)
+    with pytest.raises(ConfigError) as error:
+        GenerationConfig(decoding=DecodingConfig(accept="threshold"), sampling=sampling)
+    assert str(error.value) == (
+        "--accept threshold is greedy, and --temperature is 0.7; use --temperature 0, or --accept exact, which samples"
+    )
+    GenerationConfig(decoding=DecodingConfig(mode="sparse", accept="threshold"), sampling=sampling)

@@ -58,7 +58,7 @@ def live_nbytes() -> int:
 @pytest.fixture
 def engine() -> Iterator[Engine]:
     """A small model of which the device has room for two slots and no layer."""
-    settings: dict[str, Any] = {"model": "synthetic:tiny", "device": "cpu", "max_context": CONTEXT, "threads": 1}
+    settings: dict[str, Any] = {"model": "synthetic:tiny", "mode": "full", "device": "cpu", "max_context": CONTEXT, "threads": 1}
     with offload_sirius.load(**settings) as resident:
         bill = resident.plan.device_bill
         fixed_nbytes = resident.plan.device_nbytes - bill["resident_layers"] - bill["slots"]

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import offload_sirius
-from offload_sirius.config import EngineConfig
+from offload_sirius.config import DecodingConfig, EngineConfig
 from offload_sirius.engine import Engine
 from offload_sirius.engine.placement import place
 from offload_sirius.trace import ROWS, Tracer, during
@@ -191,7 +191,7 @@ def streamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callab
 
     def load(**settings: Any) -> tuple[Engine, Tracer]:
         tracer = Tracer()
-        engines.append(offload_sirius.load(MODEL, tracer=tracer, **STREAMED | settings))
+        engines.append(offload_sirius.load(MODEL, tracer=tracer, **{"mode": "full"} | STREAMED | settings))
         assert engines[-1].plan.streamed_layers
         return engines[-1], tracer
 
@@ -216,7 +216,7 @@ def test_full_passes_keep_the_copy_row_of_an_emulated_link_busy(
 
 def smallest_host_memory() -> str:
     """Room for two readers and nothing else."""
-    plan = place(open_checkpoint(MODEL), EngineConfig(model=MODEL, **STREAMED)).plan
+    plan = place(open_checkpoint(MODEL), EngineConfig(model=MODEL, decoding=DecodingConfig(mode="full"), **STREAMED)).plan
     return str(MIN_READERS * plan.host_bill["readers"] // plan.num_readers)
 
 
@@ -253,6 +253,6 @@ def test_every_layer_is_waited_for_and_computed_and_every_token_chosen(
 
 def test_a_token_is_the_same_with_a_tracer_and_without(streamed: Callable[..., tuple[Engine, Tracer]]) -> None:
     engine, _ = streamed()
-    with offload_sirius.load(MODEL, **STREAMED) as plain:
+    with offload_sirius.load(MODEL, mode="full", **STREAMED) as plain:
         wanted: dict[str, Any] = {"max_new_tokens": 6, "temperature": 1.0}
         assert engine.generate("hello", **wanted).token_ids == plain.generate("hello", **wanted).token_ids

@@ -32,7 +32,7 @@ from gguf_to_safetensors import convert, find_demo
 
 import offload_sirius
 from benchmarks.report import finish, machine_facts
-from offload_sirius.config import EngineConfig
+from offload_sirius.config import DecodingConfig, EngineConfig
 from offload_sirius.engine import Engine, Model, open_model
 from offload_sirius.engine.placement import place
 from offload_sirius.errors import USER_ERRORS, PromptError
@@ -200,7 +200,8 @@ def context_of(answers: Sequence[Answer], max_new_tokens: int) -> int:
 def rows(models: Mapping[str, Path], context: int, link_gbps: float) -> Iterator[Row]:
     """The table: each model resident, over the link, and from disk."""
     for kind, path in models.items():
-        shared: dict[str, Any] = {"model": str(path), "dtype": "float32", "max_context": context}
+        full = DecodingConfig(mode="full")
+        shared: dict[str, Any] = {"model": str(path), "dtype": "float32", "max_context": context, "decoding": full}
         resident = EngineConfig(**shared)
         yield Row(name=f"{kind}, resident", config=resident)
         streamed = shared | {"device_memory": third_of_layers(resident)}
@@ -224,7 +225,7 @@ def smallest_host(path: Path) -> str:
 def run_row(row: Row, answers: Sequence[Answer], max_new_tokens: int) -> RowResult:
     """Load once, answer every prompt."""
     began = time.perf_counter()
-    with offload_sirius.load(**asdict(row.config)) as engine:
+    with offload_sirius.load(**vars(row.config)) as engine:
         generations = [engine.generate(answer.prompt, max_new_tokens=max_new_tokens) for answer in answers]
         pairs = enumerate(zip(answers, generations, strict=True))
         found = [first_difference(engine, index, answer, list(ours.token_ids)) for index, (answer, ours) in pairs]

@@ -15,7 +15,7 @@ from typing import Any, Literal
 from offload_sirius.bench.link import copy_rate, pinned_upload_bytes_per_second
 from offload_sirius.bench.spread import NUM_REPEATS, Spread, spread_of
 from offload_sirius.bench.ways import ONE_THREAD, WALK_NBYTES, host_ways
-from offload_sirius.config import EngineConfig
+from offload_sirius.config import DecodingConfig, EngineConfig
 from offload_sirius.decode.result import Generation
 from offload_sirius.engine import Engine, Model, NoProgress, Progress
 from offload_sirius.engine.placement import place
@@ -107,14 +107,15 @@ class StreamReport:
 
 
 def streaming_config(model: Model, config: EngineConfig, *, num_passes: int, all_streamed: bool) -> EngineConfig:
-    """The settings for measuring passes: no more context than they need, and (all_streamed) no resident layers.
+    """The settings for measuring passes: the plan of full mode, no more context than they need, and (all_streamed) no resident
+    layers.
 
     Raises ConfigError where nothing would be streamed, or the model has no room for so many passes.
     """
     room = model.spec.max_positions - len(PROMPT) - NUM_WARMUPS
     if num_passes > room:
         raise ConfigError(f"--passes is {num_passes}; {model.spec.name} has room for {room} after prompt and warm-up")
-    config = replace(config, max_context=len(PROMPT) + NUM_WARMUPS + num_passes)
+    config = replace(config, max_context=len(PROMPT) + NUM_WARMUPS + num_passes, decoding=DecodingConfig(mode="full"))
     if all_streamed:
         config = without_residents(model, config)
     if not place(model.checkpoint, config).plan.streamed_layers:
@@ -165,7 +166,7 @@ class RunPasses:
 def run_passes(engine: Engine, num_passes: int, progress: Progress) -> RunPasses:
     """Passes of the full model, one token each, after those that warm up."""
     num_tokens, moments = NUM_WARMUPS + num_passes, []
-    stream = engine.stream(PROMPT, max_new_tokens=num_tokens, ignore_eos=True)
+    stream = engine.stream(PROMPT, mode="full", max_new_tokens=num_tokens, ignore_eos=True)
     progress.begin("passes", num_tokens * engine.plan.pass_nbytes)
     try:
         for piece in stream:

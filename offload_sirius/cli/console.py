@@ -18,8 +18,19 @@ PLAIN_PROGRESS_SECONDS = 5.0
 BOUNDS: dict[Bound, str] = {"link": "the link", "disk": "the disk", "compute": "computing"}
 """What a pass may be held up by, for people."""
 
+CLEAR_GAIN = 0.05
+"""Smaller differences between two ways to decode are not worth a line."""
+
+PURPOSES = {"sparsity": "choice of neurons", "neuron_cache": "neuron caches", "kept_neurons": "kept neurons for drafts"}
+"""What memory is for, where its name on the bill says too little."""
+
 SLOW_TOKEN_SECONDS = 0.5
 """A model that takes longer a token shows its rate while it writes."""
+
+
+def purpose(name: str) -> str:
+    """A name on a plan's bill, for people."""
+    return PURPOSES.get(name, name.replace("_", " "))
 
 
 def say(line: str) -> None:
@@ -146,10 +157,35 @@ def summary(result: Generation) -> str:
     return ", ".join(parts)
 
 
+def advice(result: Generation) -> str | None:
+    """A line that says so where drafting cost more than it saved; None where it paid, or nothing is known of it.
+
+    A pass over one token takes no longer than a correction, which takes the same weights over more of them.
+    """
+    rate, correction = result.tokens_per_second, result.correction_seconds
+    if rate is None or correction is None or rate * correction > 1 - CLEAR_GAIN:
+        return None
+    return f"drafts cost more than they saved: --mode full would give {1 / correction:.2f} tokens/s or more here"
+
+
 def predicted(prediction: Prediction) -> str:
     """One line of what was to be expected, and of what that rests on."""
     rests_on = ", ".join(sorted(set(prediction.sources.values())))
     return (
-        f"predicted: {prediction.seconds_per_token:.3g} s a token, first after {prediction.first_token_seconds:.3g} s, "
-        f"bound by {BOUNDS[prediction.bound]} (rates: {rests_on})"
+        f"predicted: {prediction.seconds_per_token:.3g} s a token{_passes(prediction)}, first after "
+        f"{prediction.first_token_seconds:.3g} s, bound by {BOUNDS[prediction.bound]} (rates: {rests_on})"
+    )
+
+
+def _passes(prediction: Prediction) -> str:
+    """What drafts and corrections take, where there are any."""
+    if prediction.draft is None:
+        return ""
+    passes = f"a draft step {prediction.draft.seconds:.3g} s"
+    if not prediction.windows:
+        return f" ({passes})"
+    assumed = prediction.windows[0]
+    return (
+        f" ({passes}, a correction of {assumed.window} tokens {assumed.correction.seconds:.3g} s, "
+        f"were {assumed.acceptance:.0%} of the drafted tokens accepted)"
     )

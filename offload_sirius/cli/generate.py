@@ -148,7 +148,7 @@ def _run(
 
 def _answer(engine: Engine, prompt_ids: list[int], generation: GenerationConfig, *, as_json: bool) -> int:
     from offload_sirius.cli.app import EXIT_DONE, EXIT_INTERRUPTED
-    from offload_sirius.cli.console import TextWriter, say, summary
+    from offload_sirius.cli.console import TextWriter, advice, say, summary
 
     writer = None if as_json else TextWriter()
     stream = engine.stream(prompt_ids, generation)
@@ -168,12 +168,14 @@ def _answer(engine: Engine, prompt_ids: list[int], generation: GenerationConfig,
     else:
         sys.stdout.write(json.dumps(result.as_json()) + "\n")
     say(summary(result))
+    if (better := advice(result)) is not None:
+        say(better)
     return EXIT_INTERRUPTED if result.finish_reason == "interrupted" else EXIT_DONE
 
 
 def explain(engine: Engine, num_prompt: int) -> None:
     """Say where the weights are, what that takes, and what may be expected of it."""
-    from offload_sirius.cli.console import predicted, say
+    from offload_sirius.cli.console import predicted, purpose, say
     from offload_sirius.units import format_size
 
     plan = engine.plan
@@ -182,5 +184,5 @@ def explain(engine: Engine, num_prompt: int) -> None:
         f"{len(plan.disk_layers)} from disk, through {plan.num_slots} slots; {format_size(plan.pass_nbytes)} a pass"
     )
     for where, bill in (("device", plan.device_bill), ("host", plan.host_bill)):
-        say(f"{where}: " + ", ".join(f"{what} {format_size(nbytes)}" for what, nbytes in bill.items() if nbytes))
+        say(f"{where}: " + ", ".join(f"{purpose(what)} {format_size(nbytes)}" for what, nbytes in bill.items() if nbytes))
     say(predicted(engine.predict(num_prompt)))

@@ -61,7 +61,8 @@ def decode_sirius(
 ) -> Tokens:
     """The tokens that follow the prompt, drafted by the sparse model and corrected by the full one, a window at once.
 
-    Ends by itself: with max_new_tokens, or with an end token, which is yielded. Only corrected tokens are.
+    Ends by itself: with max_new_tokens, or with an end token, which is yielded. Only corrected tokens are. The KV cache needs
+    room for the prompt and all new tokens but the last; trees are made smaller where it has no more.
     clock: seconds; times passes for the choice of the window. eps: of the compute dtype, to count near ties by; None does not.
     rule: decides what stands of a draft, instead of the one that the settings name.
     Raises WeightReadError where logits are no numbers.
@@ -81,13 +82,12 @@ def decode_sirius(
     )
     chooser = WindowChooser(decoding)
 
-    logits = _prefill(model, sequence, stats, following=_after(max_new_tokens, model.room - len(sequence) + 1))
+    logits = _prefill(model, sequence, stats, following=_after(max_new_tokens))
     yield _emit(_choose(sampler, logits, sequence, tracer), "full", sequence, stats)
     while len(sequence) < limit and sequence[-1] not in end_token_ids:
-        left, room = limit - len(sequence), model.room
-        window = chooser.choose()
-        tree = drafter.draft(sequence, fit_window(window, decoding.tree_width, left=left, room=room))
-        acceptance = corrector.correct(tree, sequence, following=_after(left, room))
+        window, left = chooser.choose(), limit - len(sequence)
+        tree = drafter.draft(sequence, fit_window(window, decoding.tree_width, left=left, room=model.room))
+        acceptance = corrector.correct(tree, sequence, following=_after(left))
         stats.count_window(window, acceptance)
         _teach(chooser, tree, acceptance, stats)
         for token_id, origin in _with_origins(acceptance):
@@ -130,13 +130,13 @@ def _emit(token_id: int, origin: Origin, sequence: list[int], stats: DecodeStats
     return token_id
 
 
-def _after(left: int, room: int) -> Pass:
-    """What will follow a pass that gives at least one of the tokens that are left, and takes at least one position of the room.
+def _after(left: int) -> Pass:
+    """What will follow a pass that gives at least one of the tokens that are left.
 
-    A draft takes two of each that then remain: one for itself, one for what the full model adds. That more tokens are given, so
-    that none or a last one remains, is not foreseen.
+    A draft, if two more are: one for itself and one that the full model adds. That a window may give all but the last one, behind
+    which nothing is drafted, is not foreseen.
     """
-    return "draft" if min(left, room) - 1 >= MIN_WINDOW else "correction"
+    return "draft" if left - 1 >= MIN_WINDOW else "correction"
 
 
 def _with_origins(acceptance: Acceptance) -> Iterator[tuple[int, Origin]]:

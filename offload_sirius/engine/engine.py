@@ -235,7 +235,7 @@ class Engine:
             passes=stats.passes,
             link=counters.figures(last - outcome.began, self._loaded_nbytes),
             memory=self._memory(num_prompt),
-            plan=self._plan_figures(num_prompt),
+            plan=self._plan_figures(num_prompt, request.decoding),
             settings=_settings(self.config, request),
             aal=stats.aal,
             acceptance=stats.acceptance,
@@ -248,8 +248,8 @@ class Engine:
             correction_seconds=stats.median_correction_seconds,
         )
 
-    def _plan_figures(self, num_prompt: int) -> dict[str, Any]:
-        predicted = prediction_figures(self._placement.predict(num_prompt))
+    def _plan_figures(self, num_prompt: int, decoding: DecodingConfig) -> dict[str, Any]:
+        predicted = prediction_figures(self._placement.predict(num_prompt, decoding))
         return plan_figures(self._placement.planned) | {"predicted": predicted}
 
     def _memory(self, num_prompt: int) -> MemoryFigures:

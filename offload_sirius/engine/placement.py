@@ -14,7 +14,7 @@ import torch
 
 from offload_sirius import machine
 from offload_sirius.cache import cache_folder
-from offload_sirius.config import EngineConfig
+from offload_sirius.config import DecodingConfig, EngineConfig
 from offload_sirius.engine.planning import (
     Candidate,
     Hardware,
@@ -67,9 +67,9 @@ class Placement:
         """Where each layer lives."""
         return self.planned.plan
 
-    def predict(self, prompt_tokens: int) -> Prediction:
-        """What may be expected for a prompt of that many tokens and an answer that fills the context."""
-        return self.planned.predict(self.rates, prompt_tokens)
+    def predict(self, prompt_tokens: int, decoding: DecodingConfig | None = None) -> Prediction:
+        """See Planned.predict."""
+        return self.planned.predict(self.rates, prompt_tokens, decoding)
 
 
 def place(checkpoint: Checkpoint, config: EngineConfig) -> Placement:

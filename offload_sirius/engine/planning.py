@@ -11,7 +11,8 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from offload_sirius import machine
-from offload_sirius.config import DecodingConfig, EngineConfig, PlanConfig, Sparsity
+from offload_sirius.config import DecodingConfig, EngineConfig, PlanConfig, Sparsity, tree_nodes
+from offload_sirius.engine.windows import window_speeds
 from offload_sirius.errors import BudgetError, ConfigError
 from offload_sirius.model.costs import (
     CHUNK_SIZE,
@@ -22,12 +23,22 @@ from offload_sirius.model.costs import (
     position_tables_nbytes,
 )
 from offload_sirius.rates import DtypeName, Rates, Stored, assumed_cpu_rates, assumed_gpu_rates
-from offload_sirius.sparsity.costs import sparsity_nbytes
+from offload_sirius.sparsity.costs import num_fetched, sparsity_nbytes
 from offload_sirius.units import MIB, Size, format_size
-from offload_sirius.weights.layout import PARTS, LayerLayout, Part, layer_layout
+from offload_sirius.weights.layout import PARTS, Cargo, LayerLayout, Part, layer_layout
 from offload_sirius.weights.pieces import load_nbytes, reader_nbytes, stored_part_nbytes
 from offload_sirius.weights.plan import MAX_READERS, Budgets, Demand, Plan, as_flag, make_plan
-from offload_sirius.weights.predict import Prediction, Setting, Work, predict
+from offload_sirius.weights.predict import (
+    PassTime,
+    Prediction,
+    Setting,
+    WindowSpeed,
+    Work,
+    bound_of,
+    predict,
+    predict_correction,
+    predict_draft,
+)
 from offload_sirius_loaders.checkpoint import Checkpoint
 from offload_sirius_loaders.spec import ModelSpec
 
@@ -35,6 +46,9 @@ ELEMENT_NBYTES: dict[DtypeName, int] = {"bfloat16": 2, "float32": 4}
 
 DEFAULT_CONTEXT = 4096
 """Positions planned for where nobody says how long prompt and answer will be."""
+
+CARGO: dict[Sparsity | None, Cargo] = {"griffin": "kept", "cats": "gate", None: "records"}
+"""What a draft step takes of a layer of which slices can cross the link alone."""
 
 HOST_RESERVE_NBYTES = 192 * MIB
 """Host memory left to the program itself: libraries that load late, scratch memory of matmuls, text."""
@@ -185,19 +199,55 @@ class Planned:
             rates=rates,
         )
 
-    def predict(self, rates: Rates, prompt_tokens: int) -> Prediction:
-        """What may be expected for a prompt of that many tokens and an answer that fills the context."""
-        return predict(self.setting(rates), self._token_work(prompt_tokens), self._prompt_work(prompt_tokens))
+    def predict(self, rates: Rates, prompt_tokens: int, decoding: DecodingConfig | None = None) -> Prediction:
+        """What may be expected for a prompt of that many tokens and an answer that fills the context.
 
-    def _token_work(self, prompt_tokens: int) -> Work:
-        """The token in the middle of the answer."""
+        decoding: how it is decoded; None: as was planned for.
+        """
+        decoding, setting = decoding or self.config.decoding, self.setting(rates)
+        full = predict(setting, self._step_work(prompt_tokens, 1), self._prompt_work(prompt_tokens))
+        if not decoding.drafts:
+            return full
+        num_leaves = decoding.tree_width if decoding.mode == "sirius" else 1
+        drafting = self._draft_work(prompt_tokens, num_leaves, sparsity_of(decoding, self.spec))
+        draft = predict_draft(setting, drafting)
+        if decoding.mode == "sparse":
+            return replace(full, seconds_per_token=draft.seconds / self.batch, bound=draft.bill.bound, draft=draft)
+
+        def correction(window: int) -> PassTime:
+            correcting = self._step_work(prompt_tokens, tree_nodes(window, decoding.tree_width))
+            return predict_correction(setting, correcting, drafting, draft.seconds)
+
+        windows = window_speeds(decoding, draft.seconds, correction, self.batch)
+        assumed = windows[0]
+        return replace(
+            full,
+            seconds_per_token=assumed.seconds_per_token,
+            bound=bound_of((assumed.window - 1, draft.bill), (1, assumed.correction.bill)),
+            draft=draft,
+            windows=windows,
+        )
+
+    def _step_work(self, prompt_tokens: int, num_tokens: int) -> Work:
+        """So many tokens of each sequence at once, in the middle of the answer."""
         positions = (prompt_tokens + self.context) // 2
+        num_rows = self.batch * num_tokens
         return Work(
-            num_rows=self.batch,
+            num_rows=num_rows,
             num_chunks=1,
-            num_head_rows=self.batch,
+            num_head_rows=num_rows,
             mixing_nbytes=self._layer_cache_nbytes(positions),
-            mixing_flops=mixing_flops(self.spec, self.batch * positions),
+            mixing_flops=mixing_flops(self.spec, num_rows * positions),
+        )
+
+    def _draft_work(self, prompt_tokens: int, num_leaves: int, sparsity: Sparsity | None) -> Work:
+        """The same of a draft step. Sequences that are drafted together share a set of neurons, as the leaves of a tree do."""
+        num_neurons = self.spec.ffn_width
+        num_needed = self.config.decoding.num_kept(num_neurons) if sparsity == "cats" else 0
+        return replace(
+            self._step_work(prompt_tokens, num_leaves),
+            cargo=CARGO[sparsity],
+            num_fetched=num_fetched(num_needed, self.plan.num_cached_neurons, num_neurons),
         )
 
     def _prompt_work(self, prompt_tokens: int) -> Work:
@@ -348,7 +398,29 @@ def prediction_figures(prediction: Prediction) -> dict[str, Any]:
         "first_token_seconds": prediction.first_token_seconds,
         "load_seconds": prediction.load_seconds,
         "bound": prediction.bound,
+        "draft": None if prediction.draft is None else _pass_figures(prediction.draft),
+        "correction": _correction_figures(prediction.windows[0]) if prediction.windows else None,
+        "by_acceptance": [_window_figures(each) for each in prediction.windows],
         "sources": dict(prediction.sources),
+    }
+
+
+def _pass_figures(time: PassTime) -> dict[str, Any]:
+    return {"seconds": time.seconds, "nbytes": time.nbytes, "bound": time.bill.bound}
+
+
+def _correction_figures(speed: WindowSpeed) -> dict[str, Any]:
+    """Of the window for the acceptance that is assumed."""
+    return {"acceptance": speed.acceptance, "window": speed.window, **_pass_figures(speed.correction)}
+
+
+def _window_figures(speed: WindowSpeed) -> dict[str, Any]:
+    return {
+        "acceptance": speed.acceptance,
+        "window": speed.window,
+        "tokens_per_window": speed.num_tokens,
+        "seconds_per_token": speed.seconds_per_token,
+        "tokens_per_second": 1 / speed.seconds_per_token,
     }
 
 
@@ -367,9 +439,12 @@ def _budgets(spec: ModelSpec, layout: LayerLayout, demand: Demand, config: Engin
         )
     free_device = free_host - min(MAX_READERS * demand.reader_nbytes, free_host // 4)
     device_nbytes = config.device_size.resolve(free_device)
-    unlimited = make_plan(spec, layout, demand, Budgets(device_nbytes=device_nbytes, host_nbytes=1 << 62))
-    _require(("device",), unlimited.device_nbytes, free_device)
-    return Budgets(device_nbytes=device_nbytes, host_nbytes=config.host_size.resolve(free_host - unlimited.device_nbytes))
+    unlimited = Budgets(device_nbytes=device_nbytes, host_nbytes=1 << 62)
+    # Where layers stay on disk there are no caches of neurons, and resident layers may take more than those would have.
+    demands = (demand, replace(demand, num_cached_neurons=0))
+    most_nbytes = max(make_plan(spec, layout, each, unlimited).device_nbytes for each in demands)
+    _require(("device",), most_nbytes, free_device)
+    return Budgets(device_nbytes=device_nbytes, host_nbytes=config.host_size.resolve(free_host - most_nbytes))
 
 
 def _absolute(flag: str, text: str, size: Size) -> int:

@@ -18,8 +18,9 @@ from offload_sirius.model.feed_forward import FeedForward
 from offload_sirius.model.transformer import TokenTree, Transformer
 from offload_sirius.sparsity.cats import Cats, FetchCounts
 from offload_sirius.sparsity.griffin import Griffin
+from offload_sirius.weights.layout import Cargo
 from offload_sirius.weights.neuron_cache import NeuronCache
-from offload_sirius.weights.streamer import Cargo, WeightStreamer
+from offload_sirius.weights.streamer import WeightStreamer
 
 
 class Sparsity(Protocol):

@@ -47,16 +47,16 @@ def activation_nbytes(
     """Upper bound of the device bytes that a prefill of that many tokens needs beside weights, cache and position tables.
 
     Enough for steps of step_rows tokens afterwards, too. What kernels take for themselves (tiles, packed operands) is not in it.
-    batch: sequences of that many tokens each; their chunks are computed one after the other. observed: what neurons say of the
-    prompt is looked at.
+    batch: sequences of that many tokens each; the chunks of their prompts are computed one after the other, their steps together.
+    observed: what neurons say of the prompt is looked at.
     """
     hidden = batch * max(num_tokens, step_rows) * spec.width * element_nbytes
-    rows = max(min(chunk_size, num_tokens), step_rows)
+    rows = max(min(chunk_size, num_tokens), batch * step_rows)
     return hidden + max(
         _norm_nbytes(spec, rows, element_nbytes),
         _attention_nbytes(spec, rows, num_tokens, element_nbytes),
         _feed_forward_nbytes(spec, rows, element_nbytes, observed=observed),
-        max(batch, step_rows) * _logits_nbytes(spec, element_nbytes),
+        batch * step_rows * _logits_nbytes(spec, element_nbytes),
     )
 
 

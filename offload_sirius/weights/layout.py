@@ -30,6 +30,10 @@ Part = Literal["attention", "records", "gate", "kept"]
 PARTS: tuple[Part, ...] = ("attention", "records")
 """Those that make up a layer."""
 
+Cargo = Literal["records", "kept", "gate"]
+"""What a pass takes of a layer's neurons: all of them; those that are kept; the gates, and single records as they are fetched.
+Layers of which no slice can cross alone bring all their records in any pass."""
+
 FieldName = Literal[
     "input_norm",
     "qkv",
@@ -72,6 +76,8 @@ class LayerLayout:
     records_nbytes: int
     kept_nbytes: int = 0
     """Of the neurons that a sparse step keeps; 0 where it keeps all, or other ones for every token."""
+    num_neurons: int = 0
+    """F"""
     record_nbytes: int = 0
     """An up row and a down column: what is fetched of a neuron whose gate is there."""
 
@@ -121,6 +127,7 @@ def layer_layout(spec: ModelSpec, element_nbytes: int, num_kept: int = 0) -> Lay
         attention_nbytes=attention_nbytes,
         records_nbytes=end - attention_nbytes,
         kept_nbytes=kept_end - attention_nbytes,
+        num_neurons=spec.ffn_width,
         record_nbytes=2 * spec.width * element_nbytes,
     )
 

@@ -24,8 +24,8 @@ class NeuronCache:
 
     @property
     def nbytes(self) -> int:
-        """Device bytes of the records."""
-        return self._records.nbytes
+        """Device bytes."""
+        return sum(each.nbytes for each in (self._records, self._ids, self._last_used, self._present))
 
     def missing(self, needed: Tensor) -> Tensor:
         """Of the needed neurons, bool [F], those that are not here, int64 [M]; the others count as used now."""
@@ -45,9 +45,22 @@ class NeuronCache:
         count = min(len(neuron_ids), num_replaceable)
         # Empty places come first, and in order: what is held stays in front.
         rows = self._last_used.sort(stable=True).indices[:count]
-        self._num_held = min(len(self._ids), self._num_held + count)
+        try:
+            self._put(rows, neuron_ids[:count], records[:count])
+        except BaseException:  # an interruption half-way: places and what is said of them may no longer fit
+            self._clear()
+            raise
+
+    def _put(self, rows: Tensor, neuron_ids: Tensor, records: Tensor) -> None:
+        self._num_held = min(len(self._ids), self._num_held + len(rows))
         self._present[self._ids[rows]] = False
-        self._ids[rows] = neuron_ids[:count]
-        self._present[neuron_ids[:count]] = True
+        self._ids[rows] = neuron_ids
+        self._present[neuron_ids] = True
         self._last_used[rows] = self._now
-        self._records.index_copy_(0, rows, records[:count])
+        self._records.index_copy_(0, rows, records)
+
+    def _clear(self) -> None:
+        self._num_held = 0
+        self._ids.fill_(len(self._present) - 1)
+        self._last_used.fill_(-1)
+        self._present.fill_(False)

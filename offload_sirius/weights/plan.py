@@ -36,6 +36,9 @@ DISK_AHEAD_NBYTES = 256 << 20
 
 MIN_READERS, MAX_READERS = 2, 32
 
+CACHED_NEURON_NBYTES = 16
+"""What a cache writes down of each neuron it has room for: which one it holds, and when that was needed last, as int64."""
+
 LEAST_CACHED_SHARE = 0.25
 """Caches of fewer of the wanted neurons are not worth their bookkeeping."""
 
@@ -164,7 +167,7 @@ def _make_plan(spec: ModelSpec, layout: LayerLayout, demand: Demand, budgets: Bu
         | {
             "resident_layers": device.num_resident * layout.nbytes,
             "slots": device.num_slots * layout.nbytes,
-            "neuron_cache": len(streamed) * device.num_cached_neurons * layout.record_nbytes,
+            "neuron_cache": len(streamed) * neuron_cache_nbytes(layout, device.num_cached_neurons),
         },
         host_bill=host.bill,
     )
@@ -226,14 +229,15 @@ def _split_room(
 ) -> _DeviceSplit:
     """Slots first, then caches, then resident layers.
 
-    left >= slots * layer + residents * layer + (layers - residents) * cached neurons * record
+    left >= slots * layer + residents * layer + (layers - residents) * cache
     """
     num_slots = _num_slots(num_layers, room, layout.nbytes, ahead_nbytes)
     left_nbytes -= num_slots * layout.nbytes
-    num_cached = min(max_cached_neurons, left_nbytes // (num_layers * layout.record_nbytes)) if num_slots else 0
+    neuron_nbytes = layout.record_nbytes + CACHED_NEURON_NBYTES
+    num_cached = min(max_cached_neurons, (left_nbytes // num_layers - layout.num_neurons) // neuron_nbytes) if num_slots else 0
     if num_cached < max_cached_neurons * LEAST_CACHED_SHARE:
         num_cached = 0
-    cache_nbytes = num_cached * layout.record_nbytes
+    cache_nbytes = neuron_cache_nbytes(layout, num_cached)
     num_resident = (left_nbytes - num_layers * cache_nbytes) // (layout.nbytes - cache_nbytes)
     return _DeviceSplit(
         num_slots=num_slots,
@@ -241,6 +245,16 @@ def _split_room(
         # The ring is not to be longer than the streamed layers are many.
         num_resident=min(num_resident, num_layers - num_slots),
     )
+
+
+def neuron_cache_nbytes(layout: LayerLayout, num_cached: int) -> int:
+    """Device bytes of a layer's cache.
+
+    cache = cached neurons * (record + what is written down of it) + a flag for each neuron of the layer
+    """
+    if num_cached == 0:
+        return 0
+    return num_cached * (layout.record_nbytes + CACHED_NEURON_NBYTES) + layout.num_neurons + 1
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,6 +13,10 @@ ends, so
     together = min(C / x, K / z)
     computing = C + together * (1 - x)
     copying   = K + together * (1 - z)
+
+Drafts take slices of those layers of which slices can cross alone, and compute on nothing else there: attention and the kept
+neurons, or attention, all gates, and the records that are sent for once the gates are known, which queue behind what is on its
+way for the layers that follow. Other layers come whole, and like resident ones they are computed whole.
 """
 
 from __future__ import annotations
@@ -22,10 +26,10 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Literal
+from typing import Literal, get_args
 
 from offload_sirius.rates import Rates
-from offload_sirius.weights.layout import PARTS, LayerLayout, Part
+from offload_sirius.weights.layout import PARTS, Cargo, LayerLayout, Part
 from offload_sirius.weights.plan import NUM_STAGING, Plan
 
 Bound = Literal["link", "disk", "compute"]
@@ -33,6 +37,12 @@ Bound = Literal["link", "disk", "compute"]
 SETTLING_PASSES, COUNTED_PASSES = 8, 16
 """Passes until the ring repeats itself, and those over which a pass's time is taken: a ring whose slots do not divide the number
 of streamed layers repeats only after several passes."""
+
+DRAFTS_OF_A_WINDOW, SETTLING_WINDOWS, COUNTED_WINDOWS = 4, 2, 4
+"""The same of corrections, each behind so many draft steps: enough for the ring to forget the correction before."""
+
+Step = Literal["attention", "records", "gate", "kept", "held", "fetched"]
+"""What is computed of a layer at once: a part of it, records of neurons that are in a cache, or those that were sent for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +59,10 @@ class Work:
     """Keys and values that attention reads in one layer."""
     mixing_flops: int
     """Arithmetic of attention in one layer, the projections apart."""
+    cargo: Cargo = "records"
+    """What the pass takes of layers of which slices can cross the link alone."""
+    num_fetched: int = 0
+    """Of `gate`: neurons of each such layer whose records are sent for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +98,8 @@ class PassBill:
     disk_nbytes: int
     """Stored bytes that are read from disk."""
     disk_seconds: float
+    weights_nbytes: int
+    """Weights of layers that are computed on."""
     weights_seconds: float
     """Layers: the longer of reading their weights and doing their arithmetic."""
     mixing_seconds: float
@@ -108,16 +124,46 @@ class PassBill:
     @property
     def bound(self) -> Bound:
         """What takes longest."""
-        return max(self._seconds, key=lambda each: self._seconds[each])
+        return bound_of((1, self))
 
     @property
     def bound_seconds(self) -> float:
         """How long that takes: a pass takes as long, or longer where it has to wait."""
-        return self._seconds[self.bound]
+        return self.seconds[self.bound]
 
     @property
-    def _seconds(self) -> dict[Bound, float]:
+    def seconds(self) -> dict[Bound, float]:
+        """Everything that a pass may be bound by."""
         return {"link": self.link_seconds, "disk": self.disk_seconds, "compute": self.compute_seconds}
+
+
+def bound_of(*passes: tuple[int, PassBill]) -> Bound:
+    """What takes longest over so many passes of each kind."""
+    totals = {kind: sum(count * bill.seconds[kind] for count, bill in passes) for kind in get_args(Bound)}
+    return max(totals, key=lambda each: totals[each])
+
+
+@dataclass(frozen=True, kw_only=True)
+class PassTime:
+    """A pass among others of its kind, or of its window."""
+
+    seconds: float
+    nbytes: int
+    """Bytes of layers that come into slots for it."""
+    bill: PassBill
+
+
+@dataclass(frozen=True, kw_only=True)
+class WindowSpeed:
+    """Windows of drafts and their corrections, for an acceptance."""
+
+    acceptance: float
+    """Share of drafted tokens that stand, each given that the one before it did."""
+    window: int
+    num_tokens: float
+    """What a window gives, the full model's own token included."""
+    seconds_per_token: float
+    correction: PassTime
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,32 +171,32 @@ class Prediction:
     """What is to be expected of a plan."""
 
     seconds_per_pass: float
-    """Between two tokens of an answer, once it is under way."""
+    """Of the full model for one token more, once an answer is under way."""
     seconds_per_token: float
-    """The same over the sequences that a pass gives a token each."""
+    """Between two tokens of an answer: such a pass over the sequences that it gives a token each, or what drafts make of it."""
     first_token_seconds: float
     """From a prompt to its first token, the ring being empty."""
     load_seconds: float | None
     """None where nothing is read: synthetic weights are computed."""
     bound: Bound
-    """What takes longest in the pass of a token."""
+    """What takes longest in the passes that give tokens."""
     token: PassBill
+    """The pass of the full model."""
     prompt: PassBill
+    draft: PassTime | None = None
+    """A draft step, where there are any."""
+    windows: tuple[WindowSpeed, ...] = ()
+    """Where drafts are corrected: what is to be expected of them, by acceptance. The first is the one that is assumed."""
     sources: Mapping[str, str] = field(default_factory=dict)
     """Rate -> where it comes from."""
 
 
 def predict(setting: Setting, token: Work, prompt: Work) -> Prediction:
-    """Expected times. token: the pass of one new token; prompt: the pass over the prompt."""
+    """Expected times of the full model. token: the pass of one new token; prompt: the pass over the prompt."""
     token_bill, prompt_bill = pass_bill(setting, token, decoding=True), pass_bill(setting, prompt, decoding=False)
     replay = _Replay(setting)
     first = replay.run(_pass_seconds(setting, prompt, decoding=False))
-    of_token = _pass_seconds(setting, token, decoding=True)
-    for _ in range(SETTLING_PASSES):
-        began = replay.run(of_token)
-    for _ in range(COUNTED_PASSES):
-        ended = replay.run(of_token)
-    seconds_per_pass = (ended - began) / COUNTED_PASSES
+    seconds_per_pass = _steady_seconds(replay, _pass_seconds(setting, token, decoding=True))
     return Prediction(
         seconds_per_pass=seconds_per_pass,
         seconds_per_token=seconds_per_pass / token.num_head_rows,
@@ -161,6 +207,37 @@ def predict(setting: Setting, token: Work, prompt: Work) -> Prediction:
         prompt=prompt_bill,
         sources=setting.rates.sources,
     )
+
+
+def predict_draft(setting: Setting, draft: Work) -> PassTime:
+    """A draft step among others."""
+    seconds = _steady_seconds(_Replay(setting), _pass_seconds(setting, draft, decoding=True))
+    return PassTime(seconds=seconds, nbytes=pass_nbytes(setting, draft), bill=pass_bill(setting, draft, decoding=True))
+
+
+def predict_correction(setting: Setting, correction: Work, draft: Work, draft_seconds: float) -> PassTime:
+    """What a correction adds to the draft steps of its window. draft_seconds: of one of them among others."""
+    replay = _Replay(setting)
+    drafting, correcting = (_pass_seconds(setting, work, decoding=True) for work in (draft, correction))
+    ends = []
+    for _ in range(SETTLING_WINDOWS + COUNTED_WINDOWS):
+        for num_left in reversed(range(DRAFTS_OF_A_WINDOW)):
+            replay.run(drafting, drafting if num_left else correcting)
+        ends.append(replay.run(correcting, drafting))
+    seconds_per_window = (ends[-1] - ends[SETTLING_WINDOWS - 1]) / COUNTED_WINDOWS
+    return PassTime(
+        seconds=seconds_per_window - DRAFTS_OF_A_WINDOW * draft_seconds,
+        nbytes=pass_nbytes(setting, correction),
+        bill=pass_bill(setting, correction, decoding=True),
+    )
+
+
+def _steady_seconds(replay: _Replay, seconds: _PassSeconds) -> float:
+    for _ in range(SETTLING_PASSES):
+        began = replay.run(seconds)
+    for _ in range(COUNTED_PASSES):
+        ended = replay.run(seconds)
+    return (ended - began) / COUNTED_PASSES
 
 
 def load_seconds(setting: Setting) -> float | None:
@@ -178,6 +255,13 @@ def load_seconds(setting: Setting) -> float | None:
     return max(read_seconds, uploaded / rates.link_bytes_per_second) if setting.own_memory else read_seconds
 
 
+def pass_nbytes(setting: Setting, work: Work) -> int:
+    """Bytes of layers that come into slots in a pass."""
+    num_sliced = len(_sliced_layers(setting, work))
+    num_whole = len(setting.plan.streamed_layers) - num_sliced
+    return num_whole * setting.plan.layer_nbytes + num_sliced * _slice_nbytes(setting, work)
+
+
 def pass_bill(setting: Setting, work: Work, *, decoding: bool) -> PassBill:
     """Seconds of one pass. decoding: a pass of one token, during which the readers have a core to themselves.
 
@@ -189,33 +273,79 @@ def pass_bill(setting: Setting, work: Work, *, decoding: bool) -> PassBill:
     overhead = layers * chunks * a layer's + a step's
     head     = max(bytes / memory rate, 2 * tokens * elements / arithmetic rate)
     drags    as above: what copying takes from computing, and computing from copying
+
+    Of layers of which the pass takes slices, bytes and parts are those of the slices.
     """
     plan, rates, pace = setting.plan, setting.rates, setting.paced_bytes_per_second
     num_layers = len(plan.resident_layers) + len(plan.streamed_layers)
-    parts = _part_seconds(setting, work, decoding=decoding)
-    weights = num_layers * sum(parts.values())
+    num_sliced = len(_sliced_layers(setting, work))
+    whole, sliced = (_step_seconds(setting, work, sliced=each, decoding=decoding) for each in (False, True))
+    weights = (num_layers - num_sliced) * sum(whole.values()) + num_sliced * sum(sliced.values())
+    slice_weights_nbytes = sum(_step_nbytes(setting, work, sliced=True).values())
     mixing = num_layers * _mixing_seconds(setting, work, decoding=decoding)
     overhead = num_layers * work.num_chunks * rates.layer_overhead_seconds + rates.step_overhead_seconds
     head = _weights_seconds(setting, plan.device_bill["head"], work.num_head_rows, decoding=decoding)
-    copied_layers = plan.streamed_layers if setting.own_memory else plan.host_layers
-    copy_nbytes = len(copied_layers) * plan.layer_nbytes
+    nbytes, copy_nbytes = pass_nbytes(setting, work), _copy_nbytes(setting, work)
     copying = copy_nbytes / rates.link_bytes_per_second
     drag, copy_drag = drags(weights + mixing + overhead + head, copying, rates)
-    disk_nbytes = len(plan.disk_layers) * sum(setting.stored_nbytes.values())
+    disk_nbytes = _disk_nbytes(setting, work)
     return PassBill(
-        link_nbytes=plan.pass_nbytes if pace else copy_nbytes,
-        pacing_seconds=plan.pass_nbytes / pace if pace else 0.0,
+        link_nbytes=nbytes if pace else copy_nbytes,
+        pacing_seconds=nbytes / pace if pace else 0.0,
         copy_nbytes=copy_nbytes,
         copy_seconds=copying,
         copy_drag_seconds=copy_drag,
         disk_nbytes=disk_nbytes,
         disk_seconds=disk_nbytes / rates.disk_bytes_per_second,
+        weights_nbytes=(num_layers - num_sliced) * plan.layer_nbytes + num_sliced * slice_weights_nbytes,
         weights_seconds=weights,
         mixing_seconds=mixing,
         overhead_seconds=overhead,
         head_seconds=head,
         drag_seconds=drag,
     )
+
+
+def _sliced_layers(setting: Setting, work: Work) -> frozenset[int]:
+    """Layers of which the pass brings and computes slices only."""
+    return frozenset(setting.plan.sliceable_layers) if work.cargo != "records" else frozenset()
+
+
+def _step_nbytes(setting: Setting, work: Work, *, sliced: bool) -> dict[Step, int]:
+    """What is computed of a layer, one after the other, each with the bytes of its weights."""
+    layout = setting.layout
+    if not sliced:
+        return {part: layout.part_nbytes(part) for part in PARTS}
+    steps: dict[Step, int] = {"attention": layout.part_nbytes("attention"), work.cargo: layout.part_nbytes(work.cargo)}
+    if work.cargo == "gate":
+        # All records in a cache are computed on, and those that the tokens do not need are silenced.
+        steps["held"] = setting.plan.num_cached_neurons * layout.record_nbytes
+        steps["fetched"] = work.num_fetched * layout.record_nbytes
+    return steps
+
+
+def _slice_nbytes(setting: Setting, work: Work) -> int:
+    """Bytes of a layer's slices: of what is computed, all that is not in a cache."""
+    steps = _step_nbytes(setting, work, sliced=True)
+    return sum(steps.values()) - steps.get("held", 0)
+
+
+def _copy_nbytes(setting: Setting, work: Work) -> int:
+    """Bytes that the link's copier copies: on a device with its own memory all, else only what is in host memory."""
+    plan, sliced = setting.plan, _sliced_layers(setting, work)
+    if setting.own_memory:
+        return pass_nbytes(setting, work)
+    if not sliced:
+        return len(plan.host_layers) * plan.layer_nbytes
+    num_gathered = len(sliced.intersection(plan.disk_layers))
+    return len(plan.host_layers) * _slice_nbytes(setting, work) + num_gathered * setting.layout.part_nbytes("kept")
+
+
+def _disk_nbytes(setting: Setting, work: Work) -> int:
+    """Stored bytes that are read: of layers whose kept neurons are gathered in host memory, the attention block alone."""
+    num_gathered = len(_sliced_layers(setting, work).intersection(setting.plan.disk_layers))
+    num_read = len(setting.plan.disk_layers) - num_gathered
+    return num_read * sum(setting.stored_nbytes.values()) + num_gathered * setting.stored_nbytes["attention"]
 
 
 def drags(computing: float, copying: float, rates: Rates) -> tuple[float, float]:
@@ -225,13 +355,11 @@ def drags(computing: float, copying: float, rates: Rates) -> tuple[float, float]
     return together * (1 - left_to_computing), together * (1 - left_to_copies)
 
 
-def _part_seconds(setting: Setting, work: Work, *, decoding: bool) -> dict[Part, float]:
-    """Computing the parts of a layer, but for attention over the cache."""
+def _step_seconds(setting: Setting, work: Work, *, sliced: bool, decoding: bool) -> dict[Step, float]:
+    """Computing the steps of a layer, but for attention over the cache."""
     return {
-        part: _weights_seconds(
-            setting, setting.layout.part_nbytes(part), work.num_rows, decoding=decoding, num_chunks=work.num_chunks
-        )
-        for part in PARTS
+        step: _weights_seconds(setting, nbytes, work.num_rows, decoding=decoding, num_chunks=work.num_chunks)
+        for step, nbytes in _step_nbytes(setting, work, sliced=sliced).items()
     }
 
 
@@ -253,20 +381,34 @@ def _share_of_cores(setting: Setting, *, decoding: bool) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class _PassSeconds:
-    """Computing, as the replay needs it: alone, without what copies take from it."""
+    """A pass as the replay needs it. Seconds are of computing alone, without what copies take from it."""
 
-    parts: Mapping[Part, float]
-    """A part of a layer; the layer's overhead is counted with its attention."""
+    cargo: Cargo
+    fetched_nbytes: int
+    """Records of a layer that are sent for."""
+    whole: Mapping[Step, float]
+    """Steps of a layer; the layer's overhead is counted with its attention."""
+    sliced: Mapping[Step, float]
+    """The same of a layer of which slices were brought."""
     behind_layers: float
     """Head, and what a step takes."""
 
 
 def _pass_seconds(setting: Setting, work: Work, *, decoding: bool) -> _PassSeconds:
-    parts = _part_seconds(setting, work, decoding=decoding)
-    parts["attention"] += _mixing_seconds(setting, work, decoding=decoding)
-    parts["attention"] += work.num_chunks * setting.rates.layer_overhead_seconds
+    def steps(*, sliced: bool) -> dict[Step, float]:
+        seconds = _step_seconds(setting, work, sliced=sliced, decoding=decoding)
+        seconds["attention"] += _mixing_seconds(setting, work, decoding=decoding)
+        seconds["attention"] += work.num_chunks * setting.rates.layer_overhead_seconds
+        return seconds
+
     head = _weights_seconds(setting, setting.plan.device_bill["head"], work.num_head_rows, decoding=decoding)
-    return _PassSeconds(parts=parts, behind_layers=head + setting.rates.step_overhead_seconds)
+    return _PassSeconds(
+        cargo=work.cargo,
+        fetched_nbytes=work.num_fetched * setting.layout.record_nbytes,
+        whole=steps(sliced=False),
+        sliced=steps(sliced=True),
+        behind_layers=head + setting.rates.step_overhead_seconds,
+    )
 
 
 Arrival = Callable[[], float]
@@ -357,49 +499,66 @@ class _Replay:
         self._thread = _CopyingThread(setting.rates)
         self._staged: dict[Part, deque[Arrival]] = {part: deque() for part in PARTS}
         self._streamed = setting.plan.streamed_layers
+        self._sliceable = frozenset(setting.plan.sliceable_layers)
         self._disk_layers = frozenset(setting.plan.disk_layers)
         self._num_layers = len(setting.plan.resident_layers) + len(self._streamed)
-        self._ring: deque[dict[Part, Arrival]] = deque()
+        self._ring: deque[dict[Step, Arrival]] = deque()
         self._next = 0
+        self._starting: Cargo = "records"
+        """Of the pass whose layers are being sent for."""
+        self._following: Cargo = "records"
         self._now = 0.0
 
-    def run(self, seconds: _PassSeconds) -> float:
-        """One pass more. Returns the time at its end."""
+    def run(self, seconds: _PassSeconds, following: _PassSeconds | None = None) -> float:
+        """One pass more. following: the one that will come next; None: its like. Returns the time at its end."""
+        self._following = (following or seconds).cargo
         if self._streamed and not self._ring:
+            self._starting = seconds.cargo
             for _ in range(self._setting.plan.num_slots):
                 self._start()
         streamed = set(self._streamed)
         for layer in range(self._num_layers):
-            for part in PARTS:
-                if layer in streamed:
-                    self._now = self._thread.idle_until(max(self._now, self._ring[0][part]()))
-                self._now = self._thread.compute(seconds.parts[part])
+            steps = seconds.sliced if self._is_sliced(layer, seconds.cargo) else seconds.whole
+            for step, computing in steps.items():
+                if step == "held" and seconds.fetched_nbytes:  # the gates are known: what is not in the cache is sent for
+                    self._ring[0]["fetched"] = self._bring_from_host(seconds.fetched_nbytes)
+                if layer in streamed and step in self._ring[0]:
+                    self._now = self._thread.idle_until(max(self._now, self._ring[0][step]()))
+                self._now = self._thread.compute(computing)
             if layer in streamed:
                 self._ring.popleft()
                 self._start()
         self._now = self._thread.compute(seconds.behind_layers)
         return self._now
 
+    def _is_sliced(self, layer: int, cargo: Cargo) -> bool:
+        return cargo != "records" and layer in self._sliceable
+
     def _start(self) -> None:
         """A slot is free: bring the next layer of the cycle into it, attention first."""
         layer = self._streamed[self._next]
+        part: Cargo = self._starting if self._is_sliced(layer, self._starting) else "records"
         self._next = (self._next + 1) % len(self._streamed)
-        self._ring.append({part: self._bring(layer, part) for part in PARTS})
+        if self._next == 0:
+            self._starting = self._following
+        self._ring.append({each: self._bring(layer, each) for each in ("attention", part)})
 
     def _bring(self, layer: int, part: Part) -> Arrival:
-        setting = self._setting
-        arrival = self._from_disk(part) if layer in self._disk_layers else self._from_host(part)
-        if setting.paced_bytes_per_second is None:
+        nbytes = self._setting.layout.part_nbytes(part)
+        if layer not in self._disk_layers or part == "kept":
+            return self._bring_from_host(nbytes)
+        return self._paced(nbytes, self._from_disk(part))
+
+    def _bring_from_host(self, nbytes: int) -> Arrival:
+        seconds = nbytes / self._setting.rates.link_bytes_per_second
+        own_memory = self._setting.own_memory
+        return self._paced(nbytes, self._link.carry(self._now, seconds) if own_memory else self._thread.carry(seconds))
+
+    def _paced(self, nbytes: int, arrival: Arrival) -> Arrival:
+        if self._setting.paced_bytes_per_second is None:
             return arrival
-        paced = self._pace.carry(self._now, setting.layout.part_nbytes(part) / setting.paced_bytes_per_second)
+        paced = self._pace.carry(self._now, nbytes / self._setting.paced_bytes_per_second)
         return lambda: max(arrival(), paced())
-
-    def _from_host(self, part: Part) -> Arrival:
-        seconds = self._upload_seconds(part)
-        return self._link.carry(self._now, seconds) if self._setting.own_memory else self._thread.carry(seconds)
-
-    def _upload_seconds(self, part: Part) -> float:
-        return self._setting.layout.part_nbytes(part) / self._setting.rates.link_bytes_per_second
 
     def _from_disk(self, part: Part) -> Arrival:
         """Into the slot, or into a staging buffer that is free again once it has been uploaded."""
@@ -408,5 +567,6 @@ class _Replay:
             return self._disk.carry(self._now, seconds)
         staged = self._staged[part]
         ready = max(self._now, staged.popleft()()) if len(staged) == NUM_STAGING else self._now
-        staged.append(self._link.carry(self._disk.carry(ready, seconds)(), self._upload_seconds(part)))
+        upload_seconds = self._setting.layout.part_nbytes(part) / self._setting.rates.link_bytes_per_second
+        staged.append(self._link.carry(self._disk.carry(ready, seconds)(), upload_seconds))
         return staged[-1]

@@ -23,13 +23,9 @@ from offload_sirius.weights.buffers import KeptNeurons, LayerBuffer
 from offload_sirius.weights.copiers import Copier, Transfer
 from offload_sirius.weights.embedding import Embedding
 from offload_sirius.weights.kept import KeptStore
-from offload_sirius.weights.layout import Part
+from offload_sirius.weights.layout import Cargo, Part
 
 Phase = Literal["prefill", "draft", "correction", "full"]
-
-Cargo = Literal["records", "kept", "gate"]
-"""What a pass takes of a layer's neurons: all of them; those that are kept; the gates, and single records as they are fetched.
-Layers of which no slice can cross alone bring all their records in any pass."""
 
 
 @dataclass(frozen=True)
@@ -133,6 +129,8 @@ class WeightStreamer:
         self._ring: deque[Flight] = deque()
         self._early: Transfer | None = None
         """The attention block of the next layer to start, on its way already into the slot of the first one in the ring."""
+        self._fetching: Transfer | None = None
+        """What was sent for last and has not been waited for."""
         self._next = 0
         self._broken_off = False
         self._phase: Phase = "full"
@@ -146,7 +144,8 @@ class WeightStreamer:
         """A pass begins. phase: under which its bytes are counted; cargo: what it takes of each layer; following: the same of the
         pass that will probably come next. One that was given up half-way may be followed by any other."""
         self._phase, self._cargo, self._following = phase, cargo, following
-        self._starting = cargo
+        # As many slots as streamed layers: all of this pass is under way, and the first slot that is free is for the next one.
+        self._starting = cargo if self._next else following
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """token_ids int64 [S] on the host -> [S, D] on the device."""
@@ -193,12 +192,13 @@ class WeightStreamer:
         assert (flight.layer, flight.part) == (layer, "gate"), (flight.layer, flight.part, layer)
         place = flight.slot.up_down[: len(neuron_ids)]
         self.pass_nbytes[self._phase] += place.nbytes
-        transfer = self._copier.fetch(layer, neuron_ids, flight.slot)
+        self._let_fetched_arrive()
+        self._fetching = transfer = self._copier.fetch(layer, neuron_ids, flight.slot)
         if self._early is None:
             # While the records are computed on, nobody asks for anything, and the link would idle in every layer. Of the slot the
             # attention block has been used already.
             self._early = self._copier.start(self._streamed[self._next], "attention", flight.slot)
-        return FetchedRecords(place, lambda: self._wait(layer, "neurons", transfer))
+        return FetchedRecords(place, lambda: self._fetched(layer, transfer))
 
     def keep(self, layer: int, neuron_ids: Tensor) -> None:
         """From the next pass on, keep these neurons, int64 [N] in host memory, sorted, of the layer that was last asked for."""
@@ -267,6 +267,7 @@ class WeightStreamer:
                     transfer.wait()
         self._ring.clear()
         self._discard_early()
+        self._let_fetched_arrive()
         self._broken_off = False
         self._next = self._streamed.index(layer)
         self._starting = self._cargo
@@ -285,6 +286,17 @@ class WeightStreamer:
         """The flight's slot, once the part is in it."""
         self._wait(flight.layer, part, flight.attention if part == "attention" else flight.neurons)
         return flight.slot
+
+    def _fetched(self, layer: int, transfer: Transfer) -> None:
+        self._wait(layer, "neurons", transfer)
+        self._fetching = None
+
+    def _let_fetched_arrive(self) -> None:
+        """A pass may have been given up before what it sent for was there: nothing else may be on its way to the same bytes."""
+        if self._fetching is not None:
+            with contextlib.suppress(OffloadSiriusError):
+                self._fetching.wait()
+            self._fetching = None
 
     def _wait(self, layer: int, what: str, transfer: Transfer) -> None:
         began = time.perf_counter()

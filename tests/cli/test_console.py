@@ -5,10 +5,11 @@ from __future__ import annotations
 import io
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 
-from offload_sirius.cli.console import LoadProgress, TextWriter, say, summary
+from offload_sirius.cli.console import LoadProgress, TextWriter, advice, say, summary
 from offload_sirius.decode.result import Generation, LinkFigures, MemoryFigures, Passes
 from offload_sirius.decode.stream import TextPiece
 
@@ -134,3 +135,27 @@ def test_the_summary_of_a_streamed_answer_says_what_a_token_moved() -> None:
     assert summary(generation(5, link)) == (
         "5 tokens, first after 0.50 s, 0.50 tokens/s, 2.000 GB a token over the link at 12.50 GB/s, 99% busy"
     )
+
+
+def corrected(correction_seconds: float | None) -> Generation:
+    """Five tokens, at one in two seconds."""
+    figures = {"mode": "sirius", "aal": 2.5, "acceptance": 0.7, "correction_seconds": correction_seconds}
+    return replace(generation(5, LinkFigures()), **figures)
+
+
+def test_the_summary_of_a_corrected_answer_says_what_a_correction_gave() -> None:
+    assert summary(corrected(1.0)) == (
+        "5 tokens, first after 0.50 s, 0.50 tokens/s, 2.50 tokens a correction (AAL), 70% of drafts accepted"
+    )
+
+
+@pytest.mark.parametrize(
+    ("correction_seconds", "told"),
+    [(1.6, "drafts cost more than they saved: --mode full would give 0.62 tokens/s or more here"), (1.95, None), (4.0, None)],
+)
+def test_drafts_that_cost_more_than_they_saved_are_told_of(correction_seconds: float, told: str | None) -> None:
+    assert advice(corrected(correction_seconds)) == told
+
+
+def test_nothing_is_advised_of_an_answer_without_corrections() -> None:
+    assert advice(corrected(None)) is None

@@ -11,7 +11,7 @@ import typer
 
 from offload_sirius.cli.app import app
 from offload_sirius.cli.generate import generate
-from offload_sirius.config import EngineConfig, GenerationConfig, SamplingConfig, default_of, help_of
+from offload_sirius.config import DecodingConfig, EngineConfig, GenerationConfig, SamplingConfig, default_of, help_of
 
 from .conftest import Run
 
@@ -21,12 +21,14 @@ COMMANDS: dict[str, Any] = {name: each for name, each in TOP.items() if name != 
 }
 DOCUMENTED = {
     "generate": (
-        "--model --mode --device --device-memory --host-memory --link-gbps --dtype --max-context --auto --threads --temperature "
-        "--top-k --top-p --min-p --repetition-penalty --seed --stop --max-new-tokens --prompt --prompt-file --chat --ignore-eos "
+        "--model --mode --sparsity --keep --cats-threshold --window --accept --threshold --tree-width --device --device-memory "
+        "--host-memory --link-gbps --dtype --max-context --auto --threads --temperature --top-k --top-p "
+        "--min-p --repetition-penalty --seed --stop --max-new-tokens --prompt --prompt-file --chat --ignore-eos "
         "--shared-host-buffers --trace --json --verbose"
     ),
     "plan": (
-        "--model --mode --device --device-memory --host-memory --link-gbps --dtype --max-context --auto --device-tflops "
+        "--model --mode --sparsity --keep --window --tree-width --device --device-memory --host-memory --link-gbps --dtype "
+        "--max-context --auto --device-tflops "
         "--device-gbps --disk-gbps --prompt-tokens --batch --json --verbose"
     ),
     "doctor": "--path --measure --json",
@@ -41,7 +43,8 @@ SETTINGS = [
     (config, name)
     for config, names in (
         (EngineConfig, "model device device_memory host_memory link_gbps dtype max_context auto threads shared_host_buffers"),
-        (GenerationConfig, "mode max_new_tokens ignore_eos chat"),
+        (DecodingConfig, "mode sparsity keep cats_threshold window accept threshold tree_width"),
+        (GenerationConfig, "max_new_tokens ignore_eos chat"),
         (SamplingConfig, "temperature top_k top_p min_p repetition_penalty seed"),
     )
     for name in names.split()
@@ -99,5 +102,6 @@ def parameters(command: Callable[..., Any]) -> dict[str, Any]:
 
 
 def test_every_setting_can_be_given_on_the_command_line() -> None:
-    settings = {name for config in (EngineConfig, GenerationConfig, SamplingConfig) for name in config.__dataclass_fields__}
-    assert settings - {"sampling"} <= set(parameters(generate))
+    configs = (EngineConfig, DecodingConfig, GenerationConfig, SamplingConfig)
+    settings = {name for config in configs for name in config.__dataclass_fields__}
+    assert settings - {"decoding", "sampling"} <= set(parameters(generate))

@@ -14,13 +14,13 @@ from typing import Any
 
 import pytest
 
-from offload_sirius.config import EngineConfig, GenerationConfig
+from offload_sirius.config import DecodingConfig, EngineConfig, GenerationConfig
 from offload_sirius.decode.stream import TextPiece
 from offload_sirius.weights.copiers import PacedTransfer
 
 from .conftest import Pipe, Ran, Run
 
-STREAMED = ("--device-memory", "700KiB")
+STREAMED = ("--device-memory", "800KiB")
 """The tiny model's four layers and a short context do not fit."""
 
 SHORT = ("--model", "synthetic:tiny?positions=16", "--prompt", "hi", "--device", "cpu", "--threads", "1")
@@ -39,7 +39,8 @@ CONTRACT: dict[str, Any] = {
     "tokens_per_second": float,
     "passes": {"prefill": int, "draft": int, "correction": int, "full": int},
     "link": {
-        "bytes": {"load": int, "prefill": int, "draft": int, "correction": int, "full": int},
+        "bytes": {"load": int, "prefill": int, "draft": int, "correction": int, "full": int, "discarded": int},
+        "copied_bytes": int,
         "gbytes_per_second": float,
         "measured_peak_gbytes_per_second": float,
         "busy_share": float,
@@ -48,6 +49,10 @@ CONTRACT: dict[str, Any] = {
     "acceptance": None,
     "effective_density": None,
     "window": None,
+    "windows": int,
+    "draft_seconds": None,
+    "correction_seconds": None,
+    "tokens_by_origin": {"full": int, "draft": int},
     "flips": None,
     "memory": {"device_plan_bytes": int, "device_peak_bytes": int, "host_plan_bytes": int, "host_peak_bytes": int},
     "plan": {"resident_layers": list, "host_layers": list, "disk_layers": list, "num_slots": int},
@@ -74,19 +79,25 @@ def assert_has(found: Any, wanted: Any, where: str = "") -> None:
 
 
 def test_the_text_alone_is_on_stdout_and_one_line_of_figures_on_stderr(tiny: Run) -> None:
-    ran, told = tiny("--prompt", "hi"), figures(tiny("--prompt", "hi", "--json"))
+    ran, told = tiny("--prompt", "hi", "--mode", "full"), figures(tiny("--prompt", "hi", "--mode", "full", "--json"))
     assert ran.code == 0
     assert ran.out == told["text"] + "\n"
     assert re.fullmatch(r"8 tokens, first after \d+\.\d\d s, \d+\.\d\d tokens/s\n", ran.err)
 
 
+def test_the_line_of_figures_tells_how_drafts_fared(tiny: Run) -> None:
+    err = tiny("--prompt", "hi").err
+    corrected = r"\d\.\d\d tokens a correction \(AAL\), \d+% of drafts accepted"
+    assert re.fullmatch(rf"8 tokens, first after \d+\.\d\d s, \d+\.\d\d tokens/s, {corrected}\n", err)
+
+
 def test_the_figures_of_a_streamed_model_tell_of_the_link(tiny: Run) -> None:
-    err = tiny("--prompt", "hi", *STREAMED).err
+    err = tiny("--prompt", "hi", "--mode", "full", *STREAMED).err
     assert re.search(r"0\.\d{3} GB a token over the link at \d+\.\d\d GB/s, \d+% busy$", err)
 
 
 def test_json_is_one_object_with_all_documented_keys(tiny: Run) -> None:
-    ran = tiny("--prompt", "hi", "--json", *STREAMED)
+    ran = tiny("--prompt", "hi", "--json", "--mode", "full", *STREAMED)
     assert ran.code == 0
     found = figures(ran)
     assert_has(found, CONTRACT)
@@ -113,6 +124,7 @@ def test_settings_that_are_not_given_have_their_defaults(run: Run) -> None:
     assert settings.pop("max_context") == 16
     assert settings.pop("stop") == []
     assert settings.pop("sampling") == vars(GenerationConfig().sampling)
+    assert settings.pop("decoding") == vars(DecodingConfig())
     defaults = vars(EngineConfig()) | vars(GenerationConfig())
     assert settings == {name: defaults[name] for name in settings}
 
@@ -147,11 +159,11 @@ def test_ignore_eos_and_no_chat_reach_the_settings(tiny: Run) -> None:
     assert (settings["ignore_eos"], settings["chat"]) == (True, False)
 
 
-@pytest.mark.parametrize("size", ["700KiB", "0.7MiB", "716800", "700 kib", "720KB", "0.72MB"])
+@pytest.mark.parametrize("size", ["800KiB", "0.79MiB", "819200", "800 kib", "820KB", "0.82MB"])
 def test_a_size_is_written_in_any_of_these_forms(size: str, tiny: Run) -> None:
     found = figures(tiny("--prompt", "hi", "--json", "--device-memory", size))
     assert found["plan"]["num_slots"] >= 2
-    assert found["memory"]["device_plan_bytes"] <= 740_000
+    assert found["memory"]["device_plan_bytes"] <= 840_000
 
 
 def test_a_size_may_be_a_share_of_what_is_free(tiny: Run) -> None:
@@ -172,10 +184,68 @@ def test_verbose_explains_the_plan_on_stderr(tiny: Run) -> None:
     assert ran.out == tiny("--prompt", "hi").out
 
 
-@pytest.mark.parametrize("mode", ["sparse", "sirius"])
-def test_modes_to_come_are_refused_by_name(mode: str, tiny: Run) -> None:
-    ran = tiny("--prompt", "hi", "--mode", mode)
-    assert (ran.code, ran.out, ran.err) == (2, "", f"error: --mode {mode} is not built yet; use --mode full\n")
+CORRECTED: dict[str, Any] = {
+    "aal": float,
+    "acceptance": float,
+    "effective_density": float,
+    "window": int,
+    "windows": int,
+    "draft_seconds": float,
+    "correction_seconds": float,
+    "tokens_by_origin": {"full": int, "draft": int},
+    "link": {"bytes": {"discarded": int}},
+}
+
+
+@pytest.mark.parametrize("sparsity", ["griffin", "cats"])
+def test_json_of_corrected_drafts_has_their_figures(sparsity: str, tiny: Run) -> None:
+    found = figures(tiny("--prompt", "hi", "--json", "--sparsity", sparsity, "--window", "4", *STREAMED))
+    assert_has(found, CONTRACT | CORRECTED)
+    assert found["mode"] == "sirius"
+    assert found["passes"]["full"] == 0
+    assert found["passes"]["correction"] == found["windows"] > 0
+    assert sum(found["tokens_by_origin"].values()) == found["new_tokens"] == 8
+    assert (found["window"], found["settings"]["decoding"]["sparsity"]) == (4, sparsity)
+    assert (found["link"]["cache_hit_share"] is None) == (sparsity == "griffin")
+
+
+def test_json_of_drafts_alone_has_no_windows(tiny: Run) -> None:
+    found = figures(tiny("--prompt", "hi", "--json", "--mode", "sparse"))
+    assert found["passes"] == {"prefill": 1, "draft": 7, "correction": 0, "full": 0}
+    assert (found["mode"], found["windows"], found["aal"], found["window"]) == ("sparse", 0, None, None)
+
+
+@pytest.mark.parametrize("decoding", [(), ("--sparsity", "cats"), ("--tree-width", "3"), ("--window", "2"), ("--keep", "0.1")])
+def test_the_text_does_not_depend_on_the_drafts(decoding: tuple[str, ...], tiny: Run) -> None:
+    plain = tiny("--prompt", "hi", "--mode", "full")
+    assert tiny("--prompt", "hi", *decoding).out == plain.out
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--keep", "0"), "--keep is 0.0; it must be above 0 and at most 1"),
+        (("--keep", "1.5"), "--keep is 1.5; it must be above 0 and at most 1"),
+        (("--window", "1"), "--window is 1; it must be auto, or 2 or more tokens"),
+        (("--window", "x"), "--window is x; it must be auto, or 2 or more tokens"),
+        (("--tree-width", "0"), "--tree-width is 0; it must be at least 1"),
+        (("--threshold", "2"), "--threshold is 2.0; it must be above 0 and at most 1"),
+        (("--cats-threshold", "0"), "--cats-threshold is 0; it must be auto or a positive number"),
+        (("--accept", "nonsense"), "--accept is nonsense; it must be one of exact, threshold"),
+        (("--sparsity", "nonsense"), "--sparsity is nonsense; it must be one of griffin, cats"),
+        (
+            ("--accept", "threshold", "--temperature", "0.5"),
+            "--accept threshold is greedy, and --temperature is 0.5; use --temperature 0, or --accept exact, which samples",
+        ),
+    ],
+    ids=str,
+)
+def test_flags_of_drafts_out_of_range_are_refused_before_the_model_is_opened(
+    flags: tuple[str, ...], message: str, tiny: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("offload_sirius.engine.open_model", lambda _: pytest.fail("opened"))
+    ran = tiny("--prompt", "hi", *flags)
+    assert (ran.code, ran.out, ran.err) == (2, "", f"error: {message}\n")
 
 
 def test_a_context_too_small_for_the_request_is_refused_before_anything_is_loaded(
@@ -205,7 +275,7 @@ def interrupted_pass(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     assert [thread.name for thread in threading.enumerate() if thread.name.startswith(("reader", "copier"))] == []
 
 
-SLOW = (*STREAMED, "--prompt", "hi", "--link-gbps", "0.1")
+SLOW = ("--mode", "full", *STREAMED, "--prompt", "hi", "--link-gbps", "0.1")
 
 
 @pytest.mark.usefixtures("interrupted_pass")
@@ -216,6 +286,16 @@ def test_ctrl_c_in_the_middle_keeps_the_text_and_leaves_with_130(tiny: Run) -> N
     assert ran.out.endswith("\n")
     assert whole.startswith(ran.out.removesuffix("\n"))
     assert re.match(r"[1-7] tokens, first after", ran.err)
+    assert "Traceback" not in ran.err
+
+
+@pytest.mark.usefixtures("interrupted_pass")
+def test_ctrl_c_within_a_window_keeps_what_was_corrected(tiny: Run) -> None:
+    whole = figures(tiny("--prompt", "hi", "--json", "--mode", "full"))["text"]
+    ran = tiny(*SLOW[2:])
+    assert ran.code == 130
+    assert whole.startswith(ran.out.removesuffix("\n"))
+    assert re.match(r"1 tokens, first after", ran.err), "the third pass after the prompt is a draft of the first window"
     assert "Traceback" not in ran.err
 
 

@@ -19,7 +19,7 @@ from .conftest import TINY, Run
 
 LLAMA_70B = (
     *("--model", "llama-3-70b", "--device-memory", "24GiB", "--host-memory", "64GiB", "--link-gbps", "25"),
-    *("--device-tflops", "165", "--device-gbps", "1008"),
+    *("--device-tflops", "165", "--device-gbps", "1008", "--mode", "full"),
 )
 LAYER = 2 * (150_994_944 + 704_643_072 + 16_384)
 HEAD = 2 * 1_050_673_152
@@ -120,7 +120,18 @@ def test_planning_imports_no_torch() -> None:
 
 
 def test_this_machine_s_plan_is_what_generate_does(run: Run) -> None:
-    budgets = ("--device-memory", "1MiB", "--host-memory", "100MiB", "--max-context", "48", "--link-gbps", "0.5")
+    budgets = (
+        "--mode",
+        "full",
+        "--device-memory",
+        "1MiB",
+        "--host-memory",
+        "100MiB",
+        "--max-context",
+        "48",
+        "--link-gbps",
+        "0.5",
+    )
     answer = json.loads(run("generate", *TINY, *budgets, "--prompt", "hi", "--max-new-tokens", "8", "--json").out)
     without_threads = TINY[: TINY.index("--threads")]
     report = planned(run, *without_threads, *budgets, "--prompt-tokens", str(answer["prompt_tokens"]))
@@ -193,7 +204,7 @@ def test_sequences_take_a_cache_each_and_share_the_pass(run: Run) -> None:
         (["--prompt-tokens", "0"], "--prompt-tokens is 0; it must be between 1 and 10,000,000"),
         (["--prompt-tokens", "5000"], "--prompt-tokens is 5000, the context has 2048 positions; give a larger --max-context"),
         (["--batch", "0"], "--batch is 0; it must be between 1 and 10,000"),
-        (["--mode", "sparse"], "--mode sparse is not built yet; use --mode full"),
+        (["--mode", "fast"], "--mode is fast; it must be one of full, sparse, sirius"),
         (["--model", "nonsense"], "'nonsense' is not a known model"),
         (["--device-memory", "1MB"], "device budget 976.57 KiB is too small"),
     ],

@@ -170,7 +170,13 @@ def test_the_prompt_that_was_given_is_left_as_it_is() -> None:
 
 @settings(max_examples=150, deadline=None)
 @given(
-    rules=RULES, prompt=PROMPTS, count=st.integers(1, 24), config=SAMPLING, decoding=DECODING, ends=ENDS, spare=st.integers(0, 40)
+    rules=RULES,
+    prompt=PROMPTS,
+    count=st.integers(1, 24),
+    config=SAMPLING,
+    decoding=DECODING,
+    ends=ENDS,
+    spare=st.integers(-1, 40),
 )
 def test_corrected_tokens_are_those_of_full_mode_whatever_the_draft_was(
     rules: tuple[Rule, Rule],
@@ -216,7 +222,7 @@ def test_the_figures_add_up(
 
 
 @settings(max_examples=40, deadline=None)
-@given(rules=RULES, prompt=PROMPTS, count=st.integers(1, 24), decoding=DECODING, ends=ENDS, spare=st.integers(0, 10))
+@given(rules=RULES, prompt=PROMPTS, count=st.integers(1, 24), decoding=DECODING, ends=ENDS, spare=st.integers(-1, 10))
 def test_the_forecast_is_right_but_where_an_end_token_or_the_end_of_the_answer_cuts_in(
     rules: tuple[Rule, Rule], prompt: list[int], count: int, decoding: DecodingConfig, ends: frozenset[int], spare: int
 ) -> None:

@@ -74,6 +74,8 @@ def test_auto_begins_in_the_middle_as_far_as_the_tree_allows(width: int, first: 
         (0, 2, 1.0, 10.0, 3),
         # a = 1/2, drafting costs a hundredth: 5: 1.9375/1.04 = 1.8630, 6: 1.96875/1.05 = 1.8750, 7: 1.984375/1.06 = 1.8720.
         (0, 2, 0.01, 1.0, 6),
+        # a = .75, correction costs 3: 1.75/4 = .4375, 2.3125/5 = .4625, 2.7344/6 = .4557. The first token is not drafted.
+        (0, 0, 1.0, 3.0, 3),
         # a = .75, drafting is free: the longest.
         (0, 0, 0.0, 1.0, MAX_AUTO_WINDOW),
         # a = .9, correction costs 10: 8: 5.6953/17 = .33502, 9: 6.1258/18 = .34032, 10: 6.5132/19 = .34280,

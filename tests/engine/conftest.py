@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import offload_sirius
-from offload_sirius.config import EngineConfig
+from offload_sirius.config import DecodingConfig, EngineConfig
 from offload_sirius.engine import Engine
 from offload_sirius.engine.placement import place
 from offload_sirius.weights.layout import PAGE_NBYTES, align
@@ -24,18 +24,32 @@ Load = Callable[..., Engine]
 Budgets = Callable[..., dict[str, str]]
 
 
-def budgets_for(where: str, dtype: str = "float32") -> dict[str, str]:
-    """Budgets, to the byte, that put the tiny model's four layers and its embedding there."""
-    plan = place(open_checkpoint(TINY), EngineConfig(model=TINY, device="cpu", max_context=CONTEXT, dtype=dtype)).plan  # type: ignore[arg-type]
+FULL = DecodingConfig(mode="full")
+
+
+def budgets_for(where: str, dtype: str = "float32", decoding: DecodingConfig = FULL) -> dict[str, str]:
+    """Budgets, to the byte, that put the tiny model's four layers and its embedding there; of those on disk, where drafts keep a
+    fixed set of neurons, these in host memory, except where it is the disk alone.
+
+    Ending in `+ kept`: those of all streamed layers. Ending in `+ caches`: a cache of neurons on the device for each layer.
+    """
+    config = EngineConfig(model=TINY, device="cpu", max_context=CONTEXT, dtype=dtype, decoding=decoding)  # type: ignore[arg-type]
+    checkpoint = open_checkpoint(TINY)
+    placement = place(checkpoint, config)
+    plan, layout = placement.plan, placement.layout
     assert len(plan.resident_layers) == 4, "this machine has no room for the tiny model"
+    where, _, extra = where.partition(" + ")
     fixed = plan.device_nbytes - plan.device_bill["resident_layers"]
     room = {"resident": 4, "one resident, rest on the host": 3}.get(where, 2)
     num_host = {"host and disk": 2, "disk": 0, "disk with the embedding": 0}.get(where, 4)
     embedding = 0 if where == "disk with the embedding" else plan.host_bill["embedding"]
     readers = 2 * plan.host_bill["readers"] // plan.num_readers
+    num_kept = 4 if extra == "kept" else 2 if where == "host and disk" else 0
+    caches = 4 * decoding.num_kept(checkpoint.spec.ffn_width) * layout.record_nbytes if extra == "caches" else 0
+    host_layers = num_host * align(plan.layer_nbytes, PAGE_NBYTES)
     return {
-        "device_memory": str(fixed + room * plan.layer_nbytes),
-        "host_memory": str(readers + embedding + num_host * align(plan.layer_nbytes, PAGE_NBYTES)),
+        "device_memory": str(fixed + room * plan.layer_nbytes + caches),
+        "host_memory": str(readers + embedding + host_layers + num_kept * layout.kept_host_nbytes),
     }
 
 
@@ -55,11 +69,11 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def load() -> Iterator[Load]:
-    """Load the tiny model; what was loaded is closed at the end of the test."""
+    """Load the tiny model, the plain one unless a test says otherwise; what was loaded is closed at the end of the test."""
     with ExitStack() as engines:
 
         def load(model: str = TINY, **settings: Any) -> Engine:
-            given: dict[str, Any] = {"device": "cpu", "threads": 1, "max_context": CONTEXT} | settings
+            given: dict[str, Any] = {"mode": "full", "device": "cpu", "threads": 1, "max_context": CONTEXT} | settings
             return engines.enter_context(offload_sirius.load(model, **given))
 
         yield load

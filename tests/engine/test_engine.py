@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import offload_sirius
-from offload_sirius.config import GenerationConfig, SamplingConfig
+from offload_sirius.config import DecodingConfig, GenerationConfig, SamplingConfig
 from offload_sirius.decode.result import Generation
 from offload_sirius.decode.sampling import Sampler
 from offload_sirius.engine import Engine
@@ -45,7 +45,7 @@ def logits(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
 @pytest.fixture(scope="module")
 def resident() -> Iterator[Engine]:
     """An engine for tests that only ask it."""
-    with offload_sirius.load(TINY, device="cpu", threads=1, max_context=64) as engine:
+    with offload_sirius.load(TINY, mode="full", device="cpu", threads=1, max_context=64) as engine:
         yield engine
 
 
@@ -303,11 +303,20 @@ def test_settings_may_be_given_as_a_config_as_words_or_as_both(resident: Engine)
 
 def test_a_setting_that_does_not_exist_is_refused_with_those_that_do() -> None:
     with pytest.raises(ConfigError) as caught:
-        with_settings(GenerationConfig(), {"temprature": 1.0})
+        with_settings(GenerationConfig(), {"temprature": 1.0}, DecodingConfig())
     assert str(caught.value) == (
-        "unknown setting temprature; known are chat, ignore_eos, max_new_tokens, min_p, mode, repetition_penalty, seed, stop, "
-        "temperature, top_k, top_p"
+        "unknown setting temprature; known are accept, cats_threshold, chat, ignore_eos, keep, max_new_tokens, min_p, mode, "
+        "repetition_penalty, seed, sparsity, stop, temperature, threshold, top_k, top_p, tree_width, window"
     )
+
+
+def test_decoding_is_that_of_the_model_unless_the_request_says_otherwise() -> None:
+    planned = DecodingConfig(keep=0.3, window=4)
+    assert with_settings(GenerationConfig(), {}, planned).decoding is None
+    assert with_settings(GenerationConfig(), {"window": 3}, planned).decoding == DecodingConfig(keep=0.3, window=3)
+    asked = GenerationConfig(decoding=DecodingConfig(mode="full"))
+    assert with_settings(asked, {"tree_width": 2}, planned).decoding == DecodingConfig(mode="full", tree_width=2)
+    assert with_settings(asked, {"decoding": planned}, DecodingConfig()).decoding == planned
 
 
 def test_a_setting_outside_its_range_is_refused(resident: Engine) -> None:
@@ -322,7 +331,7 @@ def threads_of_ours() -> list[str]:
 @pytest.mark.parametrize("where", PLACES)
 def test_leaving_the_block_ends_every_thread(where: str, budgets: Budgets) -> None:
     given: dict[str, Any] = budgets(where)
-    with offload_sirius.load(TINY, device="cpu", threads=1, max_context=CONTEXT, **given) as engine:
+    with offload_sirius.load(TINY, mode="full", device="cpu", threads=1, max_context=CONTEXT, **given) as engine:
         engine.generate("hello", max_new_tokens=3)
         assert bool(threads_of_ours()) == (where != "resident")
     assert threads_of_ours() == []

@@ -77,7 +77,7 @@ def test_bytes_are_counted_where_they_are_copied(
 
 def test_each_layer_comes_from_its_tier(tiny: Checkpoint, store: HostStore, slot: LayerBuffer, readers: ReaderPool) -> None:
     host, disk = HostCopier(store), DiskCopier(tiny, readers)
-    copier = TieredCopier({0: host, 1: disk, 2: host, 3: host})
+    copier = TieredCopier({0: host, 1: disk, 2: host, 3: host}, host)
     bring(copier, 0, slot)
     assert (host.nbytes_copied > 0, disk.nbytes_copied) == (True, 0)
     bring(copier, 1, slot)
@@ -168,6 +168,7 @@ def test_a_read_error_reaches_who_waits_through_every_wrapper(
         raise OSError(5, "Input/output error")
 
     monkeypatch.setattr(os, "preadv", fail)
-    copier = PacedCopier(TieredCopier({0: DiskCopier(tiny, readers)}), 1e12)
+    disk = DiskCopier(tiny, readers)
+    copier = PacedCopier(TieredCopier({0: disk}, disk), 1e12)
     with pytest.raises(WeightReadError, match="Input/output error"):
         bring(copier, 0, slot)

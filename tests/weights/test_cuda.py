@@ -109,7 +109,7 @@ def test_answers_are_those_of_a_resident_model_by_every_route(
     monkeypatch.setenv("OFFLOAD_SIRIUS_CACHE", str(tmp_path))
     monkeypatch.setattr("offload_sirius.engine.building.uplink_to", uplink_kind)
     model = "synthetic:small?dtype=F32"
-    with offload_sirius.load(model, device="cuda", max_context=48) as engine:
+    with offload_sirius.load(model, mode="full", device="cuda", max_context=48) as engine:
         plan = engine.plan
         expected = engine.generate([1, 2, 3], max_new_tokens=20, ignore_eos=True).token_ids
     fixed = plan.device_nbytes - plan.device_bill["resident_layers"] - plan.device_bill["slots"]
@@ -118,6 +118,7 @@ def test_answers_are_those_of_a_resident_model_by_every_route(
     num_host = {"host": 8, "host and disk": 4, "disk": 0}[where]
     with offload_sirius.load(
         model,
+        mode="full",
         device="cuda",
         max_context=48,
         device_memory=str(fixed + 2 * plan.layer_nbytes),

@@ -1,0 +1,87 @@
+"""What windows of drafts and their corrections are expected to give, by an acceptance that nobody knows beforehand.
+
+    seconds a token = ((W - 1) * draft + correction(W)) / (1 + a + a^2 + ... + a^(W-1))
+
+Pure arithmetic over the times of passes. Without torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cache
+from itertools import pairwise
+
+from offload_sirius.config import MIN_WINDOW, DecodingConfig
+from offload_sirius.decode.window import expected_tokens
+from offload_sirius.weights.predict import PassTime, WindowSpeed
+
+ACCEPTANCES = (0.8, 0.9, 0.95)
+"""Shares of drafted tokens that stand, for which a speed is predicted. The first is the one that is assumed: close to what
+decode/window.py believes before it has seen any, and the most careful of the three. Drafts of small models that keep half of
+their neurons stay below it; large models, and --accept threshold, come above."""
+
+PROBED_WINDOWS = (2, 4, 8, 16, 32, 64)
+"""A correction takes one time as long as its bytes or weights take longest, and beyond that grows with its tokens: between these
+it is a line."""
+
+Correction = Callable[[int], PassTime]
+"""Window -> the pass that corrects it."""
+
+
+def window_speeds(
+    decoding: DecodingConfig, draft_seconds: float, correction: Correction, batch: int = 1
+) -> tuple[WindowSpeed, ...]:
+    """For each acceptance, with the window that is asked for, or the one that then gives most tokens a second.
+
+    batch: sequences that share the passes.
+    """
+    correction = cache(correction)
+    seconds = _between(_probed(decoding), lambda window: correction(window).seconds)
+    return tuple(
+        window_speed(acceptance, best_window(decoding, acceptance, draft_seconds, seconds), draft_seconds, correction, batch)
+        for acceptance in ACCEPTANCES
+    )
+
+
+def window_speed(acceptance: float, window: int, draft_seconds: float, correction: Correction, batch: int = 1) -> WindowSpeed:
+    """Of one window and acceptance."""
+    num_tokens, corrected = expected_tokens(acceptance, window), correction(window)
+    return WindowSpeed(
+        acceptance=acceptance,
+        window=window,
+        num_tokens=num_tokens,
+        seconds_per_token=((window - 1) * draft_seconds + corrected.seconds) / num_tokens / batch,
+        correction=corrected,
+    )
+
+
+def best_window(
+    decoding: DecodingConfig, acceptance: float, draft_seconds: float, correction_seconds: Callable[[int], float]
+) -> int:
+    """The window that is asked for; of `auto` the one that decode/window.py would choose, did it know these times."""
+    if isinstance(decoding.window, int):
+        return decoding.window
+
+    def tokens_per_second(window: int) -> float:
+        return expected_tokens(acceptance, window) / ((window - 1) * draft_seconds + correction_seconds(window))
+
+    return max(range(MIN_WINDOW, decoding.max_window + 1), key=tokens_per_second)
+
+
+def _probed(decoding: DecodingConfig) -> Sequence[int]:
+    if isinstance(decoding.window, int):
+        return [decoding.window]
+    return [*(window for window in PROBED_WINDOWS if window < decoding.max_window), decoding.max_window]
+
+
+def _between(windows: Sequence[int], seconds: Callable[[int], float]) -> Callable[[int], float]:
+    """seconds, asked for at these windows only; between them a line."""
+
+    def interpolated(window: int) -> float:
+        for lower, upper in pairwise(windows):
+            if window <= upper:
+                share = (window - lower) / (upper - lower)
+                return seconds(lower) * (1 - share) + seconds(upper) * share
+        return seconds(window)
+
+    return interpolated
