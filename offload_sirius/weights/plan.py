@@ -234,7 +234,8 @@ def _split_room(
     num_slots = _num_slots(num_layers, room, layout.nbytes, ahead_nbytes)
     left_nbytes -= num_slots * layout.nbytes
     neuron_nbytes = layout.record_nbytes + CACHED_NEURON_NBYTES
-    num_cached = min(max_cached_neurons, (left_nbytes // num_layers - layout.num_neurons) // neuron_nbytes) if num_slots else 0
+    most_cached = (left_nbytes // num_layers - layout.num_neurons - 1) // neuron_nbytes
+    num_cached = min(max_cached_neurons, most_cached) if num_slots else 0
     if num_cached < max_cached_neurons * LEAST_CACHED_SHARE:
         num_cached = 0
     cache_nbytes = neuron_cache_nbytes(layout, num_cached)

@@ -221,33 +221,6 @@ def test_the_text_does_not_depend_on_the_drafts(decoding: tuple[str, ...], tiny:
     assert tiny("--prompt", "hi", *decoding).out == plain.out
 
 
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (("--keep", "0"), "--keep is 0.0; it must be above 0 and at most 1"),
-        (("--keep", "1.5"), "--keep is 1.5; it must be above 0 and at most 1"),
-        (("--window", "1"), "--window is 1; it must be auto, or 2 or more tokens"),
-        (("--window", "x"), "--window is x; it must be auto, or 2 or more tokens"),
-        (("--tree-width", "0"), "--tree-width is 0; it must be at least 1"),
-        (("--threshold", "2"), "--threshold is 2.0; it must be above 0 and at most 1"),
-        (("--cats-threshold", "0"), "--cats-threshold is 0; it must be auto or a positive number"),
-        (("--accept", "nonsense"), "--accept is nonsense; it must be one of exact, threshold"),
-        (("--sparsity", "nonsense"), "--sparsity is nonsense; it must be one of griffin, cats"),
-        (
-            ("--accept", "threshold", "--temperature", "0.5"),
-            "--accept threshold is greedy, and --temperature is 0.5; use --temperature 0, or --accept exact, which samples",
-        ),
-    ],
-    ids=str,
-)
-def test_flags_of_drafts_out_of_range_are_refused_before_the_model_is_opened(
-    flags: tuple[str, ...], message: str, tiny: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("offload_sirius.engine.open_model", lambda _: pytest.fail("opened"))
-    ran = tiny("--prompt", "hi", *flags)
-    assert (ran.code, ran.out, ran.err) == (2, "", f"error: {message}\n")
-
-
 def test_a_context_too_small_for_the_request_is_refused_before_anything_is_loaded(
     tiny: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:

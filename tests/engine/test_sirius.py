@@ -137,7 +137,7 @@ def test_exact_answers_do_not_depend_on_how_they_were_drafted(settings: dict[str
 def test_answers_over_an_emulated_link_are_the_same(load: Load, budgets: Budgets, plain: Engine) -> None:
     expected = plain.generate("hello", max_new_tokens=NUM_NEW, ignore_eos=True).token_ids
     for sparsity in ("griffin", "cats"):
-        decoding = DecodingConfig(sparsity=sparsity, window=4)  # type: ignore[arg-type]
+        decoding = DecodingConfig(sparsity=sparsity, window=4)
         engine = load(mode="sirius", decoding=decoding, link_gbps=1.0, **budgets("host", decoding=decoding))
         assert engine.generate("hello", max_new_tokens=NUM_NEW, ignore_eos=True).token_ids == expected
 

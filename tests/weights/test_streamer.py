@@ -14,8 +14,8 @@ from torch import Tensor
 
 from offload_sirius.errors import WeightReadError
 from offload_sirius.weights.buffers import KeptNeurons, LayerBuffer
-from offload_sirius.weights.layout import PARTS, Part, layer_layout
-from offload_sirius.weights.streamer import Cargo, WeightStreamer
+from offload_sirius.weights.layout import PARTS, Cargo, Part, layer_layout
+from offload_sirius.weights.streamer import WeightStreamer
 from offload_sirius_loaders import open_checkpoint
 
 SPEC = open_checkpoint("synthetic:tiny?ffn=16&width=32&heads=4&kv_heads=2").spec
