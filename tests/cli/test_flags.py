@@ -22,7 +22,8 @@ COMMANDS: dict[str, Any] = {name: each for name, each in TOP.items() if name != 
 DOCUMENTED = {
     "generate": (
         "--model --mode --sparsity --keep --cats-threshold --window --accept --threshold --tree-width --device --device-memory "
-        "--host-memory --link-gbps --dtype --max-context --auto --threads --temperature --top-k --top-p --min-p --repetition-penalty --seed --stop --max-new-tokens --prompt --prompt-file --chat --ignore-eos "
+        "--host-memory --link-gbps --dtype --max-context --auto --threads --temperature --top-k --top-p "
+        "--min-p --repetition-penalty --seed --stop --max-new-tokens --prompt --prompt-file --chat --ignore-eos "
         "--shared-host-buffers --trace --json --verbose"
     ),
     "plan": (

@@ -5,15 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from offload_sirius.weights.buffers import TRANSPOSE_ROWS, LayerBuffer, write_rows
+from offload_sirius.weights.buffers import TRANSPOSE_ROWS, LayerBuffer, kept_neurons, write_rows
 from offload_sirius.weights.layout import layer_layout
 from offload_sirius_loaders import open_checkpoint
 
 SPEC = open_checkpoint("synthetic:tiny?width=40&heads=4&kv_heads=2&ffn=700").spec
 
 
-def buffer(dtype: torch.dtype = torch.float32) -> LayerBuffer:
-    layout = layer_layout(SPEC, dtype.itemsize)
+def buffer(dtype: torch.dtype = torch.float32, num_kept: int = 0) -> LayerBuffer:
+    layout = layer_layout(SPEC, dtype.itemsize, num_kept)
     return LayerBuffer(torch.zeros(layout.nbytes, dtype=torch.uint8), SPEC, layout, dtype)
 
 
@@ -65,3 +65,50 @@ def test_the_parts_are_the_bytes_of_the_views() -> None:
     assert layer.gate.view(torch.uint8).min() == 1
     assert layer.up.contiguous().view(torch.uint8).min() == 1
     assert layer.output.count_nonzero() == 0
+
+
+def test_gate_is_the_part_of_all_gates_and_of_nothing_else() -> None:
+    layer = buffer()
+    layer.parts["gate"].fill_(1)
+    assert layer.gate.view(torch.uint8).min() == 1
+    assert layer.up_down.count_nonzero() == 0
+    assert layer.output.count_nonzero() == 0
+    assert layer.post_norm.count_nonzero() == 0
+
+
+def test_kept_neurons_are_views_into_the_same_place_as_the_records() -> None:
+    layer = buffer(num_kept=30)
+    kept = layer.kept
+    assert kept is not None
+    assert [tuple(each.shape) for each in (kept.gate, kept.up_down, kept.up, kept.down)] == [
+        (30, 40),
+        (30, 2, 40),
+        (30, 40),
+        (30, 40),
+    ]
+    layer.parts["kept"].fill_(1)
+    assert kept.gate.view(torch.uint8).min() == kept.up_down.view(torch.uint8).min() == 1
+    assert kept.gate.data_ptr() == layer.gate.data_ptr() == layer.parts["kept"].data_ptr() == layer.parts["records"].data_ptr()
+    # 90 rows of 160 bytes lie where 700 rows of gates began; what is behind them is as it was.
+    assert layer.gate.view(torch.uint8)[:90].min() == 1
+    assert layer.gate[90:].count_nonzero() == 0
+    assert layer.up_down.count_nonzero() == layer.output.count_nonzero() == 0
+
+
+def test_a_layer_of_which_none_are_kept_has_no_view_of_them() -> None:
+    assert buffer().kept is None
+    assert buffer().parts["kept"].numel() == 0
+
+
+def test_kept_neurons_may_lie_in_bytes_of_their_own_in_the_same_order() -> None:
+    layer = buffer(num_kept=30)
+    layout = layer_layout(SPEC, 4, 30)
+    storage = torch.zeros(layout.kept_nbytes, dtype=torch.uint8)
+    alone = kept_neurons(storage, layout, torch.float32)
+    alone.gate.copy_(torch.randn(30, 40))
+    alone.up_down.copy_(torch.randn(30, 2, 40))
+    layer.parts["kept"].copy_(storage)
+    assert layer.kept is not None
+    assert torch.equal(layer.kept.gate, alone.gate)
+    assert torch.equal(layer.kept.up, alone.up)
+    assert torch.equal(layer.kept.down, alone.down)

@@ -8,6 +8,7 @@ from offload_sirius.weights.layout import ALIGNMENT, layer_layout, part_of, qkv_
 from offload_sirius_loaders import open_checkpoint
 
 LLAMA_70B = open_checkpoint("synthetic:llama-3-70b").spec
+TINY = open_checkpoint("synthetic:tiny?width=40&heads=4&kv_heads=2&ffn=13").spec
 
 
 def test_a_70b_layer_has_the_bytes_of_its_parameters() -> None:
@@ -27,9 +28,11 @@ def test_the_two_parts_are_neighbours_and_cover_the_layer() -> None:
 @pytest.mark.parametrize("shape", ["tiny", "small", "tiny?width=40&heads=4&kv_heads=1&ffn=13"])
 @pytest.mark.parametrize("element_nbytes", [2, 4])
 def test_fields_are_aligned_and_do_not_overlap(shape: str, element_nbytes: int) -> None:
-    layout = layer_layout(open_checkpoint(f"synthetic:{shape}").spec, element_nbytes)
+    layout = layer_layout(open_checkpoint(f"synthetic:{shape}").spec, element_nbytes, 9)
     end = 0
-    for field in layout.fields.values():
+    for name, field in layout.fields.items():
+        if name == "kept_gate":  # kept neurons overlie the records: a slot holds the ones or the others
+            end = layout.attention_nbytes
         assert field.offset % ALIGNMENT == 0
         assert field.offset >= end
         nbytes = element_nbytes
@@ -55,3 +58,45 @@ def test_q_k_and_v_are_rows_of_one_matrix() -> None:
 def test_feed_forward_tensors_are_records_and_all_others_attention() -> None:
     records = {role for role in LLAMA_70B.layer_roles() if part_of(role) == "records"}
     assert records == {"gate", "up", "down"}
+
+
+def test_gate_and_kept_neurons_of_a_70b_layer_by_hand() -> None:
+    layout = layer_layout(LLAMA_70B, 2, 14336)
+    attention, matrix = 2 * (150_994_944 + 16_384), 2 * 28672 * 8192
+    assert layout.part_range("gate") == (attention, attention + matrix)
+    assert layout.part_range("kept") == (attention, attention + 3 * matrix // 2)
+    assert layout.record_nbytes == 2 * 8192 * 2
+    assert 2 * layout.kept_nbytes == layout.records_nbytes
+
+
+def test_positions_of_a_small_layer_written_out() -> None:
+    layout = layer_layout(TINY, 4, 6)
+    # Rows of 160 bytes; every field begins at a multiple of 64.
+    offsets = {name: (field.offset, field.shape) for name, field in layout.fields.items()}
+    assert offsets == {
+        "input_norm": (0, (40,)),
+        "qkv": (192, (80, 40)),
+        "output": (192 + 12800, (40, 40)),
+        "post_norm": (12992 + 6400, (40,)),
+        "gate": (19392 + 192, (13, 40)),  # 2080 bytes, and 32 to the next multiple
+        "up_down": (19584 + 2112, (13, 2, 40)),  # 4160 bytes, a multiple
+        "kept_gate": (19584, (6, 40)),  # 960 bytes, a multiple
+        "kept_up_down": (19584 + 960, (6, 2, 40)),  # 1920 bytes, a multiple
+    }
+    assert (layout.attention_nbytes, layout.records_nbytes) == (19584, 2112 + 4160)
+    assert layout.part_range("gate") == (19584, 19584 + 2112)
+    assert layout.part_range("kept") == (19584, 19584 + 960 + 1920)
+    assert (layout.kept_nbytes, layout.record_nbytes) == (2880, 320)
+    assert (layout.host_nbytes, layout.kept_host_nbytes) == (7 * 4096, 4096)
+
+
+def test_kept_neurons_change_nothing_else_and_end_within_the_layer() -> None:
+    plain = layer_layout(TINY, 4)
+    assert (plain.kept_nbytes, plain.kept_host_nbytes) == (0, 0)
+    assert "kept_gate" not in plain.fields
+    for num_kept in range(1, 14):
+        layout = layer_layout(TINY, 4, num_kept)
+        assert {name: layout.fields[name] for name in plain.fields} == dict(plain.fields)
+        assert layout.nbytes == plain.nbytes
+        assert 0 < layout.kept_nbytes <= layout.records_nbytes
+    assert layer_layout(TINY, 4, 13).kept_nbytes == plain.records_nbytes
