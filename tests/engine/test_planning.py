@@ -119,7 +119,9 @@ def test_bytes_of_the_plan_are_those_of_the_counters(where: str, load: Load, bud
 
 @pytest.mark.parametrize(
     ("sparsity", "where"),
-    [("griffin", where) for where in (*PLACES, "host + kept", "disk + kept")] + [("cats", where) for where in PLACES],
+    [("griffin", where) for where in (*PLACES, "host + kept", "disk + kept")]
+    # With more room there are caches, and what is found in them nobody knows beforehand.
+    + [("cats", where) for where in PLACES if where != "one resident, rest on the host"],
 )
 def test_predicted_bytes_of_drafts_and_corrections_are_those_of_the_counters(
     sparsity: Any, where: str, load: Load, budgets: Budgets
