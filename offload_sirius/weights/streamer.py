@@ -127,6 +127,8 @@ class WeightStreamer:
         self._kept = kept
         self._arena = arena or {}
         self._ring: deque[Flight] = deque()
+        self._early: Transfer | None = None
+        """The attention block of the next layer to start, on its way already into the slot of the first one in the ring."""
         self._fetching: Transfer | None = None
         """What was sent for last and has not been waited for."""
         self._next = 0
@@ -153,7 +155,7 @@ class WeightStreamer:
         """The layer's attention block; blocks until it is there."""
         buffer = self._residents.get(layer)
         if buffer is None:
-            if self._broken_off or not self._ring or (self._ring[0].layer, self._ring[0].cargo) != (layer, self._cargo):
+            if not self._has(layer):
                 self._restart_at(layer)
             buffer = self._arrived(self._ring[0], "attention")
         if self._trace is not None:
@@ -184,7 +186,7 @@ class WeightStreamer:
 
     def fetch(self, layer: int, neuron_ids: Tensor) -> FetchedRecords:
         """Send for up and down records of neurons, int64 [M] in host memory, of the layer whose gates are in its slot. Any that
-        were fetched before are overwritten."""
+        were fetched before are overwritten, and so is its attention block."""
         assert self._copier is not None
         flight = self._ring[0]
         assert (flight.layer, flight.part) == (layer, "gate"), (flight.layer, flight.part, layer)
@@ -192,6 +194,10 @@ class WeightStreamer:
         self.pass_nbytes[self._phase] += place.nbytes
         self._let_fetched_arrive()
         self._fetching = transfer = self._copier.fetch(layer, neuron_ids, flight.slot)
+        if self._early is None:
+            # While the records are computed on, nobody asks for anything, and the link would idle in every layer. Of the slot the
+            # attention block has been used already.
+            self._early = self._copier.start(self._streamed[self._next], "attention", flight.slot)
         return FetchedRecords(place, lambda: self._fetched(layer, transfer))
 
     def keep(self, layer: int, neuron_ids: Tensor) -> None:
@@ -240,9 +246,17 @@ class WeightStreamer:
             self._starting = self._following
         part: Cargo = cargo if layer in self._sliceable else "records"
         # Attention first: it is computed on while the records, which are most of a layer, still arrive.
-        attention = self._copier.start(layer, "attention", slot)
+        attention = self._early or self._copier.start(layer, "attention", slot)
+        self._early = None
         neurons = self._copier.start(layer, part, slot)
         self._ring.append(Flight(layer, cargo, part, slot, attention, neurons))
+
+    def _has(self, layer: int) -> bool:
+        """Whether what this pass takes of the layer is what comes next. It is not where a pass was given up, least of all in the
+        middle of a layer whose attention block is being overwritten."""
+        if self._broken_off or self._early is not None or not self._ring:
+            return False
+        return (self._ring[0].layer, self._ring[0].cargo) == (layer, self._cargo)
 
     def _restart_at(self, layer: int) -> None:
         """The first layer ever, or a pass that was given up half-way: let what is under way arrive, and begin at the layer."""
@@ -252,12 +266,21 @@ class WeightStreamer:
                 with contextlib.suppress(OffloadSiriusError):  # whoever asked for that layer was told; this pass reads it again
                     transfer.wait()
         self._ring.clear()
+        self._discard_early()
         self._let_fetched_arrive()
         self._broken_off = False
         self._next = self._streamed.index(layer)
         self._starting = self._cargo
         for slot in self._slots:
             self._start(slot)
+
+    def _discard_early(self) -> None:
+        """Let an attention block that was sent for early arrive, for no one."""
+        if self._early is not None:
+            self.discarded_nbytes += self._slots[0].parts["attention"].numel()
+            with contextlib.suppress(OffloadSiriusError):
+                self._early.wait()
+            self._early = None
 
     def _arrived(self, flight: Flight, part: Part) -> LayerBuffer:
         """The flight's slot, once the part is in it."""

@@ -179,8 +179,10 @@ def test_verbose_explains_the_plan_on_stderr(tiny: Run) -> None:
     layers = r"^layers: \d resident, \d streamed from host memory, 0 from disk, through \d slots; [\d.]+ \w+ a pass$"
     assert re.search(layers, ran.err, re.MULTILINE)
     assert re.search(r"^device: head [\d.]+ KiB, .*slots [\d.]+ KiB$", ran.err, re.MULTILINE)
-    predicted = r"^predicted: [\d.e-]+ s a token, first after [\d.e-]+ s, bound by \w+( \w+)? \(rates: assumed\)$"
+    passes = r"a draft step [\d.e-]+ s, a correction of \d+ tokens [\d.e-]+ s, were 80% of the drafted tokens accepted"
+    predicted = rf"^predicted: [\d.e-]+ s a token \({passes}\), first after [\d.e-]+ s, bound by \w+( \w+)? \(rates: assumed\)$"
     assert re.search(predicted, ran.err, re.MULTILINE)
+    assert "kept neurons for drafts " in ran.err
     assert ran.out == tiny("--prompt", "hi").out
 
 
