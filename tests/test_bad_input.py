@@ -629,3 +629,67 @@ def test_a_file_that_shrinks_in_the_middle_keeps_the_text_and_is_one_line(
         "the file was changed while it was in use: start again"
     )
     assert_broke_off(whole, answer_from_disk(folder, capsys), message)
+
+
+# Settings of drafts.
+
+DRAFTS: dict[str, tuple[tuple[str, ...], str]] = {
+    "nothing is kept": (("--keep", "0"), "--keep is 0.0; it must be above 0 and at most 1"),
+    "more than all is kept": (("--keep", "1.5"), "--keep is 1.5; it must be above 0 and at most 1"),
+    "a share that is none": (("--keep", "nan"), "--keep is nan; it must be above 0 and at most 1"),
+    "a window of one token": (("--window", "1"), "--window is 1; it must be auto, or 2 or more tokens"),
+    "a window that is no number": (("--window", "x"), "--window is x; it must be auto, or 2 or more tokens"),
+    "a window too long": (
+        ("--window", "1000"),
+        "--window is 1000; it must be such that (window - 1) * width + 1 is at most 512",
+    ),
+    "a tree without a branch": (("--tree-width", "0"), "--tree-width is 0; it must be at least 1"),
+    "a tree too wide": (("--tree-width", "100000"), "--tree-width is 100000; it must be at most 511"),
+    "a probability above one": (("--threshold", "2"), "--threshold is 2.0; it must be above 0 and at most 1"),
+    "a gate of nothing": (("--cats-threshold", "0"), "--cats-threshold is 0; it must be auto or a positive number"),
+    "a gate that is no number": (("--cats-threshold", "x"), "--cats-threshold is x; it must be auto or a positive number"),
+    "a rule that does not exist": (("--accept", "nonsense"), "--accept is nonsense; it must be one of exact, threshold"),
+    "a sparsity that does not exist": (("--sparsity", "nonsense"), "--sparsity is nonsense; it must be one of griffin, cats"),
+    "a mode that does not exist": (("--mode", "nonsense"), "--mode is nonsense; it must be one of full, sparse, sirius"),
+    "a threshold with a temperature": (
+        ("--accept", "threshold", "--temperature", "0.5"),
+        "--accept threshold is greedy, and --temperature is 0.5; use --temperature 0, or --accept exact, which samples",
+    ),
+}
+
+
+@pytest.mark.parametrize(("flags", "message"), DRAFTS.values(), ids=DRAFTS)
+def test_a_setting_of_drafts_out_of_range_is_one_line(flags: tuple[str, ...], message: str, capsys: Capture) -> None:
+    assert line_of(capsys, "--model", TINY, *flags) == message
+
+
+def test_settings_of_drafts_are_refused_before_torch_is_imported() -> None:
+    program = (
+        "import json, sys; from offload_sirius.cli import main; "
+        "codes = [main(['generate', '--prompt', 'hi', *flags]) for flags in json.loads(sys.argv[1])]; "
+        "print(json.dumps([codes, 'torch' in sys.modules]))"
+    )
+    rows = list(DRAFTS.values())
+    flags = json.dumps([flags for flags, _ in rows])
+    done = subprocess.run([sys.executable, "-c", program, flags], capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout) == [[2] * len(rows), False]
+    assert done.stderr.splitlines() == [f"error: {message}" for _, message in rows]
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "gpt_neox"])
+@pytest.mark.parametrize("sparsity", ["griffin", "cats"])
+def test_a_model_without_a_gated_feed_forward_block_is_refused_by_its_name(
+    sparsity: str, architecture: str, folder: Path, capsys: Capture
+) -> None:
+    config(model_type=architecture)(folder)
+    line = line_of(capsys, "--model", str(folder), "--sparsity", sparsity)
+    assert line == (
+        f"{folder}/config.json: architecture '{architecture}' is not supported; known are llama, mistral, qwen2, qwen3"
+    )
+
+
+def test_memory_too_small_for_a_tree_is_one_line_that_says_what_works(capsys: Capture) -> None:
+    line = line_of(capsys, "--model", TINY, "--tree-width", "8", "--device-memory", "800KiB")
+    found = re.fullmatch(r"device budget 800\.00 KiB is too small: .* give at least --device-memory (\S+), or .*", line)
+    assert found is not None
+    assert main([*SHORT_ANSWER, "--tree-width", "8", "--device-memory", found[1]]) == 0

@@ -144,7 +144,8 @@ def engine(row: Row, gguf: Path, folder: Path, resident: Engine) -> Iterator[Eng
 
 def load(path: Path, **settings: Any) -> Engine:
     # One thread: nearly as fast for a model of this size, and not held up where other processes share the cores.
-    return offload_sirius.load(str(path), mode="full", dtype="float32", device="cpu", max_context=CONTEXT, threads=1, **settings)
+    given: dict[str, Any] = {"mode": "full", "dtype": "float32", "device": "cpu", "max_context": CONTEXT, "threads": 1}
+    return offload_sirius.load(str(path), **given | settings)
 
 
 def sampled_answers(engine: Engine, prompt: Sequence[int]) -> list[tuple[int, ...]]:
@@ -184,3 +185,47 @@ def test_a_sampled_token_does_not_depend_on_how_much_before_it_was_generated(
     before = [*opening, *uninterrupted[:num_before]]
     answer = resident.generate(before, seed=7, max_new_tokens=NUM_SAMPLED, **SAMPLED)
     assert answer.token_ids == uninterrupted[num_before : num_before + NUM_SAMPLED]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drafted:
+    """One cell of the grid of tools/sirius_exactness.py."""
+
+    decoding: Mapping[str, Any]
+    place: Mapping[str, Any]
+    sampling: Mapping[str, Any]
+
+
+GREEDY: dict[str, Any] = {}
+DRAWN: dict[str, Any] = {"temperature": 0.8, "top_p": 0.9, "repetition_penalty": 1.1, "seed": 5}
+FROM_DISK: dict[str, Any] = {"device_memory": MOST_LAYERS, "host_memory": "90MB"}
+NUM_DRAFTED = 16
+
+GRID = {
+    "griffin .5, window 4, resident": Drafted(decoding={"window": 4}, place={}, sampling=GREEDY),
+    "griffin .75, tree of 3, over a link": Drafted(
+        decoding={"keep": 0.75, "window": 6, "tree_width": 3}, place=LINK, sampling=DRAWN
+    ),
+    "griffin .3, window 2, from disk": Drafted(decoding={"keep": 0.3, "window": 2}, place=FROM_DISK, sampling=GREEDY),
+    "cats .75, window 16, over a link": Drafted(
+        decoding={"sparsity": "cats", "keep": 0.75, "window": 16}, place=LINK, sampling=GREEDY
+    ),
+    "cats .5, tree of 2, resident": Drafted(
+        decoding={"sparsity": "cats", "window": 5, "tree_width": 2}, place={}, sampling=DRAWN
+    ),
+}
+
+
+@pytest.mark.parametrize("drafted", GRID.values(), ids=list(GRID))
+def test_corrected_drafts_are_the_full_model_s_answer(
+    drafted: Drafted, folder: Path, resident: Engine, opening: list[int]
+) -> None:
+    asked: dict[str, Any] = {"max_new_tokens": NUM_DRAFTED, "ignore_eos": True, **drafted.sampling}
+    expected = resident.generate(opening, **asked)
+    with load(folder, **{"mode": "sirius", **drafted.decoding, **drafted.place}) as engine:
+        assert bool(engine.plan.streamed_layers) == bool(drafted.place)
+        found = engine.generate(opening, **asked)
+    assert found.token_ids == expected.token_ids
+    assert found.passes.full == 0
+    assert found.acceptance is not None
+    assert 0 < found.acceptance < 1, "some drafts stood and some did not"

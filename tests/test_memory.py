@@ -55,15 +55,21 @@ def live_nbytes() -> int:
     return sum({storage.data_ptr(): storage.nbytes() for storage in found}.values())
 
 
-@pytest.fixture
-def engine() -> Iterator[Engine]:
-    """A small model of which the device has room for two slots and no layer."""
-    settings: dict[str, Any] = {"model": "synthetic:tiny", "mode": "full", "device": "cpu", "max_context": CONTEXT, "threads": 1}
+SETTINGS: dict[str, Any] = {"model": "synthetic:tiny", "mode": "full", "device": "cpu", "max_context": CONTEXT, "threads": 1}
+
+
+def two_slots(settings: dict[str, Any]) -> str:
+    """A device budget with room for two slots and no layer."""
     with offload_sirius.load(**settings) as resident:
         bill = resident.plan.device_bill
         fixed_nbytes = resident.plan.device_nbytes - bill["resident_layers"] - bill["slots"]
-        budget_nbytes = fixed_nbytes + 2 * resident.plan.layer_nbytes
-    with offload_sirius.load(**settings, device_memory=f"{budget_nbytes}B") as engine:
+        return f"{fixed_nbytes + 2 * resident.plan.layer_nbytes}B"
+
+
+@pytest.fixture
+def engine() -> Iterator[Engine]:
+    """A small model of which the device has room for two slots and no layer."""
+    with offload_sirius.load(**SETTINGS, device_memory=two_slots(SETTINGS)) as engine:
         yield engine
 
 
@@ -86,6 +92,24 @@ def test_a_step_allocates_nothing_larger_than_its_activations_and_logits(engine:
         assert len(list(steps)) == NUM_STEPS
     logits_nbytes = engine.spec.vocab_size * torch.float32.itemsize
     assert 0 < meter.largest_nbytes <= activation_nbytes(engine.spec, 1, torch.bfloat16.itemsize) + logits_nbytes
+
+
+@pytest.mark.parametrize(
+    "decoding", [{}, {"tree_width": 3}, {"sparsity": "cats"}, {"sparsity": "cats", "tree_width": 3}], ids=str
+)
+def test_drafts_and_corrections_allocate_nothing_larger_than_their_activations_and_logits(decoding: dict[str, Any]) -> None:
+    settings = SETTINGS | {"mode": "sirius", "window": 5} | decoding
+    with offload_sirius.load(**settings, device_memory=two_slots(settings)) as engine:
+        assert len(engine.plan.streamed_layers) == engine.spec.num_layers
+        stream = engine.stream(PROMPT, ignore_eos=True, max_new_tokens=NUM_WARM + NUM_STEPS)
+        for _ in range(NUM_WARM):
+            next(stream)
+        with AllocationMeter() as meter:
+            assert len([piece for piece in stream if piece.token_id is not None]) == NUM_STEPS
+        num_nodes = engine.config.decoding.max_nodes
+        activations = activation_nbytes(engine.spec, 1, torch.bfloat16.itemsize, step_rows=num_nodes)
+    logits_nbytes = num_nodes * engine.spec.vocab_size * torch.float32.itemsize
+    assert 0 < meter.largest_nbytes <= activations + logits_nbytes
 
 
 def test_steps_keep_nothing(steps: Iterator[TextPiece]) -> None:

@@ -237,6 +237,23 @@ def test_the_copy_row_has_every_byte_once(tier: str, streamed: Callable[..., tup
     assert sum(next(iter(each)) for each in sizes.values()) == engine.plan.pass_nbytes
 
 
+@pytest.mark.parametrize(("sparsity", "parts"), [("griffin", {"kept"}), ("cats", {"gate", "neurons"})])
+def test_the_copy_row_has_the_slices_of_drafts_too(
+    sparsity: str, parts: set[str], streamed: Callable[..., tuple[Engine, Tracer]], tmp_path: Path
+) -> None:
+    engine, tracer = streamed(mode="sirius", sparsity=sparsity, window=4)
+    engine.generate([1, 2, 3], max_new_tokens=8, ignore_eos=True)
+    engine.close()
+    events = complete(events_of(tracer, tmp_path))
+    copies = [event["args"] for event in events if event["cat"] == "copy"]
+    assert {copy["part"] for copy in copies} == {"attention", "records"} | parts
+    assert sum(copy["bytes"] for copy in copies) == engine._streamer.copied_nbytes
+    waited = {event["args"]["part"] for event in events if event["cat"] == "wait"}
+    assert waited == {"attention", "records"} | parts
+    chosen = {event["name"] for event in events if event["cat"] == "sample"}
+    assert chosen == {"choose a token", "choose drafted tokens", "accept drafted tokens"}
+
+
 def test_every_layer_is_waited_for_and_computed_and_every_token_chosen(
     streamed: Callable[..., tuple[Engine, Tracer]], tmp_path: Path
 ) -> None:

@@ -9,6 +9,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from offload_sirius.bench.decode import DecodeReport
 from offload_sirius.bench.link import LinkReport
 from offload_sirius.bench.spread import Spread
 from offload_sirius.bench.stream import StreamReport
@@ -16,6 +17,8 @@ from offload_sirius.errors import ConfigError
 from offload_sirius.files import require_writable, write_whole
 
 COLOUR_OF_TIER = {"resident": "tab:gray", "host": "tab:blue", "disk": "tab:orange"}
+COLOUR_OF_MODE = {"full": "silver", "sparse": "lightsalmon", "sirius": "lightsteelblue"}
+MARKER_OF_SPARSITY = {"griffin": "o", "cats": "^"}
 DOTS_PER_INCH = 120
 
 
@@ -62,11 +65,40 @@ def plot_stream(report: StreamReport, path: Path) -> None:
     _save(figure, path)
 
 
-def _panels(num_panels: int) -> tuple[Any, Any]:
+def plot_decode(report: DecodeReport, path: Path) -> None:
+    """What each row costs beside the full model, and what it gives for that. A PNG."""
+    figure, (times, answers) = _panels(2, height=max(4.0, 1.5 + 0.3 * len(report.rows)))
+    for place, row in enumerate(report.rows):
+        colour = COLOUR_OF_MODE[row.mode]
+        label = row.name if row.aal is None else f"{row.name}, AAL {row.aal:.1f}"
+        times.barh(place, row.ratio or 0.0, color=colour)
+        times.text(0.02, place, label, va="center", fontsize=8)
+        if row.effective_density is not None:
+            answers.scatter(
+                row.effective_density, row.agreement, color=colour, marker=MARKER_OF_SPARSITY[row.sparsity or "griffin"]
+            )
+    times.axvline(1.0, color="black", linewidth=1)
+    times.invert_yaxis()
+    times.set(yticks=[], xlabel="seconds a token, over the full model's", title=report.model)
+    answers.set(
+        xlabel="effective density",
+        ylabel="agreement with the full model",
+        ylim=(-0.03, 1.03),
+        title=f"{report.num_prompts} prompts, up to {report.max_new_tokens} tokens",
+    )
+    for mode, colour in COLOUR_OF_MODE.items():
+        answers.scatter([], [], color=colour, label=mode)
+    for sparsity, marker in MARKER_OF_SPARSITY.items():
+        answers.scatter([], [], color="black", marker=marker, label=sparsity)
+    answers.legend()
+    _save(figure, path)
+
+
+def _panels(num_panels: int, height: float = 4.0) -> tuple[Any, Any]:
     # Not pyplot, which keeps every figure and looks for a display.
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6 * num_panels, 4), layout="constrained")
+    figure = Figure(figsize=(6 * num_panels, height), layout="constrained")
     return figure, figure.subplots(1, num_panels)
 
 

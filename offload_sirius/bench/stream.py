@@ -117,7 +117,7 @@ def streaming_config(model: Model, config: EngineConfig, *, num_passes: int, all
         raise ConfigError(f"--passes is {num_passes}; {model.spec.name} has room for {room} after prompt and warm-up")
     config = replace(config, max_context=len(PROMPT) + NUM_WARMUPS + num_passes, decoding=DecodingConfig(mode="full"))
     if all_streamed:
-        config = _without_residents(model, config)
+        config = without_residents(model, config)
     if not place(model.checkpoint, config).plan.streamed_layers:
         raise ConfigError(
             f"all {model.spec.num_layers} layers of {model.spec.name} would be resident, and nothing to measure; "
@@ -188,7 +188,7 @@ def checkpoint_files(checkpoint: Checkpoint) -> list[Path]:
     return sorted({tensor.file for tensor in checkpoint.tensors.values() if tensor.file is not None})
 
 
-def _without_residents(model: Model, config: EngineConfig) -> EngineConfig:
+def without_residents(model: Model, config: EngineConfig) -> EngineConfig:
     """The most slots at which no layer is resident."""
     plan = place(model.checkpoint, config).plan
     fixed = plan.device_nbytes - plan.device_bill["resident_layers"] - plan.device_bill["slots"]

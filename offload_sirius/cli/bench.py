@@ -1,4 +1,4 @@
-"""`offload-sirius bench`: link measures what this machine can carry, stream what a model makes of it."""
+"""`offload-sirius bench`: link measures what this machine can carry, stream what a model makes of it; decode has its own file."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import typer
 
 from offload_sirius.bench.spread import NUM_REPEATS
 from offload_sirius.cache import made_cache_folder
-from offload_sirius.cli import flags
+from offload_sirius.cli import bench_decode, flags
 from offload_sirius.cli.generate import explain
 from offload_sirius.cli.tracing import tracing
-from offload_sirius.config import EngineConfig, help_of
+from offload_sirius.config import EngineConfig
 from offload_sirius.errors import ConfigError
 from offload_sirius.units import format_size, parse_size
 
@@ -26,6 +26,7 @@ EXAMPLES = """\b
 Examples:
   offload-sirius bench link --json
   offload-sirius bench stream --model synthetic:tinyllama-1.1b --link-gbps 1
+  offload-sirius bench decode --link-gbps 1 --window 8
 """
 LINK_EXAMPLES = """\b
 Examples:
@@ -40,12 +41,10 @@ Examples:
 
 _ENGINE = EngineConfig()
 
-Plot = Annotated[
-    str | None, typer.Option("--plot", help="Draw the figures as a PNG picture.", metavar="FILE", rich_help_panel=flags.OUTPUT)
-]
-Report = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of the table.", rich_help_panel=flags.OUTPUT)]
-
-app = typer.Typer(help="Measure links, and streaming over them.", epilog=EXAMPLES, rich_markup_mode=None)
+app = typer.Typer(
+    help="Measure links, streaming over them, and decoding with what is streamed.", epilog=EXAMPLES, rich_markup_mode=None
+)
+app.command("decode", epilog=bench_decode.EXAMPLES)(bench_decode.decode)
 
 
 @app.command(epilog=LINK_EXAMPLES)
@@ -64,11 +63,11 @@ def link(
         typer.Option("--path", help="File or folder whose disk is measured; default the cache folder's.", metavar="PATH"),
     ] = None,
     repeats: Annotated[int, typer.Option("--repeats", help="Measurements of each figure.", metavar="N")] = NUM_REPEATS,
-    plot: Plot = None,
-    as_json: Report = False,
+    plot: flags.Plot = None,
+    as_json: flags.Report = False,
 ) -> None:
     """Measure copies, the disk, and gathered records."""
-    _at_least_one("--repeats", repeats)
+    flags.at_least_one("--repeats", repeats)
     EngineConfig(device=device)  # says what is wrong before torch is imported
     wanted = None if sizes is None else [_copy_size(text) for text in sizes.split(",")]
 
@@ -94,24 +93,16 @@ def link(
 def stream(
     model: flags.Model = _ENGINE.model,
     device: flags.Device = _ENGINE.device,
-    device_memory: Annotated[
-        str | None,
-        typer.Option(
-            "--device-memory",
-            help=help_of(EngineConfig, "device_memory") + " Default: what slots take, so that every layer is streamed.",
-            metavar="SIZE",
-            rich_help_panel=flags.PLACE,
-        ),
-    ] = None,
+    device_memory: flags.StreamingDeviceMemory = None,
     host_memory: flags.HostMemory = _ENGINE.host_memory,
     link_gbps: flags.LinkGbps = _ENGINE.link_gbps,
     dtype: flags.Dtype = _ENGINE.dtype,
     threads: flags.Threads = _ENGINE.threads,
     shared_host_buffers: flags.SharedHostBuffers = _ENGINE.shared_host_buffers,
     passes: Annotated[int, typer.Option("--passes", help="Passes that count, after two that do not.", metavar="N")] = NUM_REPEATS,
-    plot: Plot = None,
+    plot: flags.Plot = None,
     trace: flags.Trace = None,
-    as_json: Report = False,
+    as_json: flags.Report = False,
     verbose: flags.Verbose = False,
 ) -> None:
     """Measure full passes of a model over its link."""
@@ -125,7 +116,9 @@ def stream(
         threads=threads,
         shared_host_buffers=shared_host_buffers,
     )
-    report = _stream(config, _at_least_one("--passes", passes), trace, plot, all_streamed=device_memory is None, verbose=verbose)
+    report = _stream(
+        config, flags.at_least_one("--passes", passes), trace, plot, all_streamed=device_memory is None, verbose=verbose
+    )
     _print(report.as_json() if as_json else _stream_table(report))
 
 
@@ -159,12 +152,6 @@ def _copy_size(text: str) -> int:
     if nbytes is None:
         raise ConfigError(f"--sizes: {text!r} is a share; give sizes such as 1MiB,64MiB")
     return nbytes
-
-
-def _at_least_one(flag: str, number: int) -> int:
-    if number < 1:
-        raise ConfigError(f"{flag} is {number}; it must be at least 1")
-    return number
 
 
 def _print(what: dict[str, Any] | list[str]) -> None:

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from offload_sirius.config import DecodingConfig, EngineConfig, GenerationConfig, PlanConfig, SamplingConfig, help_of
+from offload_sirius.errors import ConfigError
 
 MODEL, PLACE, DECODING, SAMPLING, PROMPT, OUTPUT = "Model", "Memory and device", "Decoding", "Sampling", "Prompt", "Output"
 DESCRIBED = "A machine you do not have"
@@ -19,6 +20,15 @@ def _option(config: type, name: str, panel: str, **more: Any) -> Any:
 Model = Annotated[str, _option(EngineConfig, "model", MODEL, metavar="MODEL")]
 Device = Annotated[str, _option(EngineConfig, "device", PLACE, metavar="DEVICE")]
 DeviceMemory = Annotated[str, _option(EngineConfig, "device_memory", PLACE, metavar="SIZE")]
+StreamingDeviceMemory = Annotated[
+    str | None,
+    typer.Option(
+        "--device-memory",
+        help=help_of(EngineConfig, "device_memory") + " Default: what slots take, so that every layer is streamed.",
+        metavar="SIZE",
+        rich_help_panel=PLACE,
+    ),
+]
 HostMemory = Annotated[str, _option(EngineConfig, "host_memory", PLACE, metavar="SIZE")]
 LinkGbps = Annotated[float | None, _option(EngineConfig, "link_gbps", PLACE, metavar="GB/S")]
 Dtype = Annotated[str, _option(EngineConfig, "dtype", PLACE, metavar="DTYPE")]
@@ -65,6 +75,17 @@ Trace = Annotated[
 Json = Annotated[
     bool, typer.Option("--json", help="Print one JSON object with text and figures instead of the text.", rich_help_panel=OUTPUT)
 ]
+Report = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of the table.", rich_help_panel=OUTPUT)]
+Plot = Annotated[
+    str | None, typer.Option("--plot", help="Draw the figures as a PNG picture.", metavar="FILE", rich_help_panel=OUTPUT)
+]
 Verbose = Annotated[
     bool, typer.Option("--verbose", help="Print the plan, and the traceback of an error.", rich_help_panel=OUTPUT)
 ]
+
+
+def at_least_one(flag: str, number: int) -> int:
+    """The number. Raises ConfigError where it is less than 1."""
+    if number < 1:
+        raise ConfigError(f"{flag} is {number}; it must be at least 1")
+    return number

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -34,6 +35,15 @@ class Acceptance:
     """Emitted tokens that had been drafted, counted from the first: all of them, or all but the last."""
     num_tried: int
     """Levels of the tree that were looked at: the accepted ones, and the one that was rejected if any was."""
+
+
+class AcceptanceRule(Protocol):
+    """Decides what stands instead of the rules here: for measurements in which that is not left to the models."""
+
+    def __call__(
+        self, tree: DraftTree, logits: Tensor, sampler: Sampler, sequence: Sequence[int], end_token_ids: frozenset[int]
+    ) -> Acceptance:
+        """Arguments and errors as in accept_exact."""
 
 
 def accept_exact(

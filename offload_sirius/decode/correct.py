@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from offload_sirius.config import DecodingConfig
-from offload_sirius.decode.accept import Acceptance, accept_exact, accept_threshold, near_ties
+from offload_sirius.decode.accept import Acceptance, AcceptanceRule, accept_exact, accept_threshold, near_ties
 from offload_sirius.decode.model import Model, Pass
 from offload_sirius.decode.sampling import Sampler
 from offload_sirius.decode.stats import DecodeStats
@@ -30,8 +30,12 @@ class Corrector:
         tracer: Tracer | None,
         clock: Callable[[], float],
         eps: float | None,
+        rule: AcceptanceRule | None = None,
     ) -> None:
-        """eps: of the compute dtype, to count near ties by; None does not count them. Counted are greedy exact tokens only."""
+        """eps: of the compute dtype, to count near ties by; None does not count them. Counted are greedy exact tokens only.
+
+        rule: decides what stands, whatever the settings say; near ties are not counted then.
+        """
         self._model = model
         self._sampler = sampler
         self._decoding = decoding
@@ -39,7 +43,8 @@ class Corrector:
         self._stats = stats
         self._tracer = tracer
         self._clock = clock
-        self._eps = eps if sampler.is_greedy and decoding.accept == "exact" else None
+        self._rule = rule
+        self._eps = eps if rule is None and sampler.is_greedy and decoding.accept == "exact" else None
         if self._eps is not None:
             stats.count_flips(0)
 
@@ -61,6 +66,8 @@ class Corrector:
         return acceptance
 
     def _accept(self, tree: DraftTree, logits: Tensor, sequence: Sequence[int]) -> Acceptance:
+        if self._rule is not None:
+            return self._rule(tree, logits, self._sampler, sequence, self._end_token_ids)
         if self._decoding.accept == "threshold":
             threshold = self._decoding.threshold
             return accept_threshold(tree, logits, self._sampler, sequence, self._end_token_ids, threshold)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from offload_sirius.config import MIN_WINDOW, DecodingConfig
-from offload_sirius.decode.accept import Acceptance
+from offload_sirius.decode.accept import Acceptance, AcceptanceRule
 from offload_sirius.decode.correct import Corrector
 from offload_sirius.decode.draft import Drafter
 from offload_sirius.decode.model import Model, Pass
@@ -57,18 +57,28 @@ def decode_sirius(
     tracer: Tracer | None = None,
     clock: Callable[[], float] = time.perf_counter,
     eps: float | None = None,
+    rule: AcceptanceRule | None = None,
 ) -> Tokens:
     """The tokens that follow the prompt, drafted by the sparse model and corrected by the full one, a window at once.
 
     Ends by itself: with max_new_tokens, or with an end token, which is yielded. Only corrected tokens are. The KV cache needs
     room for the prompt and all new tokens but the last; trees are made smaller where it has no more.
     clock: seconds; times passes for the choice of the window. eps: of the compute dtype, to count near ties by; None does not.
+    rule: decides what stands of a draft, instead of the one that the settings name.
     Raises WeightReadError where logits are no numbers.
     """
     sequence, limit = list(prompt_ids), len(prompt_ids) + max_new_tokens
     drafter = Drafter(model, sampler, end_token_ids=end_token_ids, stats=stats, tracer=tracer, clock=clock)
     corrector = Corrector(
-        model, sampler, decoding=decoding, end_token_ids=end_token_ids, stats=stats, tracer=tracer, clock=clock, eps=eps
+        model,
+        sampler,
+        decoding=decoding,
+        end_token_ids=end_token_ids,
+        stats=stats,
+        tracer=tracer,
+        clock=clock,
+        eps=eps,
+        rule=rule,
     )
     chooser = WindowChooser(decoding)
 

@@ -19,6 +19,7 @@ from offload_sirius.config import (
     names_of,
     require_greedy_threshold,
 )
+from offload_sirius.decode.accept import AcceptanceRule
 from offload_sirius.decode.loop import Tokens, decode_full, decode_sirius, decode_sparse
 from offload_sirius.decode.result import Generation, LinkBytes, LinkFigures, MemoryFigures
 from offload_sirius.decode.sampling import Sampler
@@ -117,8 +118,13 @@ class Engine:
             pass
         return stream.result
 
-    def stream(self, prompt: Prompt, config: GenerationConfig | None = None, **settings: Any) -> TextStream:
-        """An answer piece by piece; its `result` has the figures at the end. One answer at a time."""
+    def stream(
+        self, prompt: Prompt, config: GenerationConfig | None = None, *, rule: AcceptanceRule | None = None, **settings: Any
+    ) -> TextStream:
+        """An answer piece by piece; its `result` has the figures at the end. One answer at a time.
+
+        rule: for measurements; decides in mode sirius what stands of a draft, whatever the models say.
+        """
         if self._closed:
             raise RuntimeError("the engine is closed: load the model again")
         config = with_settings(config or GenerationConfig(), settings, self.config.decoding)
@@ -130,6 +136,7 @@ class Engine:
             decoding=decoding,
             max_new_tokens=self.model.room_for(len(prompt_ids), config.max_new_tokens, self._placement.context),
             end_token_ids=frozenset() if config.ignore_eos else self.model.end_token_ids,
+            rule=rule,
         )
         counters = _Counters(self._streamer, self._streamed)
         return TextStream(
@@ -199,6 +206,7 @@ class Engine:
             tracer=self._tracer,
             # In float32 the full model's choice at a near-tie is as good as any; in shorter types it may be another one.
             eps=None if dtype == torch.float32 else torch.finfo(dtype).eps,
+            rule=request.rule,
         )
 
     def _decode_threads(self) -> int:
@@ -275,6 +283,7 @@ class _Request:
     decoding: DecodingConfig
     max_new_tokens: int
     end_token_ids: frozenset[int]
+    rule: AcceptanceRule | None
     stats: DecodeStats = field(default_factory=DecodeStats)
 
 

@@ -73,7 +73,7 @@ class KVCache:
 
     def keep(self, length: int, offsets: Sequence[int] = ()) -> None:
         """Keep the first `length` positions and behind them, moved together, those at length + offset. offsets: ascending."""
-        assert length + max(offsets, default=0) <= self.length, (length, offsets, self.length)
+        assert length + max(offsets, default=-1) < self.length, (length, offsets, self.length)
         num_in_place = next((index for index, offset in enumerate(offsets) if offset != index), len(offsets))
         start, moved = length + num_in_place, offsets[num_in_place:]
         if moved:

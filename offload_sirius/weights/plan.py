@@ -249,8 +249,7 @@ def _split_room(
     """
     num_slots = _num_slots(num_layers, room, layout.nbytes, ahead_nbytes)
     left_nbytes -= num_slots * layout.nbytes
-    neuron_nbytes = layout.record_nbytes + CACHED_NEURON_NBYTES
-    num_cached = min(max_cached_neurons, (left_nbytes // num_layers - layout.num_neurons) // neuron_nbytes) if num_slots else 0
+    num_cached = min(max_cached_neurons, _num_cacheable(layout, left_nbytes // num_layers)) if num_slots else 0
     if num_cached < max_cached_neurons * LEAST_CACHED_SHARE:
         num_cached = 0
     cache_nbytes = neuron_cache_nbytes(layout, num_cached)
@@ -271,6 +270,11 @@ def neuron_cache_nbytes(layout: LayerLayout, num_cached: int) -> int:
     if num_cached == 0:
         return 0
     return num_cached * (layout.record_nbytes + CACHED_NEURON_NBYTES) + layout.num_neurons + 1
+
+
+def _num_cacheable(layout: LayerLayout, room_nbytes: int) -> int:
+    """Neurons of a layer for whose cache there is room."""
+    return max(0, room_nbytes - layout.num_neurons - 1) // (layout.record_nbytes + CACHED_NEURON_NBYTES)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -66,6 +66,11 @@ class Ring(Generic[SlotT]):
         """What is under way or there, in order."""
         return iter(self._flights)
 
+    @property
+    def next_layer(self) -> int:
+        """The layer that is sent next."""
+        return self._layers[self._next]
+
     def begin(self, cargo: Cargo, following: Cargo) -> None:
         """A pass begins, and another will probably follow. One that was given up half-way may be followed by any."""
         self._cargo, self._following = cargo, following

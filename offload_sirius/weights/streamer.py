@@ -179,6 +179,10 @@ class WeightStreamer(Streamer):
         shared = list(slots)
         self._ring = Ring(streamed_layers, dict.fromkeys(SLICES, shared), self._send)
         self._front: Flight[LayerBuffer] | None = None
+        self._attention_nbytes = shared[0].parts["attention"].numel() if shared else 0
+        self._discarded_early_nbytes = 0
+        self._early: Transfer | None = None
+        """The attention block of the next layer to be sent, on its way already into the slot of the first one in the ring."""
         self._fetching: Transfer | None = None
         """What was sent for last and has not been waited for."""
 
@@ -193,6 +197,11 @@ class WeightStreamer(Streamer):
         """The layer's attention block; blocks until it is there."""
         buffer = self._residents.get(layer)
         if buffer is None:
+            if (
+                self._early is not None
+            ):  # a pass was given up in the middle of a layer, whose attention block is being overwritten
+                self._discard_early()
+                self._ring.break_off()
             self._front = self._ring.front(layer)
             buffer = self._arrived(self._front, "attention")
         self._computing(layer, "attention")
@@ -219,7 +228,7 @@ class WeightStreamer(Streamer):
 
     def fetch(self, layer: int, neuron_ids: Tensor) -> FetchedRecords:
         """Send for up and down records of neurons, int64 [M] in host memory, of the layer whose gates are in its slot. Any that
-        were fetched before are overwritten."""
+        were fetched before are overwritten, and so is its attention block."""
         assert self._copier is not None
         flight = self._front_of(layer)
         assert flight.part == "gate", flight.part
@@ -227,6 +236,10 @@ class WeightStreamer(Streamer):
         self.pass_nbytes[self._phase] += place.nbytes
         self._let_fetched_arrive()
         self._fetching = transfer = self._copier.fetch(layer, neuron_ids, flight.slot)
+        if self._early is None:
+            # While the records are computed on, nobody asks for anything, and the link would idle in every layer. Of the slot the
+            # attention block has been used already.
+            self._early = self._copier.start(self._ring.next_layer, "attention", flight.slot)
         return FetchedRecords(place, lambda: self._fetched(layer, transfer))
 
     def keep(self, layer: int, neuron_ids: Tensor) -> None:
@@ -248,7 +261,15 @@ class WeightStreamer(Streamer):
     @property
     def discarded_nbytes(self) -> int:
         """Bytes that were fetched for a pass that did not come."""
-        return self._ring.discarded_nbytes
+        return self._ring.discarded_nbytes + self._discarded_early_nbytes
+
+    def _discard_early(self) -> None:
+        """Let an attention block that was sent for early arrive, for no one."""
+        assert self._early is not None
+        self._discarded_early_nbytes += self._attention_nbytes
+        with contextlib.suppress(OffloadSiriusError):
+            self._early.wait()
+        self._early = None
 
     def _fetched(self, layer: int, transfer: Transfer) -> None:
         self._wait(self._ring, layer, "neurons", transfer)
@@ -270,7 +291,8 @@ class WeightStreamer(Streamer):
         assert self._copier is not None
         part = slice_of(cargo) if layer in self._sliceable else "records"
         # Attention first: it is computed on while the records, which are most of a layer, still arrive.
-        attention = self._copier.start(layer, "attention", slot)
+        attention = self._early or self._copier.start(layer, "attention", slot)
+        self._early = None
         neurons = self._copier.start(layer, part, slot)
         nbytes = slot.parts["attention"].numel() + slot.parts[part].numel()
         return Flight(layer, cargo, part, slot, attention, neurons, nbytes)

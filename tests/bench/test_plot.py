@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from offload_sirius.bench import plot
+from offload_sirius.bench.answers import DecodeRow
+from offload_sirius.bench.decode import DecodeReport
 from offload_sirius.bench.gather import GatherRate
 from offload_sirius.bench.link import CopyRate, DepthRate, DiskRates, LinkReport
-from offload_sirius.bench.plot import plot_link, plot_stream, require_plot
+from offload_sirius.bench.plot import plot_decode, plot_link, plot_stream, require_plot
 from offload_sirius.bench.spread import Spread
 from offload_sirius.bench.stream import Ceiling, LayerGap, StreamReport
 from offload_sirius.errors import ConfigError
@@ -35,14 +38,58 @@ STREAM = StreamReport(
     copy_busy_share=0.5,
     layers=(LayerGap(layer=0, tier="host", seconds=0.5), LayerGap(layer=1, tier="resident", seconds=0.0)),
 )
+FULL = DecodeRow(
+    name="full",
+    mode="full",
+    sparsity=None,
+    keep=None,
+    window=None,
+    accept=None,
+    threshold=None,
+    tree_width=None,
+    seconds_per_token=RATE,
+    ratio=1.0,
+    aal=None,
+    acceptance=None,
+    effective_density=1.0,
+    nbytes_per_token=1000.0,
+    agreement=1.0,
+    num_identical=2,
+    busy_share=0.9,
+    cache_hit_share=None,
+    draft_seconds=None,
+    draft_nbytes=None,
+    draft_link_ratio=None,
+    correction_seconds=None,
+    correction_ratio=None,
+    num_streamed_layers=4,
+    num_resident_layers=0,
+)
+CATS = replace(FULL, name="cats", mode="sirius", sparsity="cats", keep=0.5, ratio=0.7, aal=3.5, effective_density=0.9)
+UNTIMED = replace(CATS, name="one token", ratio=None, aal=None, effective_density=None)
+DECODE = DecodeReport(
+    model="synthetic:tiny",
+    device="cpu",
+    dtype="float32",
+    device_budget_nbytes=1000,
+    host_budget_nbytes=1000,
+    link_gbps=1.0,
+    pass_nbytes=1000,
+    num_prompts=2,
+    prompt_tokens=(3, 4),
+    max_new_tokens=8,
+    forced_aal=None,
+    rows=(FULL, CATS, UNTIMED),
+)
 
 
-def test_both_reports_are_drawn_as_png(tmp_path: Path) -> None:
+def test_all_reports_are_drawn_as_png(tmp_path: Path) -> None:
     plot_link(LINK, tmp_path / "link.png")
     plot_stream(STREAM, tmp_path / "stream.png")
+    plot_decode(DECODE, tmp_path / "decode.png")
     images = [path.read_bytes() for path in sorted(tmp_path.iterdir())]
-    assert [image[: len(PNG)] for image in images] == [PNG, PNG]
-    assert images[0] != images[1]
+    assert [image[: len(PNG)] for image in images] == [PNG] * 3
+    assert len(set(images)) == 3
 
 
 def test_a_picture_that_can_be_drawn_is_not_refused_and_nothing_is_written(tmp_path: Path) -> None:

@@ -25,7 +25,9 @@ def start(*arguments: str) -> subprocess.Popen[bytes]:
     return subprocess.Popen([sys.executable, "-m", "offload_sirius", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
-@pytest.mark.parametrize(("command", "flag"), [("generate", "--max-new-tokens"), ("bench stream", "--passes")])
+@pytest.mark.parametrize(
+    ("command", "flag"), [("generate", "--max-new-tokens"), ("bench stream", "--passes"), ("bench decode", "--force-aal")]
+)
 def test_help_imports_none_of_the_large_libraries(command: str, flag: str) -> None:
     large = ("torch", "transformers", "tokenizers", "numpy", "gguf", "matplotlib", "triton")
     program = (

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import io
+import re
 import sys
 import time
 from dataclasses import replace
 
 import pytest
 
-from offload_sirius.cli.console import LoadProgress, TextWriter, advice, say, summary
+from offload_sirius.cli.console import LoadProgress, TextWriter, advice, predicted, say, summary
+from offload_sirius.config import DecodingConfig, EngineConfig, Mode
 from offload_sirius.decode.result import Generation, LinkFigures, MemoryFigures, Passes
 from offload_sirius.decode.stream import TextPiece
+from offload_sirius.engine.planning import DESCRIBED, assumed_rates, plan_model
+from offload_sirius_loaders import open_checkpoint
 
 CLEAR = "\x1b[K"
 FAST, SLOW = 0.001, 2.0
@@ -159,3 +163,22 @@ def test_drafts_that_cost_more_than_they_saved_are_told_of(correction_seconds: f
 
 def test_nothing_is_advised_of_an_answer_without_corrections() -> None:
     assert advice(corrected(None)) is None
+
+
+@pytest.mark.parametrize(
+    ("mode", "told"),
+    [
+        ("full", r"^predicted: [\d.e-]+ s a token, first after "),
+        ("sparse", r"^predicted: [\d.e-]+ s a token \(a draft step [\d.e-]+ s\), first after "),
+        (
+            "sirius",
+            r"^predicted: [\d.e-]+ s a token \(a draft step .* s, a correction of 4 tokens .* s, were 80% of the drafted ",
+        ),
+    ],
+)
+def test_a_prediction_is_a_line_with_the_passes_it_is_made_of(mode: Mode, told: str) -> None:
+    config = EngineConfig(model="synthetic:tiny", decoding=DecodingConfig(mode=mode, window=4))
+    hardware = replace(DESCRIBED, free_host_nbytes=1 << 30, own_memory=False)
+    prediction = plan_model(open_checkpoint(config.model), config, hardware).predict(assumed_rates(hardware), 8)
+    assert re.match(told, predicted(prediction))
+    assert predicted(prediction).endswith(" s, bound by computing (rates: assumed)")

@@ -99,6 +99,89 @@ def test_the_tables_show_the_arithmetic(run: Run) -> None:
     assert any("link 25 GB/s (given), disk 3 GB/s (assumed), device memory 1008 GB/s (given)" in line for line in lines)
 
 
+DRAFTED = (*LLAMA_70B, "--host-memory", "260GiB", "--mode", "sirius")
+KEPT_LAYER = 2 * (150_994_944 + 704_643_072 // 2 + 16_384)
+
+
+def test_drafts_and_corrections_of_llama_3_70b_by_hand(run: Run) -> None:
+    report = planned(run, *DRAFTED, "--window", "4")
+    plan, predicted = report["plan"], report["plan"]["predicted"]
+    num_streamed = NUM_LAYERS - len(plan["resident_layers"])
+    draft, correction = predicted["draft"], predicted["correction"]
+    assert draft["nbytes"] == num_streamed * KEPT_LAYER
+    assert draft["nbytes"] / correction["nbytes"] == pytest.approx(0.588, abs=5e-4)
+    assert draft["seconds"] == pytest.approx(num_streamed * KEPT_LAYER / 25e9)
+    assert correction["seconds"] == pytest.approx(num_streamed * LAYER / 25e9)
+    assert (correction["window"], correction["acceptance"]) == (4, 0.8)
+    expected = [1 + a + a**2 + a**3 for a in (0.8, 0.9, 0.95)]
+    for row, num_tokens in zip(predicted["by_acceptance"], expected, strict=True):
+        seconds = (3 * num_streamed * KEPT_LAYER + num_streamed * LAYER) / 25e9 / num_tokens
+        assert (row["window"], row["tokens_per_window"]) == (4, pytest.approx(num_tokens))
+        assert (row["seconds_per_token"], row["tokens_per_second"]) == (pytest.approx(seconds), pytest.approx(1 / seconds))
+    assert predicted["seconds_per_token"] == predicted["by_acceptance"][0]["seconds_per_token"]
+    assert (predicted["bound"], draft["bound"], correction["bound"]) == ("link", "link", "link")
+    assert report["draft_bill"]["link_nbytes"] == draft["nbytes"]
+    assert report["correction_bill"]["link_nbytes"] == correction["nbytes"]
+    assert report["mode_full"]["seconds_per_token"] == pytest.approx(num_streamed * LAYER / 25e9)
+
+
+def test_a_plan_for_mode_full_has_no_drafts(run: Run) -> None:
+    report = planned(run, *LLAMA_70B)
+    assert (report["draft_bill"], report["correction_bill"], report["mode_full"]) == (None, None, None)
+    predicted = report["plan"]["predicted"]
+    assert (predicted["draft"], predicted["correction"], predicted["by_acceptance"]) == (None, None, [])
+
+
+def lines_of(run: Run, *arguments: str) -> list[str]:
+    ran = run("plan", *arguments)
+    assert (ran.code, ran.err) == (0, "")
+    return [" ".join(line.split()) for line in ran.out.splitlines()]
+
+
+def test_the_tables_show_the_arithmetic_of_drafts_and_corrections(run: Run) -> None:
+    lines = lines_of(run, *DRAFTED, "--window", "4", "--host-memory", "160GiB")
+    assert "device choice of neurons 4.49 MiB" in lines
+    assert "host kept neurons for drafts 70 45.94 GiB" in lines
+    assert "draft step: link 2.82 70 layers, 0.588 of their bytes: 70.5 GB / 25.00 GB/s = 2.82 s" in lines
+    assert any(
+        line.startswith("draft step: computing 0.0987 80 layers, 0.64 of their bytes: 87.6 GB / 1008 GB/s = ") for line in lines
+    )
+    assert "draft step 2.82 1 token, bound by the link; 70.5 GB through the slots" in lines
+    assert "correction: link 4.79 70 layers: 119.8 GB / 25.00 GB/s = 4.79 s" in lines
+    assert "correction 4.79 4 tokens, bound by the link; 119.8 GB through the slots" in lines
+    assert "a token 4.49 (3 * 2.82 s + 4.79 s) / 2.95 tokens, were 80% of the drafted tokens accepted" in lines
+    assert "with mode full 4.79 a pass of the full model, planned for that mode" in lines
+    assert "acceptance window tokens a window s a token tokens/s" in lines
+    assert "0.95 4 3.71 3.57 0.28" in lines
+
+
+def test_sparse_answers_take_a_draft_step_a_token(run: Run) -> None:
+    lines = lines_of(run, *DRAFTED, "--mode", "sparse")
+    assert "a token 2.82 a draft step, which nobody corrects" in lines
+    assert not any(line.startswith(("correction", "acceptance")) for line in lines)
+
+
+def test_fine_drafts_have_caches_and_the_link_waits_for_gates(run: Run) -> None:
+    arguments = (*DRAFTED, "--device-memory", "60GiB", "--sparsity", "cats")
+    report, lines = planned(run, *arguments), lines_of(run, *arguments)
+    plan = report["plan"]
+    assert plan["num_cached_neurons"] == 14336
+    layer = 2 * (150_994_944 + 16_384) + 2 * 28672 * 8192 + (14336 - int(0.6 * 14336)) * 4 * 8192
+    num_streamed = NUM_LAYERS - len(plan["resident_layers"])
+    assert plan["predicted"]["draft"]["nbytes"] == num_streamed * layer
+    assert any(line.startswith(f"device neuron caches {num_streamed} ") for line in lines)
+
+
+def test_a_plan_says_where_drafts_do_not_pay(run: Run) -> None:
+    faster = "mode full is predicted to be faster: "
+    resident = lines_of(run, *DRAFTED, "--device-memory", "200GiB")
+    assert "nothing is streamed: drafts save no bytes of the link, and resident layers compute all of their neurons" in resident
+    assert any(line.startswith(faster) and line.endswith(" s a token; use --mode full") for line in resident)
+    assert not any(line.startswith((faster, "nothing is streamed")) for line in lines_of(run, *DRAFTED))
+    long_windows = lines_of(run, *DRAFTED, "--window", "40")
+    assert any(line.startswith(faster) for line in long_windows)
+
+
 def test_four_gib_more_of_either_memory_never_make_a_token_slower(run: Run) -> None:
     report = planned(run, *LLAMA_70B)
     usual = report["plan"]["predicted"]["seconds_per_token"]

@@ -14,6 +14,7 @@ from offload_sirius.config import DecodingConfig, EngineConfig
 from offload_sirius.engine import Engine
 from offload_sirius.engine.placement import place
 from offload_sirius.weights.layout import PAGE_NBYTES, align
+from offload_sirius.weights.plan import neuron_cache_nbytes
 from offload_sirius_loaders import open_checkpoint
 
 TINY = "synthetic:tiny?dtype=F32"
@@ -45,7 +46,7 @@ def budgets_for(where: str, dtype: str = "float32", decoding: DecodingConfig = F
     embedding = 0 if where == "disk with the embedding" else plan.host_bill["embedding"]
     readers = 2 * plan.host_bill["readers"] // plan.num_readers
     num_kept = 4 if extra == "kept" else 2 if where == "host and disk" else 0
-    caches = 4 * decoding.num_kept(checkpoint.spec.ffn_width) * layout.record_nbytes if extra == "caches" else 0
+    caches = 4 * neuron_cache_nbytes(layout, decoding.num_kept(checkpoint.spec.ffn_width)) if extra == "caches" else 0
     host_layers = num_host * align(plan.layer_nbytes, PAGE_NBYTES)
     return {
         "device_memory": str(fixed + room * plan.layer_nbytes + caches),

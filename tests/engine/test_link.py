@@ -11,10 +11,12 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import offload_sirius
+from offload_sirius.config import DecodingConfig
 from offload_sirius.engine import Engine, NoProgress
 from offload_sirius.errors import BudgetError
 from offload_sirius.units import MIB
@@ -173,6 +175,40 @@ def test_residents_pass_through_the_arena_before_it_is_filled(load: Load, budget
     engine = load(**budgets("one resident, rest on the host"))
     assert len(engine.plan.host_layers) == 3
     assert len(uplink.pinned) == 3, "neither staging beside the arena, nor chunks that nobody needs"
+
+
+@pytest.mark.parametrize(
+    ("sparsity", "where"),
+    [
+        ("griffin", "one resident, rest on the host"),
+        ("griffin", "host"),
+        ("griffin", "host + kept"),
+        ("griffin", "host and disk"),
+        ("griffin", "disk + kept"),
+        ("cats", "host"),
+        ("cats", "host + caches"),
+        ("cats", "host and disk"),
+    ],
+)
+def test_corrected_drafts_are_the_full_model_s_answers_by_every_route(
+    sparsity: Any, where: str, load: Load, budgets: Budgets, with_uplink: WithUplink
+) -> None:
+    expected = answer(load(dtype="float32", **budgets("resident")))
+    decoding = DecodingConfig(sparsity=sparsity, keep=0.4, window=4)
+    settings = {"mode": "sirius", "dtype": "float32", "decoding": decoding, **budgets(where, decoding=decoding)}
+    sparse = load(**settings).generate(PROMPT, mode="sparse", max_new_tokens=12, ignore_eos=True)
+    uplink = with_uplink()
+    engine = load(**settings)
+    assert answer(engine) == answer(engine) == expected
+    found = engine.generate(PROMPT, mode="sparse", max_new_tokens=12, ignore_eos=True)
+    assert found.token_ids == sparse.token_ids, "the simulated device drafts what the CPU does"
+    if "caches" not in where:  # which remember the answers before
+        assert found.link.bytes.draft == sparse.link.bytes.draft
+    assert uplink.from_pageable_nbytes == 0
+    engine.close()
+    assert uplink.pinned == {}
+    with_uplink(max_pinned_nbytes=0)
+    assert answer(load(progress=Warned(), **settings)) == expected
 
 
 _UNDER_A_LIMIT = """

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from offload_sirius import machine
-from offload_sirius.config import EngineConfig, PlanConfig
+from offload_sirius.config import DecodingConfig, EngineConfig, PlanConfig
 from offload_sirius.engine import Engine
 from offload_sirius.engine.planning import (
     DESCRIBED,
@@ -25,8 +28,10 @@ from offload_sirius.engine.planning import (
     rates_of,
 )
 from offload_sirius.errors import BudgetError, ConfigError
-from offload_sirius.rates import NAMES, Stored, rates_file, rates_from, write_rates
+from offload_sirius.rates import NAMES, Stored, assumed_cpu_rates, rates_file, rates_from, write_rates
+from offload_sirius.sparsity.costs import num_fetched
 from offload_sirius.weights.pieces import load_nbytes
+from offload_sirius.weights.predict import bound_of
 from offload_sirius_loaders import open_checkpoint
 
 from .conftest import CONTEXT, PLACES, Budgets, Load
@@ -110,6 +115,134 @@ def test_bytes_of_the_plan_are_those_of_the_counters(where: str, load: Load, bud
     assert result.link.bytes.load == load_nbytes(engine.checkpoint, engine.plan)
     assert result.link.bytes.prefill == engine.plan.pass_nbytes
     assert result.link.bytes.full == 4 * engine.plan.pass_nbytes
+
+
+@pytest.mark.parametrize(
+    ("sparsity", "where"),
+    [("griffin", where) for where in (*PLACES, "host + kept", "disk + kept")]
+    # With more room there are caches, and what is found in them nobody knows beforehand.
+    + [("cats", where) for where in PLACES if where != "one resident, rest on the host"],
+)
+def test_predicted_bytes_of_drafts_and_corrections_are_those_of_the_counters(
+    sparsity: Any, where: str, load: Load, budgets: Budgets
+) -> None:
+    decoding = DecodingConfig(sparsity=sparsity, keep=0.25, window=5)
+    engine = load(mode="sirius", decoding=decoding, **budgets(where, decoding=decoding))
+    assert not engine.plan.num_cached_neurons
+    result = engine.generate([1, 2, 3], max_new_tokens=16, ignore_eos=True)
+    predicted: Any = result.plan["predicted"]
+    assert result.passes.draft > result.passes.correction > 1
+    assert result.link.bytes.draft == result.passes.draft * predicted["draft"]["nbytes"]
+    assert result.link.bytes.correction == result.passes.correction * predicted["correction"]["nbytes"]
+
+
+def test_an_answer_in_another_mode_carries_what_was_predicted_for_that_one(load: Load, budgets: Budgets) -> None:
+    decoding = DecodingConfig(window=4)
+    engine = load(mode="sirius", decoding=decoding, link_gbps=0.1, **budgets("host", decoding=decoding))
+    by_mode: dict[str, Any] = {
+        mode: engine.generate([1, 2, 3], mode=mode, max_new_tokens=2, ignore_eos=True).plan["predicted"]
+        for mode in ("full", "sparse", "sirius")
+    }
+    full, sparse, sirius = by_mode.values()
+    assert full["seconds_per_token"] == full["seconds_per_pass"] == pytest.approx(engine.plan.pass_nbytes / 0.1e9)
+    assert (full["draft"], full["correction"], full["by_acceptance"]) == (None, None, [])
+    assert sparse["seconds_per_token"] == sparse["draft"]["seconds"] == pytest.approx(sparse["draft"]["nbytes"] / 0.1e9)
+    assert (sparse["correction"], sparse["by_acceptance"]) == (None, [])
+    window = 3 * sirius["draft"]["seconds"] + sirius["correction"]["seconds"]
+    assert sirius["seconds_per_token"] == pytest.approx(window / (1 + 0.8 + 0.8**2 + 0.8**3))
+    assert {each["seconds_per_pass"] for each in by_mode.values()} == {full["seconds_per_pass"]}
+
+
+def drafting(**settings: Any) -> EngineConfig:
+    return EngineConfig(model="synthetic:small?dtype=F32", max_context=64, decoding=DecodingConfig(**settings))
+
+
+def test_a_speed_is_predicted_for_each_acceptance_and_the_most_careful_one_is_assumed() -> None:
+    planned = plan_model(SMALL, drafting(mode="sirius"), HERE)
+    expected = planned.predict(assumed_cpu_rates(2), 8)
+    assert [each.acceptance for each in expected.windows] == [0.8, 0.9, 0.95]
+    assert expected.seconds_per_token == expected.windows[0].seconds_per_token
+    seconds = [each.seconds_per_token for each in expected.windows]
+    assert seconds == sorted(seconds, reverse=True)
+    assumed, draft = expected.windows[0], expected.draft
+    assert draft is not None
+    assert expected.bound == bound_of((assumed.window - 1, draft.bill), (1, assumed.correction.bill))
+
+
+def test_leaves_of_a_tree_are_drafted_together_and_all_its_nodes_are_corrected() -> None:
+    line, tree = (plan_model(SMALL, drafting(window=4, tree_width=width), HERE) for width in (1, 8))
+    rates = assumed_cpu_rates(2).given(device_flops_per_second=1e9)
+    of_line, of_tree = (planned.predict(rates, 8) for planned in (line, tree))
+    assert of_line.draft is not None
+    assert of_tree.draft is not None
+    assert of_tree.draft.bill.head_seconds == pytest.approx(8 * of_line.draft.bill.head_seconds)
+    corrections = [each.windows[0].correction.bill.head_seconds for each in (of_line, of_tree)]
+    assert corrections[1] == pytest.approx(corrections[0] / 4 * 25)
+
+
+def test_drafts_without_sparsity_take_what_a_full_pass_takes() -> None:
+    expected = plan_model(SMALL, drafting(mode="sparse", keep=1), HERE).predict(assumed_cpu_rates(2), 8)
+    assert expected.seconds_per_token == pytest.approx(expected.seconds_per_pass)
+
+
+def test_sequences_drafted_together_share_the_passes_of_a_window() -> None:
+    one, four = (plan_model(SMALL, drafting(window=4), HERE, batch=batch) for batch in (1, 4))
+    rates = assumed_cpu_rates(2).given(device_flops_per_second=1e15)
+    of_one, of_four = one.predict(rates, 8), four.predict(rates, 8)
+    assert of_four.seconds_per_token == pytest.approx(of_one.seconds_per_token / 4, rel=0.1)
+    assert of_one.draft is not None
+    assert of_four.draft is not None
+    assert of_four.draft.nbytes == of_one.draft.nbytes
+
+
+@pytest.mark.parametrize(("num_cached", "fetched"), [(0, 50), (50, 50 - 30), (25, 50 - 15), (500, 50 - 30)])
+def test_a_cache_is_expected_to_hold_more_of_what_is_needed_the_more_is_kept(num_cached: int, fetched: int) -> None:
+    assert num_fetched(50, num_cached, 100) == fetched
+
+
+def test_auto_weighs_dtypes_by_what_drafts_make_of_them() -> None:
+    def consider(config: EngineConfig) -> Candidate:
+        planned = plan_model(SMALL, config, HERE)
+        rates = assumed_cpu_rates(2).given(device_bytes_per_second=1e10 if planned.dtype == "bfloat16" else 1e7)
+        return Candidate(planned=planned, prediction=planned.predict(rates, 8))
+
+    found = candidates(EngineConfig(model="synthetic:small?dtype=F32", auto=True), SMALL.spec, consider)
+    assert [each.planned.dtype for each in found] == ["bfloat16", "float32"]
+    assert all(each.prediction.windows for each in found)
+
+
+CHECKPOINTS = [open_checkpoint(f"synthetic:{name}") for name in ("llama-3-70b", "tinyllama-1.1b", "small?layers=3")]
+
+
+@given(
+    checkpoint=st.sampled_from(CHECKPOINTS),
+    sparsity=st.sampled_from(["griffin", "cats"]),
+    keep=st.floats(0.01, 1),
+    device_share=st.floats(0.05, 1.0),
+    host_share=st.floats(0.05, 1.0),
+    free_share=st.floats(0.1, 3.0),
+)
+def test_shares_of_what_is_free_never_ask_for_more_than_there_is(
+    checkpoint: Any, sparsity: Any, keep: float, device_share: float, host_share: float, free_share: float
+) -> None:
+    total = sum(info.nbytes for info in checkpoint.tensors.values())
+    here = replace(HERE, free_host_nbytes=int(free_share * total) + (256 << 20))
+    config = EngineConfig(
+        model="synthetic:x",
+        max_context=64,
+        device_memory=f"{device_share:.4f}",
+        host_memory=f"{host_share:.4f}",
+        decoding=DecodingConfig(sparsity=sparsity, keep=keep),
+    )
+    try:
+        plan = plan_model(checkpoint, config, here).plan
+    except BudgetError as error:
+        if "is too small" not in str(error):
+            raise
+        return
+    assert plan.device_nbytes + plan.host_nbytes <= (here.free_host_nbytes or 0)
+    assert sorted(plan.resident_layers + plan.streamed_layers) == list(range(checkpoint.spec.num_layers))
+    assert set(plan.kept_layers) <= set(plan.streamed_layers)
 
 
 def test_an_answer_carries_what_was_predicted_for_it(load: Load, budgets: Budgets) -> None:

@@ -42,27 +42,64 @@ def append(cache: KVCache, first: float, num_tokens: int) -> None:
     cache.advance(num_tokens)
 
 
-@settings(max_examples=60, deadline=None)
-@given(
-    st.lists(st.one_of(st.tuples(st.just("append"), st.integers(1, 5)), st.tuples(st.just("truncate"), st.integers(0, CAPACITY))))
-)
-def test_appends_and_truncations_in_any_order_act_as_on_a_list(actions: list[tuple[str, int]]) -> None:
-    cache, expected, next_number = KVCache(SPEC, CAPACITY, dtype=torch.float32), list[int](), 0
-    for action, count in actions:
-        if action == "truncate":
-            cache.truncate(min(count, cache.length))
-            expected = expected[:count]
-        elif len(expected) + count <= CAPACITY:
-            append(cache, next_number, count)
-            expected += range(next_number, next_number + count)
-            next_number = (next_number + count) % 100
-
+def assert_holds(cache: KVCache, expected: list[int]) -> None:
+    """These numbers, in this order, in every layer."""
     assert cache.length == len(expected)
     for layer in range(SPEC.num_layers):
         keys, values = cache.read(layer, 0, cache.length)
         numbers = torch.tensor(expected, dtype=torch.float32).view(1, 1, -1, 1).expand(keys.shape) + 100 * layer
         assert torch.equal(keys, numbers)
         assert torch.equal(values, numbers + 1000)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(st.sampled_from(["append", "truncate", "keep"]), max_size=12), st.data())
+def test_appends_truncations_and_branches_kept_in_any_order_act_as_on_a_list(actions: list[str], data: st.DataObject) -> None:
+    cache, expected, next_number = KVCache(SPEC, CAPACITY, dtype=torch.float32), list[int](), 0
+    for action in actions:
+        if action == "append":
+            count = data.draw(st.integers(0, CAPACITY - len(expected)))
+            append(cache, next_number, count)
+            expected += range(next_number, next_number + count)
+            next_number = (next_number + count) % 88
+            continue
+        length = data.draw(st.integers(0, len(expected)))
+        if action == "truncate":
+            cache.truncate(length)
+            expected = expected[:length]
+        else:
+            behind = range(len(expected) - length)
+            offsets = sorted(data.draw(st.sets(st.sampled_from(behind)))) if behind else []
+            cache.keep(length, offsets)
+            expected = expected[:length] + [expected[length + offset] for offset in offsets]
+        assert_holds(cache, expected)
+    assert_holds(cache, expected)
+
+
+@pytest.mark.parametrize(
+    ("length", "offsets", "left"),
+    [
+        (3, [], [0, 1, 2]),
+        (3, [0, 1], [0, 1, 2, 3, 4]),
+        (3, [0, 2, 3], [0, 1, 2, 3, 5, 6]),
+        (0, [7], [7]),
+        (2, [1, 2, 3, 4, 5], [0, 1, 3, 4, 5, 6, 7]),  # places overlap
+        (8, [], [0, 1, 2, 3, 4, 5, 6, 7]),
+    ],
+)
+def test_a_branch_is_kept_behind_what_was_there_before(length: int, offsets: list[int], left: list[int]) -> None:
+    cache = KVCache(SPEC, CAPACITY, dtype=torch.float32)
+    append(cache, 0, 8)
+    cache.keep(length, offsets)
+    assert_holds(cache, left)
+
+
+@pytest.mark.parametrize(("length", "offsets"), [(9, []), (3, [5]), (0, [0, 8])])
+def test_what_is_not_there_cannot_be_kept(length: int, offsets: list[int]) -> None:
+    cache = KVCache(SPEC, CAPACITY, dtype=torch.float32)
+    append(cache, 0, 8)
+    with pytest.raises(AssertionError):
+        cache.keep(length, offsets)
 
 
 def test_writing_does_not_make_the_cache_longer_until_the_pass_advances_it() -> None:

@@ -80,7 +80,13 @@ def places(folder: Path, decoding: DecodingConfig) -> Iterator[dict[str, Any]]:
 
 
 def answer(folder: Path, prompt: list[int], decoding: DecodingConfig, num_new: int, **settings: Any) -> Any:
-    given = {"device": "cpu", "dtype": "float32", "threads": 1, "max_context": CONTEXT, "decoding": decoding} | settings
+    given: dict[str, Any] = {
+        "device": "cpu",
+        "dtype": "float32",
+        "threads": 1,
+        "max_context": CONTEXT,
+        "decoding": decoding,
+    } | settings
     with offload_sirius.load(str(folder), **given) as engine:
         return engine.generate(prompt, max_new_tokens=num_new, ignore_eos=True)
 

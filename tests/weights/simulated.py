@@ -14,6 +14,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from offload_sirius.trace import HostClock, Tracer
@@ -62,19 +63,32 @@ class SimulatedUplink:
         event.flag.set()  # what was computed before has been computed by the thread that asks
         return event
 
-    def upload(self, source: Tensor, destination: Tensor, *, last_use: Event, name: str) -> FlagEvent:
+    def upload(self, source: Tensor, destination: Tensor, *, last_use: Event, name: str, reads: bool | None = None) -> FlagEvent:
+        """reads: whether the device reads the source directly, where that is not to be looked up."""
         done = FlagEvent()
-        self.from_pageable_nbytes += 0 if self.reads(source) else source.numel()
+        if reads is None:
+            reads = self.reads(source)
+        self.from_pageable_nbytes += 0 if reads else source.numel()
         destination.fill_(POISON)
         self._executor.submit(self._copy, source, destination, last_use, done, name)
         return done
+
+    def gather(self, records: Tensor, neuron_ids: Tensor, destination: Tensor, *, last_use: Event, name: str) -> FlagEvent:
+        return self.upload(
+            records.index_select(0, neuron_ids).view(torch.uint8),
+            destination.view(torch.uint8),
+            last_use=last_use,
+            name=name,
+            reads=self.reads(records),
+        )
 
     def _copy(self, source: Tensor, destination: Tensor, last_use: Event, done: FlagEvent, name: str) -> None:
         try:
             last_use.synchronize()
             began = time.perf_counter()
             time.sleep(self._delay_seconds)
-            destination.copy_(source)
+            with torch.inference_mode():  # the views of a pass were taken in it
+                destination.copy_(source)
             seconds = time.perf_counter() - began
             self.busy_seconds += seconds
             if self._tracer is not None:
@@ -87,7 +101,7 @@ class SimulatedUplink:
 
     def reads(self, buffer: Tensor) -> bool:
         address = buffer.data_ptr()
-        return any(start <= address and address + buffer.numel() <= start + nbytes for start, nbytes in self.pinned.items())
+        return any(start <= address and address + buffer.nbytes <= start + nbytes for start, nbytes in self.pinned.items())
 
     def register(self, address: int, nbytes: int) -> str | None:
         assert not any(start < address + nbytes and address < start + length for start, length in self.pinned.items())
@@ -164,6 +178,16 @@ class SimulatedDevice:
         copies.append(Operation(needs=last_use, act=lambda: destination.fill_(POISON)))
         copies.append(Operation(act=lambda: destination.copy_(source), brings=done))
         self.nbytes_copied += source.numel()
+        self.run_some()
+        return done
+
+    def gather(self, records: Tensor, neuron_ids: Tensor, destination: Tensor, *, last_use: Event, name: str) -> QueueEvent:
+        assert isinstance(last_use, QueueEvent)
+        done = QueueEvent(self)
+        copies = self.queues["copies"]
+        copies.append(Operation(needs=last_use, act=lambda: destination.view(torch.uint8).fill_(POISON)))
+        copies.append(Operation(act=lambda: destination.copy_(records[neuron_ids]), brings=done))
+        self.nbytes_copied += destination.nbytes
         self.run_some()
         return done
 

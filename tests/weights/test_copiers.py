@@ -13,6 +13,7 @@ from offload_sirius.weights.buffers import LayerBuffer
 from offload_sirius.weights.copiers import BusyMeter, Copier, DiskCopier, HostCopier, PacedCopier, TieredCopier
 from offload_sirius.weights.disk import ReaderPool
 from offload_sirius.weights.host import HostStore
+from offload_sirius.weights.kept import KeptStore
 from offload_sirius.weights.layout import PARTS, LayerLayout, layer_layout
 from offload_sirius.weights.load import Loader
 from offload_sirius_loaders.checkpoint import Checkpoint
@@ -96,6 +97,9 @@ class InstantCopier:
     def start(self, layer: int, part: str, slot: LayerBuffer) -> InstantCopier:
         return self
 
+    def fetch(self, layer: int, neuron_ids: torch.Tensor, slot: LayerBuffer) -> InstantCopier:
+        return self
+
     def wait(self) -> None:
         pass
 
@@ -172,3 +176,115 @@ def test_a_read_error_reaches_who_waits_through_every_wrapper(
     copier = PacedCopier(TieredCopier({0: disk}, disk), 1e12)
     with pytest.raises(WeightReadError, match="Input/output error"):
         bring(copier, 0, slot)
+
+
+# Slices of layers.
+
+IDS = torch.tensor([2, 3, 50, 175])
+
+
+@pytest.fixture
+def sliced(tiny: Checkpoint) -> LayerLayout:
+    return layer_layout(tiny.spec, FLOAT.itemsize, len(IDS))
+
+
+@pytest.fixture
+def sliced_store(tiny: Checkpoint, sliced: LayerLayout, readers: ReaderPool) -> HostStore:
+    host = HostStore(range(4), tiny.spec, sliced, FLOAT)
+    Loader(tiny, readers, lambda nbytes: None).load_host_layers(host, range(4))
+    return host
+
+
+@pytest.fixture
+def sliced_slot(tiny: Checkpoint, sliced: LayerLayout) -> LayerBuffer:
+    return LayerBuffer(torch.full((sliced.nbytes,), 0xEE, dtype=torch.uint8), tiny.spec, sliced, FLOAT)
+
+
+@pytest.fixture
+def kept(sliced: LayerLayout, sliced_store: HostStore) -> KeptStore:
+    """There is room for the kept neurons of layers 1 and 2."""
+    kept = KeptStore((1, 2), sliced, FLOAT)
+    for layer in range(3):
+        kept.choose(layer, (IDS + layer).clamp(max=175), sliced_store.layer(layer))
+    return kept
+
+
+@pytest.mark.parametrize("layer", [0, 1, 2])
+def test_kept_neurons_arrive_whether_they_are_gathered_already_or_on_the_way(
+    layer: int, sliced_store: HostStore, kept: KeptStore, sliced_slot: LayerBuffer, sliced: LayerLayout
+) -> None:
+    assert (kept.place(layer) is None) == (layer == 0)
+    copier = HostCopier(sliced_store, kept)
+    copier.start(layer, "kept", sliced_slot).wait()
+    ids, whole, found = (IDS + layer).clamp(max=175), sliced_store.layer(layer), sliced_slot.kept
+    assert found is not None
+    assert torch.equal(found.gate, whole.gate[ids])
+    assert torch.equal(found.up, whole.up[ids])
+    assert torch.equal(found.down, whole.down[ids])
+    assert copier.nbytes_copied == sliced.kept_nbytes == 4 * 3 * 64 * 4
+    behind = sliced_slot.storage[sliced.attention_nbytes + sliced.kept_nbytes :]
+    assert (behind == 0xEE).all(), "no more was written than was counted"
+    copier.close()
+
+
+def test_gates_arrive_alone_and_single_records_behind_them(
+    sliced_store: HostStore, sliced_slot: LayerBuffer, sliced: LayerLayout
+) -> None:
+    copier = HostCopier(sliced_store)
+    copier.start(3, "gate", sliced_slot).wait()
+    whole = sliced_store.layer(3)
+    assert torch.equal(sliced_slot.gate, whole.gate)
+    assert (sliced_slot.up_down.view(torch.uint8) == 0xEE).all()
+    assert copier.nbytes_copied == 176 * 64 * 4
+    ids = torch.tensor([9, 0, 140])
+    copier.fetch(3, ids, sliced_slot).wait()
+    assert torch.equal(sliced_slot.up_down[:3], whole.up_down[ids])
+    assert (sliced_slot.up_down[3:].view(torch.uint8) == 0xEE).all()
+    assert torch.equal(sliced_slot.gate, whole.gate)
+    assert copier.nbytes_copied == 176 * 64 * 4 + 3 * sliced.record_nbytes
+    copier.close()
+
+
+def test_kept_neurons_of_a_layer_on_disk_come_from_host_memory(
+    tiny: Checkpoint, sliced_store: HostStore, kept: KeptStore, sliced_slot: LayerBuffer, readers: ReaderPool
+) -> None:
+    host, disk = HostCopier(sliced_store, kept), DiskCopier(tiny, readers)
+    copier = TieredCopier({0: host, 1: disk}, host)
+    copier.start(1, "kept", sliced_slot).wait()
+    assert (disk.nbytes_copied, copier.nbytes_copied) == (0, sliced_slot.parts["kept"].numel())
+    copier.start(1, "records", sliced_slot).wait()
+    assert disk.nbytes_copied == sliced_slot.parts["records"].numel()
+    copier.fetch(0, IDS, sliced_slot).wait()
+    assert torch.equal(sliced_slot.up_down[:4], sliced_store.layer(0).up_down[IDS])
+    copier.close()
+
+
+def test_a_host_without_layers_still_brings_kept_neurons(
+    tiny: Checkpoint, sliced: LayerLayout, sliced_store: HostStore, kept: KeptStore, sliced_slot: LayerBuffer, readers: ReaderPool
+) -> None:
+    host, disk = HostCopier(HostStore((), tiny.spec, sliced, FLOAT), kept), DiskCopier(tiny, readers)
+    copier = TieredCopier(dict.fromkeys(range(4), disk), host)
+    copier.start(2, "kept", sliced_slot).wait()
+    assert sliced_slot.kept is not None
+    assert torch.equal(sliced_slot.kept.gate, sliced_store.layer(2).gate[kept.ids(2)])
+    assert copier.nbytes_copied == host.nbytes_copied > 0
+    copier.close()
+
+
+def test_records_of_a_layer_on_disk_are_never_fetched(tiny: Checkpoint, sliced_slot: LayerBuffer, readers: ReaderPool) -> None:
+    with pytest.raises(AssertionError, match="layer 2 is on disk"):
+        DiskCopier(tiny, readers).fetch(2, IDS, sliced_slot)
+
+
+def test_slices_over_a_paced_link_take_their_own_bytes_over_the_rate(
+    monkeypatch: pytest.MonkeyPatch, sliced_slot: LayerBuffer, sliced: LayerLayout
+) -> None:
+    clock = Clock(monkeypatch)
+    copier = PacedCopier(InstantCopier(), 1000.0)
+    copier.start(0, "kept", sliced_slot).wait()
+    assert clock.now == pytest.approx(100 + sliced.kept_nbytes / 1000)
+    copier.start(0, "gate", sliced_slot).wait()
+    copier.fetch(0, IDS, sliced_slot).wait()
+    nbytes = sliced.kept_nbytes + sliced.part_nbytes("gate") + 4 * sliced.record_nbytes
+    assert clock.now == pytest.approx(100 + nbytes / 1000)
+    assert copier.busy_seconds == pytest.approx(nbytes / 1000)

@@ -85,6 +85,7 @@ def test_no_layer_is_computed_on_bytes_that_are_not_its_own(device: torch.device
                 buffer = streamer.attention(layer) if part == "attention" else streamer.neurons(layer)
                 if rng.random() < 0.5:  # now the copies are ahead of what is computed, now they are behind
                     torch.cuda._sleep(BUSY_CYCLES)
+                assert isinstance(buffer, LayerBuffer)
                 wrong += (buffer.parts[part] != layer).sum()
             streamer.release(layer)
     assert int(wrong) == 0

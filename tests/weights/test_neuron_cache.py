@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -123,6 +126,29 @@ def test_records_are_held_where_they_were_planned() -> None:
     use(cache, 6, 8)
     _, records = cache.held()
     assert records.data_ptr() == place.data_ptr()
-    assert cache.nbytes == place.nbytes == 4 * 2 * WIDTH * 4
+    assert cache.nbytes == place.nbytes + 4 * 16 + NUM_NEURONS + 1
     assert place[:2, 0, 0].tolist() == [6.0, 8.0]
     assert place[2:].count_nonzero() == 0
+
+
+def test_an_interruption_half_way_through_an_insertion_leaves_nothing_that_may_be_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = make(3)
+    use(cache, 1, 2)
+    with monkeypatch.context() as patched:
+        patched.setattr(NeuronCache, "_put", interrupted(NeuronCache._put))
+        assert cache.missing(needing(2, 5)).tolist() == [5]
+        with pytest.raises(KeyboardInterrupt):
+            insert(cache, 5)
+    assert held_by(cache) == {}
+    assert use(cache, 1, 2, 5) == [1, 2, 5]
+    assert held_by(cache) == {1: 1.0, 2: 2.0, 5: 5.0}
+
+
+def interrupted(put: Any) -> Any:
+    """Does its work, and is interrupted before whoever asked knows."""
+
+    def put_and_stop(*arguments: Any) -> None:
+        put(*arguments)
+        raise KeyboardInterrupt
+
+    return put_and_stop

@@ -165,3 +165,138 @@ def test_spreading_chooses_as_many_as_asked_with_gaps_that_differ_by_one(num_all
     gaps = {after - before for before, after in pairwise(chosen)}
     assert len(chosen) == num_chosen
     assert not gaps or max(gaps) - min(gaps) <= 1
+
+
+# Sparse steps.
+
+NUM_KEPT = 28672 // 2
+KEPT_LAYOUT = layer_layout(SPEC, 2, NUM_KEPT)
+KEPT = 3 * NUM_KEPT * 8192 * 2
+RECORD = 2 * 8192 * 2
+CACHED = RECORD + 16
+"""A record, and two numbers of 8 bytes that say whose it is and when it was needed."""
+FLAGS = 28672 + 1
+"""A byte for each neuron of a layer and one for nobody, in each cache."""
+SPARSITY = 5 * MIB
+
+
+def plan_kept(device_nbytes: int, host_nbytes: int, *, staged: bool = False) -> Plan:
+    needs = replace(demand(staged=staged), sparsity_nbytes=SPARSITY)
+    return make_plan(SPEC, KEPT_LAYOUT, needs, Budgets(device_nbytes=device_nbytes, host_nbytes=host_nbytes))
+
+
+def plan_cached(device_nbytes: int, host_nbytes: int, num_cached: int = NUM_KEPT, *, staged: bool = False) -> Plan:
+    needs = replace(demand(staged=staged), num_cached_neurons=num_cached)
+    return make_plan(SPEC, LAYOUT, needs, Budgets(device_nbytes=device_nbytes, host_nbytes=host_nbytes))
+
+
+def test_choosing_neurons_is_on_the_device_s_bill() -> None:
+    made = plan_kept(24 * GIB, 200 * GIB)
+    assert made.device_bill["sparsity"] == SPARSITY
+    assert made.device_nbytes == FIXED + SPARSITY + 13 * LAYER
+
+
+def test_where_all_layers_are_in_host_memory_kept_neurons_take_what_is_left() -> None:
+    room = 32 * READER + HEAD + 69 * LAYER
+    for num_kept in (0, 1, 40, 69, 80):
+        made = plan_kept(24 * GIB, room + num_kept * KEPT)
+        assert (len(made.host_layers), made.disk_layers) == (69, ())
+        assert len(made.kept_layers) == min(num_kept, 69)
+        assert set(made.kept_layers) <= set(made.host_layers)
+        assert made.host_bill["kept_neurons"] == min(num_kept, 69) * KEPT
+        assert made.sliceable_layers == made.streamed_layers
+
+
+def test_where_some_layers_stay_on_disk_their_kept_neurons_come_first_and_fewer_layers_are_in_host_memory() -> None:
+    plain, made = plan(24 * GIB, 64 * GIB), plan_kept(24 * GIB, 64 * GIB)
+    room = 64 * GIB - 32 * READER - HEAD
+    # room >= host * layer + (streamed - host) * kept
+    num_streamed = len(made.streamed_layers)
+    num_host = (room - num_streamed * KEPT) // (LAYER - KEPT)
+    assert len(made.host_layers) == num_host < len(plain.host_layers)
+    assert set(made.disk_layers) <= set(made.kept_layers)
+    assert made.sliceable_layers == made.streamed_layers
+    assert made.host_bill["layers"] == num_host * LAYER
+    assert made.host_bill["kept_neurons"] == len(made.kept_layers) * KEPT
+
+
+def test_where_there_is_no_room_for_all_kept_neurons_no_layer_is_in_host_memory() -> None:
+    made = plan_kept(24 * GIB, 12 * GIB)
+    assert made.host_layers == ()
+    room = 12 * GIB - 32 * READER - HEAD
+    assert len(made.kept_layers) == room // KEPT < len(made.disk_layers)
+    assert made.sliceable_layers == made.kept_layers
+
+
+def test_full_passes_keep_nothing() -> None:
+    made = plan(24 * GIB, 64 * GIB)
+    assert (made.kept_layers, made.num_cached_neurons) == ((), 0)
+    assert (made.host_bill["kept_neurons"], made.device_bill["neuron_cache"], made.device_bill["sparsity"]) == (0, 0, 0)
+
+
+def test_caches_of_neurons_come_before_resident_layers() -> None:
+    made = plan_cached(24 * GIB, 200 * GIB, 2000)
+    left = 24 * GIB - FIXED - 2 * LAYER
+    cache = 2000 * CACHED + FLAGS
+    num_resident = (left - 80 * cache) // (LAYER - cache)
+    assert (made.num_cached_neurons, made.num_slots) == (2000, 2)
+    assert len(made.resident_layers) == num_resident < 11
+    assert made.device_bill["neuron_cache"] == (80 - num_resident) * cache
+
+
+def test_caches_are_as_large_as_there_is_room_for_and_none_is_worth_less_than_a_quarter() -> None:
+    wanted = NUM_KEPT
+    for num_fitting, num_cached in ((wanted, wanted), (wanted // 2, wanted // 2), (wanted // 4 - 1, 0)):
+        fitting = FIXED + 2 * LAYER + 80 * (num_fitting * CACHED + FLAGS)
+        made = plan_cached(fitting, 200 * GIB)
+        assert made.num_cached_neurons == num_cached
+        assert bool(made.resident_layers) == (num_cached == 0)
+        less = plan_cached(fitting - 1, 200 * GIB)
+        assert less.num_cached_neurons == max(0, num_cached - 1)
+        assert less.device_nbytes <= fitting - 1
+
+
+def test_layers_on_disk_have_no_caches_and_residents_have_their_room() -> None:
+    made, plain = plan_cached(24 * GIB, 64 * GIB, 2000), plan(24 * GIB, 64 * GIB)
+    assert made.disk_layers
+    assert made == plain
+
+
+def test_a_resident_model_has_no_caches() -> None:
+    made = plan_cached(FIXED + 80 * LAYER, 10 * GIB)
+    assert made.resident_layers == tuple(range(80))
+    assert (made.num_cached_neurons, made.device_bill["neuron_cache"]) == (0, 0)
+
+
+@given(
+    device_nbytes=st.integers(FIXED + 2 * LAYER + SPARSITY, FIXED + 90 * LAYER),
+    host_nbytes=st.one_of(st.integers(2 * READER, 8 * GIB), st.integers(8 * GIB, 200 * GIB)),
+    staged=st.booleans(),
+    num_cached=st.integers(0, 28672),
+)
+def test_plans_of_sparse_steps_stay_within_their_budgets_and_their_bills_add_up(
+    device_nbytes: int, host_nbytes: int, staged: bool, num_cached: int
+) -> None:
+    host_nbytes += 32 * MIB + 2 * LAYER if staged else 0
+    for made in (
+        plan_kept(device_nbytes, host_nbytes, staged=staged),
+        plan_cached(device_nbytes, host_nbytes, num_cached, staged=staged),
+    ):
+        assert made.device_nbytes == sum(made.device_bill.values()) <= device_nbytes
+        assert made.host_nbytes == sum(made.host_bill.values()) <= host_nbytes
+        assert all(nbytes >= 0 for nbytes in (*made.device_bill.values(), *made.host_bill.values()))
+        assert sorted(made.resident_layers + made.host_layers + made.disk_layers) == list(range(80))
+        assert made.num_slots >= 2 or not made.streamed_layers
+        assert made.num_slots <= len(made.streamed_layers)
+        assert set(made.kept_layers) <= set(made.streamed_layers)
+        assert made.host_bill["layers"] == len(made.host_layers) * LAYER
+        assert made.host_bill["kept_neurons"] == len(made.kept_layers) * KEPT
+        assert made.device_bill["resident_layers"] + made.device_bill["slots"] == (
+            (len(made.resident_layers) + made.num_slots) * LAYER
+        )
+        cache = made.num_cached_neurons * CACHED + FLAGS if made.num_cached_neurons else 0
+        assert made.device_bill["neuron_cache"] == len(made.streamed_layers) * cache
+        assert made.num_cached_neurons <= num_cached
+        assert not (made.num_cached_neurons and made.disk_layers)
+        if set(made.kept_layers) & set(made.host_layers):
+            assert set(made.disk_layers) <= set(made.kept_layers), "those on disk come first"

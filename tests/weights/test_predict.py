@@ -14,7 +14,18 @@ from offload_sirius.rates import Rates, rates_from
 from offload_sirius.units import GIB, MIB
 from offload_sirius.weights.layout import LayerLayout, layer_layout
 from offload_sirius.weights.plan import Budgets, Demand, Plan, make_plan
-from offload_sirius.weights.predict import Setting, Work, drags, load_seconds, pass_bill, predict
+from offload_sirius.weights.predict import (
+    Setting,
+    Work,
+    bound_of,
+    drags,
+    load_seconds,
+    pass_bill,
+    pass_nbytes,
+    predict,
+    predict_correction,
+    predict_draft,
+)
 from offload_sirius_loaders import open_checkpoint
 
 SPEC = open_checkpoint("synthetic:llama-3-70b").spec
@@ -43,7 +54,9 @@ TOKEN = Work(num_rows=1, num_chunks=1, num_head_rows=1, mixing_nbytes=2 * 2 * 8 
 PROMPT = Work(num_rows=1024, num_chunks=2, num_head_rows=1, mixing_nbytes=4 * 1024 * 1024, mixing_flops=4 * 8192 * 786_432)
 
 
-def plan(device_nbytes: int, host_nbytes: int, layout: LayerLayout = LAYOUT, *, staged: bool = True) -> Plan:
+def plan(
+    device_nbytes: int, host_nbytes: int, layout: LayerLayout = LAYOUT, *, staged: bool = True, num_cached_neurons: int = 0
+) -> Plan:
     demand = Demand(
         kv_cache_nbytes=1280 * MIB,
         position_tables_nbytes=MIB,
@@ -51,6 +64,7 @@ def plan(device_nbytes: int, host_nbytes: int, layout: LayerLayout = LAYOUT, *, 
         reader_nbytes=8 * MIB,
         embedding_on_device=False,
         staged=staged,
+        num_cached_neurons=num_cached_neurons,
     )
     return make_plan(SPEC, layout, demand, Budgets(device_nbytes=device_nbytes, host_nbytes=host_nbytes))
 
@@ -203,3 +217,177 @@ def test_no_pass_is_faster_than_what_it_is_bound_by_nor_slower_than_all_of_it_in
     in_turn = bill.link_seconds + bill.disk_seconds + bill.compute_seconds
     assert bill.bound_seconds * (1 - 1e-9) <= expected.seconds_per_pass <= in_turn * (1 + 1e-9)
     assert math.isfinite(expected.first_token_seconds)
+
+
+# Drafts and corrections. Half of the neurons: N = 14336 of 28672.
+
+NUM_KEPT = 14336
+GATE, RECORD = 2 * 28672 * 8192, 2 * 2 * 8192
+KEPT_LAYER = 2 * (ATTENTION + NORMS + FEED_FORWARD // 2)
+KEEPING = layer_layout(SPEC, 2, NUM_KEPT)
+KEPT = replace(TOKEN, cargo="kept")
+GATED = replace(TOKEN, cargo="gate", num_fetched=NUM_KEPT)
+CORRECTION = replace(TOKEN, num_rows=16, num_head_rows=16)
+IDLE = {"device_bytes_per_second": 1e30, "device_flops_per_second": 1e30, "layer_overhead_seconds": 1e-30}
+
+
+def keeping(device_gib: int = 24, host_gib: int = 260, **changes: Any) -> Setting:
+    return setting(plan(device_gib * GIB, host_gib * GIB, KEEPING), layout=KEEPING, **changes)
+
+
+def test_a_coarse_draft_of_llama_3_70b_brings_588_thousandths_of_a_pass() -> None:
+    given = keeping()
+    num_streamed = len(given.plan.streamed_layers)
+    assert given.plan.kept_layers == given.plan.streamed_layers
+    draft, full = predict_draft(given, KEPT), predict(given, TOKEN, PROMPT)
+    assert draft.nbytes == num_streamed * KEPT_LAYER
+    assert draft.nbytes / given.plan.pass_nbytes == pytest.approx(0.588, abs=5e-4)
+    assert draft.seconds == pytest.approx(draft.nbytes / LINK, rel=1e-12)
+    assert full.seconds_per_pass / draft.seconds == pytest.approx(1.70, abs=5e-3)
+    assert draft.bill.bound == "link"
+
+
+def test_a_fine_draft_brings_all_gates_and_what_it_sends_for() -> None:
+    given = setting(plan(24 * GIB, 260 * GIB), with_rates(**IDLE))
+    draft = predict_draft(given, GATED)
+    layer = 2 * (ATTENTION + NORMS) + GATE + NUM_KEPT * RECORD
+    assert draft.nbytes == len(given.plan.streamed_layers) * layer
+    assert layer / LAYER == pytest.approx(0.7255, abs=5e-5)
+    # Nobody computes for long, so that nothing but the link counts.
+    behind = HEAD / 1e30 + STEP_OVERHEAD
+    assert draft.nbytes / LINK <= draft.seconds * (1 + 1e-9) <= draft.nbytes / LINK + behind
+
+
+def test_records_are_sent_for_when_the_gates_are_known_and_queue_behind_the_next_layer() -> None:
+    given = setting(plan(24 * GIB, 260 * GIB), with_rates(**IDLE | {"layer_overhead_seconds": 0.01}))
+    assert given.plan.num_slots == 2
+    num_streamed, num_resident = len(given.plan.streamed_layers), len(given.plan.resident_layers)
+    draft = predict_draft(given, GATED)
+    # A layer's overhead passes while the records of its gates arrive, or those of the next; that of residents beside any of them.
+    assert draft.nbytes / LINK - 1e-9 <= draft.seconds
+    assert draft.seconds <= draft.nbytes / LINK + 0.01 * (num_streamed + num_resident) + STEP_OVERHEAD + 1e-9
+
+
+def test_what_is_in_a_cache_is_computed_on_and_not_brought() -> None:
+    made = plan(60 * GIB, 260 * GIB, num_cached_neurons=NUM_KEPT)
+    assert made.num_cached_neurons == NUM_KEPT
+    given, work = setting(made), replace(GATED, num_fetched=4096)
+    num_streamed, num_resident = len(made.streamed_layers), len(made.resident_layers)
+    attention = 2 * (ATTENTION + NORMS)
+    assert pass_nbytes(given, work) == num_streamed * (attention + GATE + 4096 * RECORD)
+    computed = attention + GATE + (NUM_KEPT + 4096) * RECORD
+    assert pass_bill(given, work, decoding=True).weights_nbytes == num_resident * LAYER + num_streamed * computed
+
+
+def test_resident_layers_compute_all_neurons_in_a_draft_too() -> None:
+    given = keeping()
+    bill = pass_bill(given, KEPT, decoding=True)
+    nbytes = len(given.plan.resident_layers) * LAYER + len(given.plan.streamed_layers) * KEPT_LAYER
+    assert bill.weights_nbytes == nbytes
+    assert bill.weights_seconds == pytest.approx(nbytes / MEMORY)
+
+
+def test_of_layers_on_disk_whose_kept_neurons_are_in_host_memory_a_draft_reads_the_attention_blocks() -> None:
+    given = keeping(host_gib=64)
+    disk_layers = given.plan.disk_layers
+    assert disk_layers
+    assert set(disk_layers) <= set(given.plan.kept_layers)
+    bill = pass_bill(given, KEPT, decoding=True)
+    assert bill.disk_nbytes == len(disk_layers) * 2 * (ATTENTION + NORMS)
+    assert bill.link_nbytes == len(given.plan.streamed_layers) * KEPT_LAYER
+    on_cpu = replace(given, own_memory=False)
+    host = len(given.plan.host_layers) * KEPT_LAYER
+    assert pass_bill(on_cpu, KEPT, decoding=True).copy_nbytes == host + len(disk_layers) * FEED_FORWARD
+
+
+def test_layers_on_disk_come_whole_where_their_kept_neurons_have_no_room() -> None:
+    given = keeping(host_gib=4)
+    assert not given.plan.sliceable_layers
+    assert predict_draft(given, KEPT).nbytes == given.plan.pass_nbytes
+    assert pass_bill(given, KEPT, decoding=True) == pass_bill(given, TOKEN, decoding=True)
+
+
+def test_fine_drafts_read_layers_on_disk_whole() -> None:
+    given = setting(plan(24 * GIB, 64 * GIB))
+    num_disk, num_host = len(given.plan.disk_layers), len(given.plan.host_layers)
+    layer = 2 * (ATTENTION + NORMS) + GATE + NUM_KEPT * RECORD
+    assert pass_nbytes(given, GATED) == num_disk * LAYER + num_host * layer
+    assert pass_bill(given, GATED, decoding=True).disk_nbytes == num_disk * LAYER
+
+
+@pytest.mark.parametrize("host_gib", [64, 160, 260])
+def test_a_correction_bound_by_the_link_adds_the_bytes_of_a_full_pass_to_its_window(host_gib: int) -> None:
+    given = keeping(host_gib=host_gib, rates=with_rates(disk_bytes_per_second=1e15))
+    draft = predict_draft(given, KEPT)
+    correction = predict_correction(given, CORRECTION, KEPT, draft.seconds)
+    assert correction.nbytes == given.plan.pass_nbytes
+    assert correction.seconds == pytest.approx(correction.nbytes / LINK, rel=1e-9)
+
+
+def test_a_correction_of_many_tokens_takes_their_arithmetic() -> None:
+    given = setting(plan(200 * GIB, 10 * GIB))
+    rates = with_rates(device_flops_per_second=1e12)
+    draft = predict_draft(replace(given, rates=rates), KEPT)
+    correction = predict_correction(replace(given, rates=rates), CORRECTION, KEPT, draft.seconds)
+    arithmetic = 2 * 16 * (80 * LAYER_PARAMETERS + HEAD_PARAMETERS) / 1e12
+    beside = 80 * (TOKEN.mixing_flops / 1e12 + LAYER_OVERHEAD) + STEP_OVERHEAD
+    assert correction.seconds == pytest.approx(arithmetic + beside, rel=1e-9)
+    assert correction.nbytes == draft.nbytes == 0
+
+
+def test_a_draft_that_keeps_all_neurons_is_a_pass() -> None:
+    given = keeping(host_gib=64)
+    full = predict(given, TOKEN, PROMPT)
+    assert predict_draft(given, TOKEN).seconds == pytest.approx(full.seconds_per_pass, rel=1e-6)
+    assert predict_draft(given, TOKEN).bill == full.token
+
+
+def test_what_a_window_is_bound_by_is_summed_over_its_passes() -> None:
+    fast_link = keeping(rates=with_rates(link_bytes_per_second=1e15))
+    compute = pass_bill(fast_link, KEPT, decoding=True)
+    link = pass_bill(keeping(), CORRECTION, decoding=True)
+    assert (compute.bound, link.bound) == ("compute", "link")
+    assert bound_of((1, compute), (1, link)) == "link"
+    assert bound_of((10**6, compute), (1, link)) == "compute"
+
+
+@given(
+    device_gib=st.integers(10, 150),
+    host_gib=st.integers(8, 250),
+    link=st.floats(1e9, 100e9),
+    disk=st.floats(1e8, 20e9),
+    memory=st.floats(1e9, 2e12),
+    own_memory=st.booleans(),
+    pace=st.one_of(st.none(), st.floats(1e9, 100e9)),
+    cargo=st.sampled_from(["records", "kept", "gate"]),
+    num_cached=st.sampled_from([0, NUM_KEPT]),
+)
+def test_no_draft_and_no_window_is_faster_than_what_it_is_bound_by_nor_slower_than_all_of_it_in_turn(
+    device_gib: int,
+    host_gib: int,
+    link: float,
+    disk: float,
+    memory: float,
+    own_memory: bool,
+    pace: float | None,
+    cargo: Any,
+    num_cached: int,
+) -> None:
+    rates = with_rates(link_bytes_per_second=link, disk_bytes_per_second=disk, device_bytes_per_second=memory)
+    layout = KEEPING if cargo == "kept" else LAYOUT
+    num_cached = num_cached if cargo == "gate" else 0
+    made = plan(device_gib * GIB, host_gib * GIB, layout, staged=own_memory, num_cached_neurons=num_cached)
+    given = setting(made, rates, own_memory=own_memory, layout=layout, paced_bytes_per_second=pace)
+    work = replace(TOKEN, cargo=cargo, num_fetched=NUM_KEPT if cargo == "gate" else 0)
+    draft = predict_draft(given, work)
+    correction = predict_correction(given, CORRECTION, work, draft.seconds)
+
+    def in_turn(*bills: Any) -> float:
+        return sum(bill.pacing_seconds + bill.copy_seconds + bill.copy_drag_seconds + bill.disk_seconds + bill.compute_seconds
+                   for bill in bills)  # fmt: skip
+
+    assert draft.bill.bound_seconds * (1 - 1e-9) <= draft.seconds <= in_turn(draft.bill) * (1 + 1e-9)
+    window, bills = 4 * draft.seconds + correction.seconds, [draft.bill] * 4 + [correction.bill]
+    least = max(sum(bill.seconds[kind] for bill in bills) for kind in draft.bill.seconds)
+    assert least * (1 - 1e-9) <= window <= in_turn(*bills) * (1 + 1e-9)
+    assert draft.nbytes <= correction.nbytes == made.pass_nbytes

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from offload_sirius.errors import WeightReadError
 from offload_sirius.weights.buffers import KeptNeurons, LayerBuffer
-from offload_sirius.weights.layout import PARTS, Part, layer_layout
-from offload_sirius.weights.streamer import Cargo, WeightStreamer
+from offload_sirius.weights.layout import PARTS, Cargo, Part, layer_layout
+from offload_sirius.weights.streamer import WeightStreamer
 from offload_sirius_loaders import open_checkpoint
 
 SPEC = open_checkpoint("synthetic:tiny?ffn=16&width=32&heads=4&kv_heads=2").spec
@@ -280,6 +280,8 @@ def run_sparse(
                 return
             assert (fetched.wait().view(torch.uint8) == layer + FETCHED).all()
             assert (neurons.parts["gate"] == layer).all()
+            streamer.release(layer)
+            continue
         assert (attention.parts["attention"] == layer).all(), "attention is still in use"
         streamer.release(layer)
     if this.half and last < all_layers:
@@ -287,7 +289,8 @@ def run_sparse(
 
 
 def in_flight(streamer: WeightStreamer) -> int:
-    return sum(flight.nbytes for flight in streamer._ring)
+    early = LAYOUT.part_nbytes("attention") if streamer._early is not None else 0
+    return sum(flight.nbytes for flight in streamer._ring) + early
 
 
 passes = st.builds(
@@ -386,13 +389,30 @@ def test_bytes_of_drafts_are_attention_and_slices_and_what_was_fetched() -> None
     assert streamer.pass_nbytes["draft"] == 2 * (attention + gate) + fetched + LAYOUT.nbytes + kept
 
 
+def test_behind_records_the_link_goes_on_with_an_attention_block_before_they_are_computed_on() -> None:
+    streamer, copier = make(4, set(), 2, sliceable={0, 1, 2, 3})
+    streamer.begin("draft", "gate", following="gate")
+    streamer.attention(0)
+    streamer.neurons(0)
+    streamer.fetch(0, torch.arange(2)).wait()
+    assert copier.started[-2:] == [(0, "2 neurons"), (2, "attention")]
+    streamer.release(0)
+    assert copier.started[-2:] == [(2, "attention"), (2, "gate")]
+
+
+def test_a_pass_given_up_behind_a_fetch_reads_that_layer_again() -> None:
+    streamer, _ = make(4, set(), 2, sliceable={0, 1, 2, 3})
+    run_sparse(streamer, Pass("gate", "gate", num_layers=1, fetch_is_given_up=True), {0, 1, 2, 3}, (), 4)
+    run_sparse(streamer, Pass("gate", "gate"), {0, 1, 2, 3}, (), 4)
+
+
 def test_records_are_fetched_for_the_layer_whose_gates_are_there_and_no_other() -> None:
     streamer, copier = make(3, set(), 2, sliceable={0, 1, 2})
     streamer.begin("draft", "gate")
     streamer.attention(0)
     streamer.neurons(0)
     place = streamer.fetch(0, torch.tensor([3, 9])).wait()
-    assert (place.shape, copier.started[-1]) == ((2, 2, 32), (0, "2 neurons"))
+    assert (place.shape, copier.started[-2]) == ((2, 2, 32), (0, "2 neurons"))
     with pytest.raises(AssertionError):
         streamer.fetch(1, torch.tensor([3]))
     streamer, _ = make(3, set(), 2)

@@ -10,15 +10,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from offload_sirius.errors import WeightReadError
-from offload_sirius.weights.buffers import LayerBuffer
+from offload_sirius.weights.buffers import KeptNeurons, LayerBuffer
 from offload_sirius.weights.copiers import Transfer
 from offload_sirius.weights.disk import ReaderPool
 from offload_sirius.weights.host import HostStore
-from offload_sirius.weights.layout import PARTS, Part, layer_layout
+from offload_sirius.weights.kept import KeptStore
+from offload_sirius.weights.layout import PARTS, Cargo, Part, layer_layout
 from offload_sirius.weights.load import Loader
 from offload_sirius.weights.plan import CHUNK_NBYTES, NUM_CHUNKS
 from offload_sirius.weights.streamer import WeightStreamer
-from offload_sirius.weights.uploads import ChunkRoute, Chunks, DiskRoute, Event, PinnedRoute, Route, UplinkCopier
+from offload_sirius.weights.uploads import ChunkRoute, Chunks, DiskRoute, Event, PinnedRoute, Route, SliceRoute, UplinkCopier
 from offload_sirius_loaders import open_checkpoint
 from offload_sirius_loaders.checkpoint import Checkpoint
 
@@ -26,7 +27,7 @@ from .simulated import POISON, STEPS_AT_ONCE, Pick, QueueEvent, SimulatedDevice,
 from .test_streamer import NoEmbedding
 
 SPEC = open_checkpoint("synthetic:tiny?ffn=16&width=32&heads=4&kv_heads=2").spec
-LAYOUT = layer_layout(SPEC, 2)
+LAYOUT = layer_layout(SPEC, 2, 5)
 NUM_LAYERS = 7
 
 
@@ -73,6 +74,7 @@ def run_pass(streamer: WeightStreamer, device: SimulatedDevice, computed: Comput
         attention = streamer.attention(layer)
         device.compute(computed.reader(layer, "attention", attention))
         neurons = streamer.neurons(layer)
+        assert isinstance(neurons, LayerBuffer)
         device.compute(computed.reader(layer, "records", neurons))
         device.compute(computed.reader(layer, "attention", attention))
         streamer.release(layer)
@@ -254,3 +256,135 @@ def test_a_read_error_reaches_who_waits_and_the_buffer_is_used_again(tiny: Check
     bring(copier, 1, place)
     copier.close()
     readers.close()
+
+
+# Slices of layers.
+
+IDS = torch.tensor([0, 3, 4, 9, 15])
+
+
+def kept_store(layers: list[int]) -> KeptStore:
+    """Kept neurons of every layer, those of some of them gathered."""
+    kept = KeptStore(layers, LAYOUT, torch.bfloat16)
+    for layer in range(NUM_LAYERS):
+        kept.choose(layer, IDS, STORE.layer(layer))
+    return kept
+
+
+def slicing_streamer(
+    device: SimulatedDevice, residents: set[int], unsliceable: set[int], gathered: list[int], num_slots: int
+) -> WeightStreamer:
+    streamed = [layer for layer in range(NUM_LAYERS) if layer not in residents]
+    kept = kept_store(gathered)
+    route = PinnedRoute(STORE, range(NUM_LAYERS), device)
+    return WeightStreamer(
+        residents={layer: slot(layer) for layer in residents},
+        streamed_layers=streamed,
+        slots=[slot() for _ in range(num_slots)],
+        copier=UplinkCopier(dict.fromkeys(streamed, route), device, SliceRoute(STORE, kept, device)),
+        embedding=NoEmbedding(),
+        final_norm=torch.ones(1),
+        head=torch.ones(1, 1),
+        sliceable=set(streamed) - unsliceable,
+        kept=kept,
+    )
+
+
+def run_cargo(streamer: WeightStreamer, device: SimulatedDevice, computed: Computed, cargo: Cargo, last_layer: int) -> None:
+    """A pass over the first layers; given up where there are more."""
+
+    def all_are(layer: int, *tensors: torch.Tensor) -> None:
+        device.compute(lambda: computed.right.append(all(bool((each.view(torch.uint8) == layer).all()) for each in tensors)))
+
+    for layer in range(last_layer):
+        attention = streamer.attention(layer)
+        all_are(layer, attention.parts["attention"])
+        neurons = streamer.neurons(layer)
+        if isinstance(neurons, KeptNeurons):
+            assert cargo == "kept"
+            all_are(layer, neurons.gate, neurons.up_down)
+        elif streamer.has_records(layer):
+            all_are(layer, neurons.parts["records"])
+        else:
+            assert cargo == "gate"
+            fetched = streamer.fetch(layer, IDS[: 1 + layer % 4])
+            all_are(layer, neurons.gate)
+            all_are(layer, fetched.wait())
+        if cargo != "gate" or streamer.has_records(layer):  # where records are fetched, the next layer's attention block comes
+            all_are(layer, attention.parts["attention"])
+        streamer.release(layer)
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    residents=st.sets(st.integers(0, NUM_LAYERS - 1), max_size=NUM_LAYERS - 2),
+    unsliceable=st.sets(st.integers(0, NUM_LAYERS - 1)),
+    gathered=st.sets(st.integers(0, NUM_LAYERS - 1)),
+    num_slots=st.integers(2, 4),
+    passes=st.lists(
+        st.tuples(
+            st.sampled_from(["records", "kept", "gate"]),
+            st.sampled_from(["records", "kept", "gate"]),
+            st.one_of(st.just(NUM_LAYERS), st.integers(0, NUM_LAYERS)),
+        ),
+        min_size=1,
+        max_size=4,
+    ),
+    data=st.data(),
+)
+def test_slices_are_never_computed_on_before_they_are_there_nor_overwritten_too_early(
+    residents: set[int],
+    unsliceable: set[int],
+    gathered: set[int],
+    num_slots: int,
+    passes: list[tuple[Cargo, Cargo, int]],
+    data: st.DataObject,
+) -> None:
+    device, computed = SimulatedDevice(picks(data)), Computed()
+    num_slots = min(num_slots, NUM_LAYERS - len(residents))
+    streamer = slicing_streamer(device, residents, unsliceable, sorted(gathered), num_slots)
+    for cargo, following, last_layer in passes:
+        streamer.begin("draft", cargo, following=following)
+        run_cargo(streamer, device, computed, cargo, last_layer)
+    device.close()
+    assert all(computed.right)
+    assert device.nbytes_copied == streamer.copied_nbytes
+    in_flight = sum(flight.nbytes for flight in streamer._ring)
+    assert streamer.copied_nbytes == streamer.pass_nbytes["draft"] + streamer.discarded_nbytes + in_flight
+
+
+def test_kept_neurons_arrive_by_one_copy_or_by_gathering(uplink: SimulatedUplink) -> None:
+    kept = kept_store([2])
+    copier = UplinkCopier(
+        dict.fromkeys(range(NUM_LAYERS), PinnedRoute(STORE, [], uplink)), uplink, SliceRoute(STORE, kept, uplink)
+    )
+    for num_before, layer in enumerate((2, 3)):  # gathered in host memory, and not
+        place = slot()
+        copier.start(layer, "kept", place).wait()
+        assert place.kept is not None
+        assert (place.kept.gate.view(torch.uint8) == layer).all()
+        assert (place.kept.up_down.view(torch.uint8) == layer).all()
+        assert (place.storage[LAYOUT.attention_nbytes + LAYOUT.kept_nbytes :] == POISON).all()
+        assert copier.nbytes_copied == (num_before + 1) * LAYOUT.kept_nbytes
+    copier.close()
+
+
+def test_gates_and_fetched_records_arrive_each_in_its_place(uplink: SimulatedUplink) -> None:
+    store = HostStore(range(2), SPEC, LAYOUT, torch.bfloat16, registrar=uplink)
+    for layer in range(2):
+        numbers = torch.arange(16.0) + 16 * layer
+        store.layer(layer).gate.copy_(numbers[:, None])
+        store.layer(layer).up_down.copy_(numbers[:, None, None] + 100)
+    assert store.pin_report().reason is None
+    kept = KeptStore((), LAYOUT, torch.bfloat16)
+    route = PinnedRoute(store, range(2), uplink)
+    copier, place = UplinkCopier(dict.fromkeys(range(2), route), uplink, SliceRoute(store, kept, uplink)), slot()
+    copier.start(1, "gate", place).wait()
+    copier.fetch(1, torch.tensor([7, 0]), place).wait()
+    assert place.gate[:, 0].tolist() == [16.0 + neuron for neuron in range(16)]
+    assert place.up_down[:2, :, 0].tolist() == [[123.0, 123.0], [116.0, 116.0]]
+    assert (place.up_down[2:].view(torch.uint8) == POISON).all()
+    assert copier.nbytes_copied == LAYOUT.part_nbytes("gate") + 2 * LAYOUT.record_nbytes
+    assert uplink.from_pageable_nbytes == 0
+    copier.close()
+    store.close()

@@ -1,0 +1,267 @@
+"""`offload-sirius bench decode`: the same prompts decoded in several ways, in one table beside the full model."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+
+import typer
+
+from offload_sirius.bench.prompts import BUILT_IN, read_prompts
+from offload_sirius.bench.variants import DecodeBench, variants_of
+from offload_sirius.cli import flags
+from offload_sirius.cli.generate import explain
+from offload_sirius.cli.tracing import tracing
+from offload_sirius.config import MODES, DecodingConfig, EngineConfig, GenerationConfig, SamplingConfig, help_of
+from offload_sirius.errors import ConfigError
+
+if TYPE_CHECKING:
+    from offload_sirius.bench.answers import Answer, DecodeRow
+    from offload_sirius.bench.decode import DecodeReport
+    from offload_sirius.engine import Engine
+
+EXAMPLES = """\b
+Examples:
+  offload-sirius bench decode --link-gbps 0.5 --window 8
+  offload-sirius bench decode --sparsity griffin,cats --accept exact,threshold --tree-width 1,4 --prompts my.jsonl --json
+"""
+
+NUM_TOKENS = 64
+"""Of an answer, where nobody says how many."""
+
+SAID_EVERY_SECONDS = 5.0
+
+EXAMPLE_OF = {"--keep": "0.5,0.75", "--tree-width": "1,4"}
+
+_ENGINE = EngineConfig()
+_DECODING = DecodingConfig()
+_GENERATION = GenerationConfig(max_new_tokens=NUM_TOKENS)
+_SAMPLING = SamplingConfig()
+
+Value = TypeVar("Value")
+
+
+def _list(name: str, metavar: str) -> Any:
+    text = help_of(DecodingConfig, name) + " Several with commas."
+    return typer.Option("--" + name.replace("_", "-"), help=text, metavar=metavar, rich_help_panel=flags.DECODING)
+
+
+def decode(
+    model: flags.Model = _ENGINE.model,
+    prompts: Annotated[
+        str | None,
+        typer.Option(
+            "--prompts",
+            help="JSONL file with a `prompt` in each line. Default: three short ones.",
+            metavar="FILE",
+            rich_help_panel=flags.PROMPT,
+        ),
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option("--limit", help="Take the first N prompts only.", metavar="N", rich_help_panel=flags.PROMPT)
+    ] = None,
+    chat: flags.Chat = _GENERATION.chat,
+    modes: Annotated[
+        str,
+        typer.Option(
+            "--modes",
+            help="Of " + ", ".join(MODES) + ", with commas; full is always measured.",
+            metavar="MODES",
+            rich_help_panel=flags.DECODING,
+        ),
+    ] = ",".join(MODES),
+    sparsity: Annotated[str, _list("sparsity", "KINDS")] = _DECODING.sparsity,
+    keep: Annotated[str, _list("keep", "SHARES")] = str(_DECODING.keep),
+    window: Annotated[str, _list("window", "N,auto")] = str(_DECODING.window),
+    accept: Annotated[str, _list("accept", "RULES")] = _DECODING.accept,
+    threshold: flags.Threshold = _DECODING.threshold,
+    tree_width: Annotated[str, _list("tree_width", "N")] = str(_DECODING.tree_width),
+    force_aal: Annotated[
+        float | None,
+        typer.Option(
+            "--force-aal",
+            help="Let windows give so many tokens on average, whatever the models say; all passes are run and timed.",
+            metavar="X",
+            rich_help_panel=flags.DECODING,
+        ),
+    ] = None,
+    max_new_tokens: flags.MaxNewTokens = _GENERATION.max_new_tokens,
+    ignore_eos: flags.IgnoreEos = _GENERATION.ignore_eos,
+    temperature: flags.Temperature = _SAMPLING.temperature,
+    top_p: flags.TopP = _SAMPLING.top_p,
+    seed: flags.Seed = _SAMPLING.seed,
+    device: flags.Device = _ENGINE.device,
+    device_memory: flags.StreamingDeviceMemory = None,
+    host_memory: flags.HostMemory = _ENGINE.host_memory,
+    link_gbps: flags.LinkGbps = _ENGINE.link_gbps,
+    dtype: flags.Dtype = _ENGINE.dtype,
+    threads: flags.Threads = _ENGINE.threads,
+    shared_host_buffers: flags.SharedHostBuffers = _ENGINE.shared_host_buffers,
+    plot: flags.Plot = None,
+    trace: flags.Trace = None,
+    as_json: flags.Report = False,
+    verbose: flags.Verbose = False,
+) -> None:
+    """Measure decoding in several ways beside the full model's."""
+    variants = variants_of(
+        modes=_values("--modes", modes, _mode),  # type: ignore[arg-type]  # checked by DecodingConfig, as are the next
+        sparsities=_values("--sparsity", sparsity, str),  # type: ignore[arg-type]
+        keeps=_values("--keep", keep, float),
+        windows=_values("--window", window, str),
+        accepts=_values("--accept", accept, str),  # type: ignore[arg-type]
+        threshold=threshold,
+        tree_widths=_values("--tree-width", tree_width, int),
+    )
+    generation = GenerationConfig(
+        sampling=SamplingConfig(temperature=temperature, top_p=top_p, seed=seed),
+        max_new_tokens=max_new_tokens,
+        ignore_eos=ignore_eos,
+        chat=chat,
+    )
+    config = EngineConfig(
+        model=model,
+        device=device,
+        device_memory=device_memory or _ENGINE.device_memory,
+        host_memory=host_memory,
+        link_gbps=link_gbps,
+        dtype=dtype,  # type: ignore[arg-type]  # checked by EngineConfig
+        threads=threads,
+        shared_host_buffers=shared_host_buffers,
+    )
+    texts = BUILT_IN if prompts is None else read_prompts(Path(prompts))
+    bench = DecodeBench(
+        prompts=texts if limit is None else texts[: flags.at_least_one("--limit", limit)],
+        variants=variants,
+        generation=generation,
+        forced_aal=None if force_aal is None else _fraction(force_aal),
+    )
+    report = _measure(config, bench, trace, plot, all_streamed=device_memory is None, verbose=verbose)
+    typer.echo(json.dumps(report.as_json()) if as_json else "\n".join(table(report)))
+
+
+def _measure(
+    config: EngineConfig, bench: DecodeBench, trace: str | None, plot: str | None, *, all_streamed: bool, verbose: bool
+) -> DecodeReport:
+    from offload_sirius.bench.decode import decode_config, measure_decode
+    from offload_sirius.bench.plot import plot_decode, require_plot
+    from offload_sirius.cli.console import LoadProgress
+    from offload_sirius.engine import open_model
+
+    if plot is not None:
+        require_plot(Path(plot))
+    with tracing(trace) as tracer:
+        config = decode_config(open_model(config.model), config, bench, all_streamed=all_streamed)
+        watch = SayingWatch(bench.prompts[0] if verbose else None)
+        report = measure_decode(config, bench, progress=LoadProgress(), watch=watch, tracer=tracer)
+    if plot is not None:
+        plot_decode(report, Path(plot))
+    return report
+
+
+class SayingWatch:
+    """Says now and then on stderr how far it is."""
+
+    def __init__(self, explained: str | None) -> None:
+        """explained: a prompt for which each plan is explained; None for no explanation."""
+        self._explained = explained
+        self._began = self._said = time.perf_counter()
+
+    def loaded(self, engine: Engine) -> None:
+        """See Watch."""
+        if self._explained is not None:
+            explain(engine, len(engine.model.encode(self._explained)))
+
+    def answered(self, name: str, num_answers: int, num_all: int) -> None:
+        """See Watch."""
+        from offload_sirius.cli.console import say
+
+        now = time.perf_counter()
+        if now - self._said > SAID_EVERY_SECONDS:
+            self._said = now
+            left = (now - self._began) / num_answers * (num_all - num_answers)
+            say(f"{name}: {num_answers} of {num_all} answers, about {left:.0f} s left")
+
+    def measured(self, variant: DecodingConfig, answers: Sequence[Answer]) -> None:
+        """See Watch."""
+
+
+def _values(flag: str, text: str, kind: Callable[[str], Value]) -> list[Value]:
+    try:
+        return [kind(each.strip()) for each in text.split(",")]
+    except ValueError as error:
+        numbers = "whole numbers" if kind is int else "numbers"
+        raise ConfigError(f"{flag} is {text}; it must be {numbers} with commas, such as {EXAMPLE_OF[flag]}") from error
+
+
+def _mode(text: str) -> str:
+    if text not in MODES:
+        raise ConfigError(f"--modes has {text}; it must be of " + ", ".join(MODES))
+    return text
+
+
+def _fraction(aal: float) -> Fraction:
+    """The number as it was typed: 15.2, and not the nearest sum of powers of two."""
+    if not math.isfinite(aal):
+        raise ConfigError(f"--force-aal is {aal}; it must be a number")
+    return Fraction(str(aal))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Column:
+    """One of the table's."""
+
+    head: str
+    width: int
+    value: Callable[[DecodeRow], float | str | None]
+    form: str
+
+    def cell(self, row: DecodeRow) -> str:
+        """The row's value, as wide as the column; what there is not is a dash."""
+        value = self.value(row)
+        return f"{'-' if value is None else format(value, self.form):>{self.width}}"
+
+
+COLUMNS = (
+    Column(head="ratio", width=6, value=lambda row: row.ratio, form=".3f"),
+    Column(head="AAL", width=6, value=lambda row: row.aal, form=".2f"),
+    Column(head="accept", width=7, value=lambda row: row.acceptance, form=".1%"),
+    Column(head="density", width=8, value=lambda row: row.effective_density, form=".3f"),
+    Column(head="MB/token", width=9, value=lambda row: _scaled(row.nbytes_per_token, 1e6), form=".1f"),
+    Column(head="agree", width=7, value=lambda row: row.agreement, form=".1%"),
+    Column(head="same", width=5, value=lambda row: row.num_identical, form="d"),
+    Column(head="busy", width=7, value=lambda row: row.busy_share, form=".1%"),
+    Column(head="hits", width=7, value=lambda row: row.cache_hit_share, form=".1%"),
+    Column(head="draft s", width=8, value=lambda row: row.draft_seconds, form=".4f"),
+    Column(head="/link", width=6, value=lambda row: row.draft_link_ratio, form=".3f"),
+    Column(head="correct s", width=10, value=lambda row: row.correction_seconds, form=".4f"),
+    Column(head="/full", width=6, value=lambda row: row.correction_ratio, form=".3f"),
+)
+
+
+def table(report: DecodeReport) -> list[str]:
+    """A title, a head, and a line for each row."""
+    full = report.rows[0]
+    where = f"{full.num_streamed_layers} of {full.num_streamed_layers + full.num_resident_layers} layers streamed in mode full"
+    link = "" if report.link_gbps is None else f" at {report.link_gbps:g} GB/s"
+    width = max(len(row.name) for row in report.rows)
+    answers = f"{report.num_prompts} prompts, up to {report.max_new_tokens} tokens"
+    return [
+        f"{report.model} on {report.device}, {report.dtype}: {answers}, {where}{link}",
+        f"{'':{width}}  {'s/token (lowest to highest)':>27}" + "".join(f"{each.head:>{each.width}}" for each in COLUMNS),
+        *(f"{row.name:{width}}  {_seconds(row):>27}" + "".join(each.cell(row) for each in COLUMNS) for row in report.rows),
+    ]
+
+
+def _seconds(row: DecodeRow) -> str:
+    spread = row.seconds_per_token
+    return "-" if spread is None else f"{spread.median:.4f} ({spread.lowest:.4f} to {spread.highest:.4f})"
+
+
+def _scaled(value: float | None, unit: float) -> float | None:
+    return None if value is None else value / unit

@@ -1,0 +1,107 @@
+"""Rows from lists: the cross product, each once, and what cannot be forced."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from typing import Any
+
+import pytest
+
+from offload_sirius.bench.variants import FULL, DecodeBench, name_of, roomiest, variants_of
+from offload_sirius.config import DecodingConfig, GenerationConfig, SamplingConfig
+from offload_sirius.errors import ConfigError
+
+PLAIN: dict[str, Any] = {
+    "modes": ["full", "sparse", "sirius"],
+    "sparsities": ["griffin"],
+    "keeps": [0.5],
+    "windows": ["4"],
+    "accepts": ["exact"],
+    "threshold": 0.1,
+    "tree_widths": [1],
+}
+
+
+def names(**lists: Any) -> list[str]:
+    return [name_of(variant) for variant in variants_of(**PLAIN | lists)]
+
+
+def bench(variants: tuple[DecodingConfig, ...], **others: Any) -> DecodeBench:
+    generation = GenerationConfig(
+        max_new_tokens=others.pop("max_new_tokens", 9), sampling=others.pop("sampling", SamplingConfig())
+    )
+    return DecodeBench(prompts=("hi",), variants=variants, generation=generation, **others)
+
+
+def test_the_small_table_has_one_sparse_and_one_corrected_row() -> None:
+    assert names() == ["griffin 0.5 sparse", "griffin 0.5 sirius exact w4"]
+    assert names(modes=["full"]) == []
+
+
+def test_rows_are_a_cross_product_in_the_order_of_the_lists() -> None:
+    assert names(sparsities=["griffin", "cats"], keeps=[0.5, 0.75], modes=["sirius"], tree_widths=[1, 2]) == [
+        "griffin 0.5 sirius exact w4",
+        "griffin 0.5 sirius exact w4 t2",
+        "griffin 0.75 sirius exact w4",
+        "griffin 0.75 sirius exact w4 t2",
+        "cats 0.5 sirius exact w4",
+        "cats 0.5 sirius exact w4 t2",
+        "cats 0.75 sirius exact w4",
+        "cats 0.75 sirius exact w4 t2",
+    ]
+    assert names(modes=["sirius"], windows=["auto", "8"], accepts=["exact", "threshold"]) == [
+        "griffin 0.5 sirius exact wauto",
+        "griffin 0.5 sirius threshold 0.1 wauto",
+        "griffin 0.5 sirius exact w8",
+        "griffin 0.5 sirius threshold 0.1 w8",
+    ]
+
+
+def test_what_is_given_twice_is_measured_once() -> None:
+    assert names(modes=["sparse", "sparse"], keeps=[0.5, 0.5]) == ["griffin 0.5 sparse"]
+
+
+def test_each_kind_of_neurons_is_a_load_of_its_own_with_room_for_the_largest_tree() -> None:
+    variants = variants_of(**PLAIN | {"sparsities": ["griffin", "cats"], "tree_widths": [4, 1], "windows": ["4", "9"]})
+    first, *others = bench(variants).loads
+    assert first == (FULL,)
+    assert [(load[0].sparsity, len(load)) for load in others] == [("griffin", 5), ("cats", 5)]
+    assert [(roomiest(load).window, roomiest(load).tree_width) for load in others] == [(9, 4), (9, 4)]
+    assert bench(variants).num_ahead == 8 * 4 + 1 - 9
+
+
+def test_forced_answers_are_whole_windows_behind_a_first_token() -> None:
+    forced = bench(variants_of(**PLAIN), forced_aal=Fraction("3.5"), max_new_tokens=14)
+    assert (forced.num_tokens, forced.num_ahead) == (1 + 10, 4)
+    assert name_of(forced.variants[1], forced.forced_aal) == "griffin 0.5 sirius forced 3.5 w4"
+
+
+@pytest.mark.parametrize(
+    ("lists", "aal", "message"),
+    [
+        ({"modes": ["sparse"]}, "2", "--force-aal is for mode sirius; add it to --modes"),
+        ({"tree_widths": [1, 2]}, "2", "--force-aal is for lines, and --tree-width is 2; give --tree-width 1"),
+        (
+            {"windows": ["auto"]},
+            "2",
+            "--force-aal is for fixed windows, and --window is auto; give a number, such as --window 16",
+        ),
+        ({"windows": ["8", "4"]}, "4.5", "--force-aal is 4.5; it must be between 1 and --window 4"),
+        ({}, "0.5", "--force-aal is 0.5; it must be between 1 and --window 4"),
+        (
+            {"accepts": ["threshold"]},
+            "2",
+            "--force-aal decides what is accepted, and --accept is threshold; leave --accept out",
+        ),
+        ({"windows": ["16"]}, "9.5", "--max-new-tokens is 9; a first token and one window of --force-aal 9.5 take 10"),
+    ],
+)
+def test_what_cannot_be_forced_is_said(lists: dict[str, Any], aal: str, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        bench(variants_of(**PLAIN | lists), forced_aal=Fraction(aal))
+    assert str(caught.value) == message
+
+
+def test_the_rule_of_the_paper_is_greedy_in_every_row() -> None:
+    with pytest.raises(ConfigError, match="--accept threshold is greedy, and --temperature is 1"):
+        bench(variants_of(**PLAIN | {"accepts": ["exact", "threshold"]}), sampling=SamplingConfig(temperature=1.0))
