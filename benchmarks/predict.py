@@ -9,9 +9,9 @@ layers that stay on the device, so that some rows are bound by the link and othe
 loop; medians of several. Bytes of the plan must equal those of the counters exactly. A row whose own tokens differ by more than
 1.4 times shows a machine that did something else meanwhile: it is measured again, twice at most, and the table says so.
 
-Then draft steps, corrections and windows of both in mode sirius, with coarse and fine sparsity, by the medians of a few answers. A
-correction is predicted by what it adds to its window. What a cache of neurons will hold nobody knows beforehand, so that bytes of
-fine drafts may differ where there is one.
+Then draft steps, corrections and windows of both in mode sirius, with coarse and fine sparsity, by the medians of a few answers.
+A correction is predicted by what it adds to its window. What a cache of neurons will hold nobody knows beforehand, so that bytes
+of fine drafts may differ where there is one.
 Exit status: 0 every row within 15 %, 1 some row is not, or its bytes differ.
 """
 
