@@ -29,7 +29,7 @@ CATS_PLACES = [f"{place} + caches" if place == "one resident, rest on the host" 
 EVERYWHERE = [("griffin", where) for where in GRIFFIN_PLACES] + [("cats", where) for where in CATS_PLACES]
 STREAMED = [(sparsity, where) for sparsity, where in EVERYWHERE if where != "resident"]
 
-NUM_NEW = 20
+NUM_NEW = 14
 GREEDY: dict[str, Any] = {}
 SAMPLED: dict[str, Any] = {"temperature": 1.2, "top_p": 0.95, "repetition_penalty": 1.3, "seed": 11}
 
@@ -176,8 +176,8 @@ def test_drafts_that_keep_all_neurons_are_all_accepted(sparsity: str, drafting: 
     found = drafting("host", sparsity=sparsity, keep=1).generate()
     assert found.token_ids == plain.generate("hello", max_new_tokens=NUM_NEW, ignore_eos=True).token_ids
     assert (found.acceptance, found.aal) == (1, (NUM_NEW - 1) / found.windows)
-    # The prompt's pass gives one token, four windows 5 tokens each but the last, which has 4 left.
-    assert (found.windows, found.passes.draft) == (4, 4 + 4 + 4 + 3)
+    # The prompt's pass gives one token, three windows 5 tokens each but the last, which has 3 left.
+    assert (found.windows, found.passes.draft) == (3, 4 + 4 + 2)
 
 
 @pytest.mark.parametrize(("sparsity", "where"), STREAMED)
@@ -238,7 +238,7 @@ def test_an_answer_after_one_that_was_interrupted_within_a_window_is_that_of_a_f
         assert loaded.generate().token_ids == plain.generate("hello", max_new_tokens=NUM_NEW, ignore_eos=True).token_ids
 
 
-@pytest.mark.parametrize("moment", [6, 10, 16, 22, 27])
+@pytest.mark.parametrize("moment", [6, 10, 16, 22])
 @pytest.mark.parametrize(
     ("sparsity", "where"), [("griffin", "host and disk"), ("griffin", "host + kept"), ("cats", "host"), ("cats", "host + caches")]
 )
@@ -374,12 +374,9 @@ def test_a_resident_model_uses_no_link(drafting: Any) -> None:
 # Memory, and what was not planned for.
 
 
-@pytest.mark.parametrize("tree_width", [1, 8])
 @pytest.mark.parametrize(("sparsity", "where"), EVERYWHERE)
-def test_device_memory_stays_within_the_plan_and_the_plan_within_the_budgets(
-    sparsity: str, where: str, tree_width: int, drafting: Any
-) -> None:
-    loaded = drafting(where, sparsity=sparsity, tree_width=tree_width, window=4)
+def test_device_memory_stays_within_the_plan_and_the_plan_within_the_budgets(sparsity: str, where: str, drafting: Any) -> None:
+    loaded = drafting(where, sparsity=sparsity, tree_width=8, window=4)
     memory = loaded.engine.generate("x" * 20, max_new_tokens=8).memory
     config = loaded.engine.config
     assert 0 < memory.device_peak_bytes <= memory.device_plan_bytes <= int(config.device_memory)
