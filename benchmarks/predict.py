@@ -9,8 +9,9 @@ layers that stay on the device, so that some rows are bound by the link and othe
 loop; medians of several. Bytes of the plan must equal those of the counters exactly. A row whose own tokens differ by more than
 1.4 times shows a machine that did something else meanwhile: it is measured again, twice at most, and the table says so.
 
-Then draft steps and corrections of mode sirius, with coarse and fine sparsity, by the medians of a few answers. What a cache of
-neurons will hold nobody knows beforehand, so that bytes of fine drafts may differ where there is one.
+Then draft steps, corrections and windows of both in mode sirius, with coarse and fine sparsity, by the medians of a few answers.
+A correction is predicted by what it adds to its window. What a cache of neurons will hold nobody knows beforehand, so that bytes
+of fine drafts may differ where there is one.
 Exit status: 0 every row within 15 %, 1 some row is not, or its bytes differ.
 """
 
@@ -31,11 +32,12 @@ import offload_sirius
 from offload_sirius.bench.rates import measure_rates
 from offload_sirius.cache import cache_folder
 from offload_sirius.config import SPARSITIES, DecodingConfig, EngineConfig, Sparsity
+from offload_sirius.decode.result import Generation
 from offload_sirius.engine import Engine
 from offload_sirius.engine.placement import DTYPES
 from offload_sirius.engine.planning import Planned, assumed_rates, dtype_of, host_hardware, plan_model
 from offload_sirius.rates import NAMES, Rates
-from offload_sirius.weights.predict import PassTime
+from offload_sirius.weights.predict import Bound
 from offload_sirius_loaders import open_checkpoint
 
 WITHIN, BEYOND = 0, 1
@@ -77,7 +79,7 @@ class Row:
     num_disturbed: int = 0
     """Measurements before this one that were given up."""
     what: str = "full"
-    """The pass: full, or a draft or correction with its sparsity."""
+    """The pass: full, or a draft, correction or window of both with its sparsity."""
     bytes_known: bool = True
     """Whether the plan can know the bytes."""
 
@@ -170,7 +172,7 @@ def row(model: str, share: float, link_gbps: float, rates: Rates, num_passes: in
 
 
 def steady_draft_rows(model: str, sparsity: Sparsity, options: argparse.Namespace) -> list[Row]:
-    """As steady_row, of a draft step and a correction."""
+    """As steady_row, of the passes of a window."""
     for num_disturbed in range(MOST_ATTEMPTS):
         rates = measured_rates(model, options.disk)
         found = [replace(each, num_disturbed=num_disturbed) for each in draft_rows(model, sparsity, rates)]
@@ -180,7 +182,7 @@ def steady_draft_rows(model: str, sparsity: Sparsity, options: argparse.Namespac
 
 
 def draft_rows(model: str, sparsity: Sparsity, rates: Rates) -> list[Row]:
-    """Predict, then run: a draft step and a correction."""
+    """Predict, then run: a draft step, a correction, and a window of them."""
     decoding = DecodingConfig(sparsity=sparsity, window=DRAFT_WINDOW)
     config = EngineConfig(model=model, device="cpu", link_gbps=DRAFT_LINK_GBPS, max_context=CONTEXT, decoding=decoding)
     planned = with_residents(config, DRAFT_SHARE)
@@ -190,40 +192,41 @@ def draft_rows(model: str, sparsity: Sparsity, rates: Rates) -> list[Row]:
         assert engine.plan == planned.plan
         answers = [engine.generate(PROMPT, max_new_tokens=NUM_NEW, ignore_eos=True) for _ in range(1 + NUM_ANSWERS)][1:]
 
-    def row_of(what: str, time: PassTime, seconds: list[float | None], num_passes: int, counted_nbytes: int) -> Row:
-        medians = [each for each in seconds if each is not None]
+    draft, correction = predicted.draft, predicted.windows[0].correction
+    known = planned.plan.num_cached_neurons == 0
+
+    def row_of(what: str, bound: Bound, num_drafts: int, num_corrections: int) -> Row:
+        """So many of both passes, as one."""
+        seconds = [num_drafts * seconds_of(each)[0] + num_corrections * seconds_of(each)[1] for each in answers]
+        count = [(bool(num_drafts), "draft", draft), (bool(num_corrections), "correction", correction)]
         return Row(
             model=model,
             link_gbps=DRAFT_LINK_GBPS,
             num_resident=len(planned.plan.resident_layers),
             num_streamed=len(planned.plan.streamed_layers),
-            bound=time.bill.bound,
-            predicted_seconds=time.seconds,
-            seconds=statistics.median(medians),
-            all_seconds=medians,
-            plan_nbytes=num_passes * time.nbytes,
-            counted_nbytes=counted_nbytes,
+            bound=bound,
+            predicted_seconds=num_drafts * draft.seconds + num_corrections * correction.seconds,
+            seconds=statistics.median(seconds),
+            all_seconds=seconds,
+            plan_nbytes=sum(used * getattr(each.passes, kind) * time.nbytes for used, kind, time in count for each in answers),
+            counted_nbytes=sum(used * getattr(each.link.bytes, kind) for used, kind, _ in count for each in answers),
             rates={name: getattr(rates, name) for name in NAMES},
             what=f"{sparsity} {what}",
-            bytes_known=what != "draft" or planned.plan.num_cached_neurons == 0,
+            bytes_known=known or num_drafts == 0,
         )
 
     return [
-        row_of(
-            "draft",
-            predicted.draft,
-            [each.draft_seconds for each in answers],
-            sum(each.passes.draft for each in answers),
-            sum(each.link.bytes.draft for each in answers),
-        ),
-        row_of(
-            "correction",
-            predicted.windows[0].correction,
-            [each.correction_seconds for each in answers],
-            sum(each.passes.correction for each in answers),
-            sum(each.link.bytes.correction for each in answers),
-        ),
+        row_of("draft", draft.bill.bound, 1, 0),
+        row_of("correction", correction.bill.bound, 0, 1),
+        row_of("window", predicted.bound, DRAFT_WINDOW - 1, 1),
     ]
+
+
+def seconds_of(answer: Generation) -> tuple[float, float]:
+    """Of a draft step and of a correction."""
+    assert answer.draft_seconds is not None
+    assert answer.correction_seconds is not None
+    return answer.draft_seconds, answer.correction_seconds
 
 
 def with_residents(config: EngineConfig, share: float) -> Planned:

@@ -503,6 +503,8 @@ class _Replay:
         self._disk_layers = frozenset(setting.plan.disk_layers)
         self._num_layers = len(setting.plan.resident_layers) + len(self._streamed)
         self._ring: deque[dict[Step, Arrival]] = deque()
+        self._early: Arrival | None = None
+        """The attention block of the layer that will be sent for next, where the link goes on with it behind fetched records."""
         self._next = 0
         self._starting: Slice = "records"
         """Of the pass whose layers are being sent for."""
@@ -521,7 +523,7 @@ class _Replay:
             steps = seconds.sliced if self._is_sliced(layer, seconds.cargo) else seconds.whole
             for step, computing in steps.items():
                 if step == "held" and seconds.fetched_nbytes:  # the gates are known: what is not in the cache is sent for
-                    self._ring[0]["fetched"] = self._bring_from_host(seconds.fetched_nbytes)
+                    self._fetch(seconds.fetched_nbytes)
                 if layer in streamed and step in self._ring[0]:
                     self._now = self._thread.idle_until(max(self._now, self._ring[0][step]()))
                 self._now = self._thread.compute(computing)
@@ -534,6 +536,10 @@ class _Replay:
     def _is_sliced(self, layer: int, cargo: Slice) -> bool:
         return cargo != "records" and layer in self._sliceable
 
+    def _fetch(self, nbytes: int) -> None:
+        self._ring[0]["fetched"] = self._bring_from_host(nbytes)
+        self._early = self._early or self._bring(self._streamed[self._next], "attention")
+
     def _start(self) -> None:
         """A slot is free: bring the next layer of the cycle into it, attention first."""
         layer = self._streamed[self._next]
@@ -541,7 +547,9 @@ class _Replay:
         self._next = (self._next + 1) % len(self._streamed)
         if self._next == 0:
             self._starting = self._following
-        self._ring.append({each: self._bring(layer, each) for each in ("attention", part)})
+        attention = self._early or self._bring(layer, "attention")
+        self._early = None
+        self._ring.append({"attention": attention, part: self._bring(layer, part)})
 
     def _bring(self, layer: int, part: Part) -> Arrival:
         nbytes = self._setting.layout.part_nbytes(part)

@@ -34,6 +34,11 @@ DOCUMENTED = {
     "doctor": "--path --measure --json",
     "models": "--json",
     "bench link": "--device --sizes --path --repeats --plot --json",
+    "bench decode": (
+        "--model --prompts --limit --chat --modes --sparsity --keep --window --accept --threshold --tree-width --force-aal "
+        "--max-new-tokens --ignore-eos --temperature --top-p --seed --device --device-memory --host-memory --link-gbps --dtype "
+        "--threads --shared-host-buffers --plot --trace --json --verbose"
+    ),
     "bench stream": (
         "--model --device --device-memory --host-memory --link-gbps --dtype --threads --passes "
         "--shared-host-buffers --plot --trace --json --verbose"
