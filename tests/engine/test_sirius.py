@@ -74,7 +74,7 @@ def drafting(load: Load, budgets: Budgets) -> Any:
     """Load for drafts, with the layers at a place."""
 
     def load_at(where: str, **settings: Any) -> Loaded:
-        decoding = DecodingConfig(**{"window": 5, "keep": 0.3} | settings)
+        decoding = DecodingConfig(**{"window": 5, "keep": 0.3, "draft": "streamed"} | settings)
         # `mode` is the fixture's word for the plain model: it gives way.
         return Loaded(load(mode=decoding.mode, decoding=decoding, **budgets(where, decoding=decoding)), decoding)
 
