@@ -328,7 +328,7 @@ def test_a_fine_draft_brings_attention_and_gates_and_the_records_that_are_not_th
         len(plan.host_layers) * (layout.attention_nbytes + gate_nbytes)
         + len(plan.disk_layers) * layout.nbytes
     )  # fmt: skip
-    counts = loaded.engine._streamed.fetches
+    counts = loaded.engine._streamed.sparsity.counts
     for _ in range(2):
         missing, needed = counts.missing, counts.needed
         found = loaded.generate()
