@@ -207,6 +207,14 @@ GRID = {
         decoding={"keep": 0.75, "window": 6, "tree_width": 3}, place=LINK, sampling=DRAWN
     ),
     "griffin .3, window 2, from disk": Drafted(decoding={"keep": 0.3, "window": 2}, place=FROM_DISK, sampling=GREEDY),
+    "griffin .6, window 8, hot, over a link": Drafted(
+        decoding={"keep": 0.6, "window": 8, "draft": "resident"}, place=LINK, sampling=GREEDY
+    ),
+    "griffin .5, tree of 2, hot as the prompt chose": Drafted(
+        decoding={"window": 5, "tree_width": 2, "draft": "resident", "refresh": False},
+        place={"device_memory": MOST_LAYERS},
+        sampling=DRAWN,
+    ),
     "cats .75, window 16, over a link": Drafted(
         decoding={"sparsity": "cats", "keep": 0.75, "window": 16}, place=LINK, sampling=GREEDY
     ),
@@ -222,8 +230,9 @@ def test_corrected_drafts_are_the_full_model_s_answer(
 ) -> None:
     asked: dict[str, Any] = {"max_new_tokens": NUM_DRAFTED, "ignore_eos": True, **drafted.sampling}
     expected = resident.generate(opening, **asked)
-    with load(folder, **{"mode": "sirius", **drafted.decoding, **drafted.place}) as engine:
+    with load(folder, **{"mode": "sirius", "draft": "streamed", **drafted.decoding, **drafted.place}) as engine:
         assert bool(engine.plan.streamed_layers) == bool(drafted.place)
+        assert (engine.plan.hot is not None) == (drafted.decoding.get("draft") == "resident")
         found = engine.generate(opening, **asked)
     assert found.token_ids == expected.token_ids
     assert found.passes.full == 0

@@ -1,0 +1,356 @@
+"""Drafts that are on the device, through the whole engine: the full model's own answers, and every byte of the link counted."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import offload_sirius
+from offload_sirius.config import DecodingConfig, EngineConfig
+from offload_sirius.decode.result import Generation
+from offload_sirius.engine import Engine
+from offload_sirius.engine.placement import place
+from offload_sirius.errors import BudgetError, ConfigError
+from offload_sirius.sparsity.hot import HotSet
+from offload_sirius.weights.hotset import HotStreamer
+from offload_sirius.weights.layout import PAGE_NBYTES, align
+from offload_sirius_loaders import open_checkpoint
+
+from .conftest import CONTEXT, TINY, Budgets, Load
+
+NUM_NEW = 20
+GREEDY: dict[str, Any] = {}
+SAMPLED: dict[str, Any] = {"temperature": 1.2, "top_p": 0.95, "repetition_penalty": 1.3, "seed": 11}
+ASKED: dict[str, Any] = {"max_new_tokens": NUM_NEW, "ignore_eos": True}
+LAYERS = 4
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The cache folder; nothing is left there."""
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("OFFLOAD_SIRIUS_CACHE", str(folder))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def plain() -> Iterator[Engine]:
+    """The model by itself, resident."""
+    with offload_sirius.load(TINY, mode="full", device="cpu", threads=1, max_context=CONTEXT) as engine:
+        yield engine
+
+
+def hot_budgets(
+    decoding: DecodingConfig, *, num_hot: int | None = None, num_slots: int = 2, dtype: str = "auto"
+) -> dict[str, str]:
+    """Budgets, to the byte, for all layers in host memory, and on the device for that many hot neurons of each layer and for slots
+    of whole layers. Slots beyond two become hot neurons, until there are as many as drafts keep."""
+    config = EngineConfig(model=TINY, device="cpu", max_context=CONTEXT, decoding=decoding, dtype=dtype)  # type: ignore[arg-type]
+    placement = place(open_checkpoint(TINY), config)
+    plan, layout, spec = placement.plan, placement.layout, placement.planned.spec
+    num_hot = decoding.num_kept(spec.ffn_width) if num_hot is None else num_hot
+    fixed = plan.device_nbytes - sum(plan.device_bill[what] for what in ("attention", "hot_neurons", "slots"))
+    neuron_nbytes = layout.records_nbytes // spec.ffn_width
+    layers = LAYERS * (layout.attention_nbytes + num_hot * neuron_nbytes)
+    readers = 2 * plan.host_bill["readers"] // plan.num_readers
+    return {
+        "device_memory": str(fixed + layers + num_slots * layout.records_nbytes),
+        "host_memory": str(4 * readers + plan.host_bill["embedding"] + LAYERS * align(plan.layer_nbytes, PAGE_NBYTES)),
+    }
+
+
+class Loaded:
+    """An engine with a hot set, and what it is."""
+
+    def __init__(self, engine: Engine, decoding: DecodingConfig) -> None:
+        self.engine = engine
+        self.decoding = decoding
+        assert engine.plan.hot is not None
+        self.num_hot = engine.plan.hot.num_hot
+        hot_set, streamer = engine._streamed.sparsity, engine._streamer
+        assert isinstance(hot_set, HotSet)
+        assert isinstance(streamer, HotStreamer)
+        self.hot_set, self.streamer = hot_set, streamer
+
+    @property
+    def neuron_nbytes(self) -> int:
+        """Of a gate row, an up row and a down column, float32."""
+        return 3 * self.engine.spec.width * 4
+
+    @property
+    def cold_nbytes(self) -> int:
+        """What a correction brings of a layer."""
+        return (self.engine.spec.ffn_width - self.num_hot) * self.neuron_nbytes
+
+    def generate(self, **settings: Any) -> Generation:
+        return self.engine.generate("hello", **ASKED | settings)
+
+    def assert_sums_up(self) -> None:
+        """What was copied since the model was loaded is what was computed on, thrown away, or is in a slot for what comes."""
+        for flight in self.streamer._ring:
+            flight.neurons.wait()
+        in_flight = sum(flight.nbytes for flight in self.streamer._ring)
+        assert in_flight <= self.engine.plan.device_bill["slots"]
+        counted = sum(self.streamer.pass_nbytes.values()) + self.streamer.discarded_nbytes
+        assert self.streamer.copied_nbytes == counted + in_flight
+
+
+@pytest.fixture
+def hot(load: Load) -> Any:
+    """Load with the draft on the device."""
+
+    def load_hot(
+        *, num_hot: int | None = None, num_slots: int = 2, more: dict[str, Any] | None = None, **settings: Any
+    ) -> Loaded:
+        decoding = DecodingConfig(**{"window": 5, "keep": 0.5, "draft": "resident"} | settings)
+        given = hot_budgets(decoding, num_hot=num_hot, num_slots=num_slots) | (more or {})
+        return Loaded(load(mode=decoding.mode, draft=decoding.draft, decoding=decoding, **given), decoding)
+
+    return load_hot
+
+
+def expected_of(plain: Engine, **settings: Any) -> tuple[int, ...]:
+    return plain.generate("hello", **ASKED | settings).token_ids
+
+
+# Answers.
+
+
+@pytest.mark.parametrize("refresh", [True, False])
+@pytest.mark.parametrize("tree_width", [1, 3])
+@pytest.mark.parametrize("window", [2, 5, 16, "auto"])
+def test_exact_answers_are_those_of_the_full_model(
+    window: int | str, tree_width: int, refresh: bool, hot: Any, plain: Engine
+) -> None:
+    loaded = hot(window=window, tree_width=tree_width, refresh=refresh)
+    for sampling in (GREEDY, SAMPLED):
+        found = loaded.generate(**sampling)
+        assert found.token_ids == expected_of(plain, **sampling)
+        assert (found.mode, found.passes.full) == ("sirius", 0)
+        assert found.passes.correction == found.windows > 0
+        assert found.passes.draft > 0
+    assert (loaded.hot_set.num_exchanged > 0) == refresh
+
+
+@pytest.mark.parametrize("num_slots", [2, 3])
+@pytest.mark.parametrize("share", [1 / 16, 0.25, 0.6, 0.99])
+def test_exact_answers_do_not_depend_on_how_much_is_on_the_device(share: float, num_slots: int, hot: Any, plain: Engine) -> None:
+    num_hot = int(plain.spec.ffn_width * share)
+    loaded = hot(keep=(num_hot + 0.5) / plain.spec.ffn_width, num_slots=num_slots)
+    room = num_slots * plain.spec.ffn_width // (plain.spec.ffn_width - num_hot)
+    assert (loaded.num_hot, loaded.engine.plan.hot.num_cold_slots) == (num_hot, min(room, LAYERS))
+    assert loaded.generate().token_ids == expected_of(plain)
+    assert loaded.generate(**SAMPLED).token_ids == expected_of(plain, **SAMPLED)
+    loaded.assert_sums_up()
+
+
+@pytest.mark.parametrize("settings", [{"keep": 0.002}, {"keep": 0.999}, {"refresh_decay": 0.0}, {"refresh_decay": 0.99}], ids=str)
+def test_exact_answers_do_not_depend_on_the_settings_of_the_set(settings: dict[str, Any], hot: Any, plain: Engine) -> None:
+    loaded = hot(**settings)
+    for _ in range(2):
+        assert loaded.generate().token_ids == expected_of(plain)
+
+
+def test_answers_over_an_emulated_link_are_the_same(hot: Any, plain: Engine) -> None:
+    assert hot(more={"link_gbps": 1.0}).generate().token_ids == expected_of(plain)
+
+
+def test_modes_may_take_turns(hot: Any, plain: Engine) -> None:
+    loaded = hot()
+    expected, sparse = expected_of(plain), loaded.generate(mode="sparse").token_ids
+    assert sparse != expected
+    turns = [("full", expected), ("sirius", expected), ("sparse", sparse), ("full", expected), ("sparse", sparse)]
+    for mode, answer in turns:
+        found = loaded.generate(mode=mode)
+        assert (found.token_ids, found.mode) == (answer, mode)
+        loaded.assert_sums_up()
+
+
+@pytest.mark.parametrize("mode", ["full", "sparse"])
+def test_a_sparse_answer_is_that_of_the_same_neurons_streamed(mode: str, hot: Any, load: Load, budgets: Budgets) -> None:
+    decoding = DecodingConfig(mode="sparse", keep=0.3, draft="streamed")
+    streamed = load(mode="sparse", decoding=decoding, **budgets("host", decoding=decoding))
+    loaded = hot(keep=0.3, mode="sparse")
+    expected = streamed.generate("hello", mode=mode, **ASKED).token_ids
+    assert loaded.generate(mode=mode).token_ids == expected
+
+
+# What is left after an answer.
+
+
+@pytest.mark.parametrize("num_tokens", [1, 2, 3, 7])
+def test_an_answer_after_one_that_was_interrupted_is_that_of_a_fresh_engine(num_tokens: int, hot: Any, plain: Engine) -> None:
+    loaded = hot()
+    fresh = loaded.generate(mode="sparse").token_ids
+    for mode in ("sirius", "sparse", "full"):
+        stream = loaded.engine.stream("something else", mode=mode, **ASKED)
+        for _ in range(num_tokens):
+            next(stream)
+        assert stream.interrupt().new_tokens == num_tokens
+        assert loaded.generate().token_ids == expected_of(plain)
+        assert loaded.generate(mode="sparse").token_ids == fresh
+        loaded.assert_sums_up()
+
+
+@pytest.mark.parametrize("asked_for", ["attention", "neurons", "cold_neurons", "choose", "exchange"])
+@pytest.mark.parametrize("moment", [1, 3, 6, 10])
+def test_an_answer_after_one_that_broke_off_within_a_pass_is_that_of_a_fresh_engine(
+    asked_for: str, moment: int, hot: Any, plain: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = hot(refresh_decay=0.0)
+    fresh = loaded.generate(mode="sparse").token_ids
+    with monkeypatch.context() as patched:
+        interrupt_at(asked_for, moment, patched)
+        stream = loaded.engine.stream("something else", **ASKED)
+        if asked_for == "choose" and moment > LAYERS:
+            assert list(stream)
+        else:
+            with pytest.raises(KeyboardInterrupt):
+                list(stream)
+            assert stream.interrupt().finish_reason == "interrupted"
+    assert loaded.generate(mode="sparse").token_ids == fresh, "drafts find nothing wrong in places and slots either"
+    assert loaded.generate().token_ids == expected_of(plain)
+    loaded.assert_sums_up()
+
+
+def interrupt_at(asked_for: str, moment: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C when that has been asked for so many times."""
+    asked = 0
+    original = getattr(HotStreamer, asked_for)
+
+    def watched(self: HotStreamer, *arguments: Any) -> Any:
+        nonlocal asked
+        asked += 1
+        if asked == moment:
+            raise KeyboardInterrupt
+        return original(self, *arguments)
+
+    monkeypatch.setattr(HotStreamer, asked_for, watched)
+
+
+# Bytes.
+
+
+@pytest.mark.parametrize("refresh", [True, False])
+@pytest.mark.parametrize("tree_width", [1, 3])
+@pytest.mark.parametrize("keep", [0.25, 0.75])
+def test_a_draft_moves_nothing_and_a_correction_what_is_cold(keep: float, tree_width: int, refresh: bool, hot: Any) -> None:
+    loaded = hot(keep=keep, tree_width=tree_width, refresh=refresh)
+    layout = loaded.engine._placement.layout
+    assert loaded.engine.plan.pass_nbytes == LAYERS * loaded.cold_nbytes
+    for _ in range(2):
+        found = loaded.generate()
+        counted, passes = found.link.bytes, found.passes
+        assert passes.draft > passes.correction > 1
+        assert counted.prefill == LAYERS * layout.records_nbytes
+        assert (counted.draft, counted.full) == (0, 0)
+        assert counted.correction == passes.correction * LAYERS * loaded.cold_nbytes
+        loaded.assert_sums_up()
+
+
+def test_a_full_step_brings_what_is_cold_and_a_sparse_answer_no_more_than_the_prompt_does(hot: Any) -> None:
+    loaded = hot()
+    records = loaded.engine._placement.layout.records_nbytes
+    full = loaded.generate(mode="full")
+    assert full.link.bytes.full == full.passes.full * LAYERS * loaded.cold_nbytes
+    sparse = loaded.generate(mode="sparse").link.bytes
+    assert (sparse.prefill, sparse.draft, sparse.correction, sparse.full) == (LAYERS * records, 0, 0, 0)
+
+
+def test_nothing_is_fetched_in_vain_but_what_waits_for_a_correction_when_the_answer_ends(hot: Any) -> None:
+    loaded = hot()
+    assert loaded.generate().link.bytes.discarded == 0
+    waiting = sum(flight.nbytes for flight in loaded.streamer._ring)
+    assert loaded.generate().link.bytes.discarded == waiting > 0
+
+
+def test_phases_and_what_was_discarded_add_up_to_what_was_copied_whatever_follows_what(hot: Any) -> None:
+    loaded = hot(num_slots=3)
+    for mode in ("sirius", "full", "sparse", "sirius", "sparse", "full"):
+        before = loaded.streamer.copied_nbytes
+        found = loaded.generate(mode=mode)
+        assert found.link.copied_bytes <= loaded.streamer.copied_nbytes - before
+        loaded.assert_sums_up()
+
+
+# Memory.
+
+
+@pytest.mark.parametrize("share", [1 / 16, 0.5, 0.99])
+@pytest.mark.parametrize("num_slots", [2, 3])
+def test_device_memory_stays_within_the_plan_and_the_plan_within_the_budgets(share: float, num_slots: int, hot: Any) -> None:
+    loaded = hot(keep=share, num_slots=num_slots, tree_width=8, window=4)
+    memory = loaded.engine.generate("x" * 20, max_new_tokens=8).memory
+    config = loaded.engine.config
+    assert 0 < memory.device_peak_bytes <= memory.device_plan_bytes <= int(config.device_memory)
+    assert memory.host_plan_bytes <= int(config.host_memory)
+
+
+def test_too_little_device_memory_is_one_line_and_what_it_says_would_do_does(hot: Any) -> None:
+    with pytest.raises(BudgetError) as caught:
+        hot(num_hot=1)
+    line = str(caught.value)
+    assert re.match(r"device budget \S+ \S+ is too small for --draft resident: head, KV cache, ", line)
+    assert line.endswith(", or --draft streamed")
+    said = re.search(r"give at least --device-memory (\S+),", line)
+    assert said
+    assert hot(more={"device_memory": said[1]}).generate().new_tokens == NUM_NEW
+
+
+@pytest.mark.parametrize("where", ["host and disk", "disk with the embedding"])
+def test_layers_for_which_host_memory_has_no_room_are_one_line_and_what_it_says_would_do_does(
+    where: str, hot: Any, budgets: Budgets
+) -> None:
+    with pytest.raises(BudgetError) as caught:
+        hot(more={"host_memory": budgets(where)["host_memory"]})
+    line = str(caught.value)
+    assert re.match(r"host budget \S+ \S+ is too small for --draft resident, which needs all layers in host memory: ", line)
+    said = re.search(r"give at least --host-memory (\S+), or --draft streamed$", line)
+    assert said
+    assert hot(more={"host_memory": said[1]}).generate().new_tokens == NUM_NEW
+
+
+# What is chosen, and what was not loaded for.
+
+
+@pytest.mark.parametrize("where", ["resident", "host", "host and disk"])
+def test_where_nobody_says_where_drafts_live_one_of_both_is_taken_and_runs(
+    where: str, load: Load, budgets: Budgets, plain: Engine
+) -> None:
+    decoding = DecodingConfig(window=5)
+    engine = load(mode="sirius", draft="auto", decoding=decoding, **budgets(where, decoding=decoding))
+    assert engine._placement.planned.config.decoding.draft in ("streamed", "resident")
+    assert engine.plan.hot is None or not engine.plan.disk_layers
+    assert engine.generate("hello", **ASKED).token_ids == expected_of(plain)
+
+
+@pytest.mark.parametrize("settings", [{"keep": 1}, {"mode": "full"}], ids=str)
+def test_where_drafts_leave_nothing_out_there_is_no_hot_set(settings: dict[str, Any], load: Load, plain: Engine) -> None:
+    engine = load(**{"mode": "sirius", "draft": "resident"} | settings)
+    assert engine.plan.hot is None
+    assert engine.generate("hello", **ASKED).token_ids == expected_of(plain)
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"draft": "streamed"}, "the model was loaded with draft resident and is asked for streamed; load it with that"),
+        ({"refresh": False}, "the model was loaded with refresh True and is asked for False; load it with that"),
+        ({"refresh_decay": 0.5}, "the model was loaded with refresh_decay 0.7 and is asked for 0.5; load it with that"),
+    ],
+    ids=str,
+)
+def test_what_was_not_loaded_for_is_one_clear_line(asked: dict[str, Any], message: str, hot: Any) -> None:
+    with pytest.raises(ConfigError) as caught:
+        hot().engine.generate("hello", **asked)
+    assert str(caught.value) == message
+
+
+def test_layers_that_share_host_buffers_may_have_a_hot_set(load: Load) -> None:
+    engine = load(mode="sirius", draft="resident", shared_host_buffers=2)
+    assert engine.plan.hot is not None
+    assert engine.generate("hello", **ASKED).new_tokens == NUM_NEW
