@@ -3,11 +3,11 @@
     python benchmarks/hotset.py                        # 12 prompts, one of each category; half an hour on two cores
     python benchmarks/hotset.py --num-prompts 2 --out sample.json
 
-SmolLM2-135M in float32. The device has room for what every plan has (head, KV cache, activations), all attention blocks, 75 % of all
-neurons, and two slots of a layer's neurons. The emulated link is as slow beside computing as PCIe 4 is for a 70B model in 4 bits on
-a card of 24 GB. Mode full with that budget keeps as many whole layers resident as fit. The ceiling of a row is the link: the bytes
-that it moved for a token over the link's rate. A full answer is timed over its first tokens only, as each takes as long as the
-next. Rows are loads of their own, prompts the same in all; medians over the prompts.
+SmolLM2-135M in float32. The device has room for what every plan has (head, KV cache, activations), all attention blocks, 75 % of
+all neurons, and two slots of a layer's neurons. The emulated link is as slow beside computing as PCIe 4 is for a 70B model in 4
+bits on a card of 24 GB. Mode full with that budget keeps as many whole layers resident as fit. The ceiling of a row is the link:
+the bytes that it moved for a token over the link's rate. A full answer is timed over its first tokens only, as each takes as long
+as the next. Rows are loads of their own, prompts the same in all; medians over the prompts.
 """
 
 from __future__ import annotations

@@ -112,6 +112,8 @@ class Generation:
     """Median of the draft steps."""
     correction_seconds: float | None = None
     """Median of the corrections."""
+    churn: float | None = None
+    """Share of the neurons resident for drafts that a correction exchanged, on average. None where no set is refreshed."""
     flips: int | None = None
     """Corrected tokens whose rival was closer than the compute dtype resolves: another order of sums could choose that one.
     None where they are not counted."""

@@ -35,6 +35,7 @@ from offload_sirius.model.costs import activation_nbytes
 from offload_sirius.model.transformer import Transformer
 from offload_sirius.sparsity.cats import Cats, FetchCounts
 from offload_sirius.sparsity.costs import draft_density
+from offload_sirius.sparsity.hot import HotSet
 from offload_sirius.trace import Tracer
 from offload_sirius.weights.pinning import PinReport
 from offload_sirius.weights.plan import Plan
@@ -241,6 +242,7 @@ class Engine:
             acceptance=stats.acceptance,
             effective_density=stats.effective_density(draft_density(self.spec, request.decoding)),
             window=stats.last_window,
+            churn=counters.churn(len(stats.windows)),
             flips=stats.flips,
             windows=len(stats.windows),
             tokens_by_origin=stats.tokens_by_origin,
@@ -298,6 +300,8 @@ class _Counters:
     def __init__(self, streamer: Streamer, streamed: StreamedModel) -> None:
         self._streamer = streamer
         self._fetches = streamed.sparsity.counts if isinstance(streamed.sparsity, Cats) else None
+        self._hot_set = streamed.sparsity if isinstance(streamed.sparsity, HotSet) else None
+        self._num_exchanged = self._hot_set.num_exchanged if self._hot_set else 0
         self._pass_nbytes = dict(streamer.pass_nbytes)
         self._discarded_nbytes = streamer.discarded_nbytes
         self._copied_nbytes = streamer.copied_nbytes
@@ -319,6 +323,13 @@ class _Counters:
             busy_share=min((streamer.busy_seconds - self._busy_seconds) / seconds, 1.0) if streams else None,
             cache_hit_share=self._hit_share,
         )
+
+    def churn(self, num_windows: int) -> float | None:
+        """Share of the hot set that a window exchanged."""
+        hot_set = self._hot_set
+        if hot_set is None or hot_set.decay is None or num_windows == 0:
+            return None
+        return (hot_set.num_exchanged - self._num_exchanged) / (num_windows * hot_set.ids.shape[0] * hot_set.num_hot)
 
     @property
     def _hit_share(self) -> float | None:
