@@ -229,7 +229,10 @@ def _streaming_nbytes(model: Model, config: EngineConfig, bench: DecodeBench) ->
     """The most slots at which the full model has no resident layer, and no less than the other loads need."""
     budgets = [int(without_residents(model, config).device_memory)]
     for variants in bench.loads[1:]:
-        plan = place(model.checkpoint, replace(config, decoding=roomiest(variants))).plan
-        variable = sum(plan.device_bill[what] for what in ("resident_layers", "slots", "neuron_cache"))
+        decoding = roomiest(variants)
+        if decoding.draft == "auto":  # what would need more than that is not to be predicted from all there is
+            decoding = replace(decoding, draft="streamed")
+        plan = place(model.checkpoint, replace(config, decoding=decoding)).plan
+        variable = sum(plan.device_bill.get(what, 0) for what in ("resident_layers", "slots", "neuron_cache"))
         budgets.append(plan.device_nbytes - variable + MIN_SLOTS * plan.layer_nbytes)
     return max(budgets)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from itertools import product
 from math import ceil, floor
 
-from offload_sirius.config import Accept, DecodingConfig, GenerationConfig, Mode, Sparsity, require_greedy_threshold
+from offload_sirius.config import Accept, DecodingConfig, Draft, GenerationConfig, Mode, Sparsity, require_greedy_threshold
 from offload_sirius.errors import ConfigError
 
 FULL = DecodingConfig(mode="full")
@@ -56,9 +56,9 @@ class DecodeBench:
     @property
     def loads(self) -> list[tuple[DecodingConfig, ...]]:
         """Variants that one load answers, the full model's first."""
-        found: dict[tuple[Sparsity, float], list[DecodingConfig]] = defaultdict(list)
+        found: dict[tuple[Sparsity, float, Draft], list[DecodingConfig]] = defaultdict(list)
         for variant in self.variants:
-            found[variant.sparsity, variant.keep].append(variant)
+            found[variant.sparsity, variant.keep, variant.draft].append(variant)
         return [(FULL,), *map(tuple, found.values())]
 
 
@@ -71,24 +71,22 @@ def variants_of(
     accepts: Iterable[Accept],
     threshold: float,
     tree_widths: Iterable[int],
+    drafts: Iterable[Draft],
+    refresh: bool,
+    refresh_decay: float,
 ) -> tuple[DecodingConfig, ...]:
     """The cross product, each once; mode full is left out, as it is measured anyway. Raises ConfigError."""
     variants: list[DecodingConfig] = []
     corrected = list(product(windows, tree_widths, accepts))
-    for sparsity, keep in product(sparsities, keeps):
+    for sparsity, keep, draft in product(sparsities, keeps, drafts):
+        sparse = DecodingConfig(
+            mode="sparse", sparsity=sparsity, keep=keep, draft=draft, refresh=refresh, refresh_decay=refresh_decay
+        )
         if "sparse" in modes:
-            variants.append(DecodingConfig(mode="sparse", sparsity=sparsity, keep=keep))
+            variants.append(sparse)
         if "sirius" in modes:
             variants += [
-                DecodingConfig(
-                    mode="sirius",
-                    sparsity=sparsity,
-                    keep=keep,
-                    window=window,
-                    tree_width=width,
-                    accept=accept,
-                    threshold=threshold,
-                )
+                replace(sparse, mode="sirius", window=window, tree_width=width, accept=accept, threshold=threshold)
                 for window, width, accept in corrected
             ]
     return tuple(dict.fromkeys(variants))
@@ -98,7 +96,8 @@ def name_of(variant: DecodingConfig, forced_aal: Fraction | None = None) -> str:
     """A way of decoding in a few words."""
     if not variant.drafts:
         return "full"
-    name = f"{variant.sparsity} {variant.keep:g} {variant.mode}"
+    place = "" if variant.draft == "auto" else f" {variant.draft}"
+    name = f"{variant.sparsity} {variant.keep:g}{place} {variant.mode}"
     if variant.mode == "sparse":
         return name
     accept = variant.accept if variant.accept == "exact" else f"threshold {variant.threshold:g}"

@@ -81,6 +81,9 @@ def decode(
     window: Annotated[str, _list("window", "N,auto")] = str(_DECODING.window),
     accept: Annotated[str, _list("accept", "RULES")] = _DECODING.accept,
     threshold: flags.Threshold = _DECODING.threshold,
+    draft: Annotated[str, _list("draft", "PLACES")] = _DECODING.draft,
+    refresh: flags.Refresh = _DECODING.refresh,
+    refresh_decay: flags.RefreshDecay = _DECODING.refresh_decay,
     tree_width: Annotated[str, _list("tree_width", "N")] = str(_DECODING.tree_width),
     force_aal: Annotated[
         float | None,
@@ -116,6 +119,9 @@ def decode(
         windows=_values("--window", window, str),
         accepts=_values("--accept", accept, str),  # type: ignore[arg-type]
         threshold=threshold,
+        drafts=_values("--draft", draft, str),  # type: ignore[arg-type]
+        refresh=refresh,
+        refresh_decay=refresh_decay,
         tree_widths=_values("--tree-width", tree_width, int),
     )
     generation = GenerationConfig(

@@ -44,6 +44,11 @@ CatsThreshold = Annotated[str | None, _option(DecodingConfig, "cats_threshold", 
 Window = Annotated[str, _option(DecodingConfig, "window", DECODING, metavar="N|auto")]
 Accept = Annotated[str, _option(DecodingConfig, "accept", DECODING, metavar="RULE")]
 Threshold = Annotated[float, _option(DecodingConfig, "threshold", DECODING, metavar="P")]
+Draft = Annotated[str, _option(DecodingConfig, "draft", DECODING, metavar="PLACE")]
+Refresh = Annotated[
+    bool, typer.Option("--refresh/--no-refresh", help=help_of(DecodingConfig, "refresh"), rich_help_panel=DECODING)
+]
+RefreshDecay = Annotated[float, _option(DecodingConfig, "refresh_decay", DECODING, metavar="SHARE")]
 TreeWidth = Annotated[int, _option(DecodingConfig, "tree_width", DECODING, metavar="N")]
 MaxNewTokens = Annotated[int, _option(GenerationConfig, "max_new_tokens", DECODING, metavar="N")]
 Stop = Annotated[list[str] | None, _option(GenerationConfig, "stop", DECODING, metavar="TEXT")]

@@ -52,6 +52,9 @@ def generate(
     window: flags.Window = str(_DECODING.window),
     accept: flags.Accept = _DECODING.accept,
     threshold: flags.Threshold = _DECODING.threshold,
+    draft: flags.Draft = _DECODING.draft,
+    refresh: flags.Refresh = _DECODING.refresh,
+    refresh_decay: flags.RefreshDecay = _DECODING.refresh_decay,
     tree_width: flags.TreeWidth = _DECODING.tree_width,
     device: flags.Device = _ENGINE.device,
     device_memory: flags.DeviceMemory = _ENGINE.device_memory,
@@ -84,6 +87,9 @@ def generate(
         window=window,
         accept=accept,  # type: ignore[arg-type]
         threshold=threshold,
+        draft=draft,  # type: ignore[arg-type]
+        refresh=refresh,
+        refresh_decay=refresh_decay,
         tree_width=tree_width,
     )
     engine_config = EngineConfig(

@@ -38,6 +38,7 @@ def plan(
     sparsity: flags.Sparsity = _DECODING.sparsity,
     keep: flags.Keep = _DECODING.keep,
     window: flags.Window = str(_DECODING.window),
+    draft: flags.Draft = _DECODING.draft,
     tree_width: flags.TreeWidth = _DECODING.tree_width,
     device: flags.Device = _ENGINE.device,
     device_memory: flags.DeviceMemory = _ENGINE.device_memory,
@@ -70,6 +71,7 @@ def plan(
         sparsity=sparsity,  # type: ignore[arg-type]
         keep=keep,
         window=window,
+        draft=draft,  # type: ignore[arg-type]
         tree_width=tree_width,
     )
     config = EngineConfig(
@@ -145,7 +147,12 @@ class Report:
             },
             "mode_full": None if self.full is None else prediction_figures(self.full),
             "candidates": [
-                {"dtype": each.planned.dtype, "predicted": prediction_figures(each.prediction)} for each in self.candidates
+                {
+                    "dtype": each.planned.dtype,
+                    "draft": each.planned.config.decoding.draft,
+                    "predicted": prediction_figures(each.prediction),
+                }
+                for each in self.candidates
             ],
         }
 

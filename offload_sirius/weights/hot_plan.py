@@ -49,8 +49,7 @@ def make_hot_plan(spec: ModelSpec, layout: LayerLayout, demand: Demand, budgets:
     left_nbytes = budgets.device_nbytes - sum(fixed.values())
     num_hot = _num_hot(spec, layout.element_nbytes, demand.num_hot, left_nbytes)
     if num_hot == 0:
-        least = max(1, int(spec.ffn_width * LEAST_HOT_SHARE))
-        needed = sum(fixed.values()) + _least_nbytes(spec, layout.element_nbytes, min(least, demand.num_hot))
+        needed = sum(fixed.values()) + _least_nbytes(spec, layout.element_nbytes, _least_hot(spec, demand.num_hot))
         raise BudgetError(
             f"device budget {format_size(budgets.device_nbytes)} is too small for --draft resident: head, KV cache, activations, "
             f"all attention blocks, some neurons of every layer and {MIN_SLOTS} slots need {format_size(needed)}; give at least "
@@ -62,7 +61,9 @@ def make_hot_plan(spec: ModelSpec, layout: LayerLayout, demand: Demand, budgets:
     slots_nbytes = min(left_nbytes - residents_nbytes, most_nbytes)
     host = place_on_host(spec, layout, demand, budgets, spec.num_layers)
     if host.num_disk_layers:
-        needed = sum(host.bill.values()) + host.num_disk_layers * layout.host_nbytes
+        # With more memory there are also more readers, and the embedding: no less than all of them is sure to do.
+        unlimited = replace(budgets, host_nbytes=1 << 62)
+        needed = sum(place_on_host(spec, layout, demand, unlimited, spec.num_layers).bill.values())
         raise BudgetError(
             f"host budget {format_size(budgets.host_nbytes)} is too small for --draft resident, which needs all layers in host "
             f"memory: {format_size(needed)}; give at least --host-memory {as_flag(needed)}, or --draft streamed"
@@ -104,7 +105,12 @@ def _num_hot(spec: ModelSpec, element_nbytes: int, most: int, left_nbytes: int) 
     num_hot = min(most, max(0, room) // (spec.num_layers * record_nbytes))
     while num_hot and _least_nbytes(spec, element_nbytes, num_hot) > left_nbytes:  # alignment
         num_hot -= 1
-    return num_hot if num_hot >= min(most, spec.ffn_width * LEAST_HOT_SHARE) else 0
+    return num_hot if num_hot >= _least_hot(spec, most) else 0
+
+
+def _least_hot(spec: ModelSpec, most: int) -> int:
+    """The fewest hot neurons of a layer that make a draft."""
+    return min(most, max(1, int(spec.ffn_width * LEAST_HOT_SHARE)))
 
 
 def _least_nbytes(spec: ModelSpec, element_nbytes: int, num_hot: int) -> int:

@@ -58,6 +58,7 @@ class HotStreamer(Streamer):
         self._layers = layers
         self._link = copier
         self._cold_ids: dict[int, Tensor] = {}
+        """Copies: what is on its way was asked for by them, and whoever chose may go on with theirs."""
         slots_of: dict[Cargo, Sequence[KeptNeurons]] = {"records": slots.whole, "cold": slots.cold}
         self._ring = Ring(sorted(layers), slots_of, self._send)
         self._cargo: Cargo = "records"
@@ -100,7 +101,7 @@ class HotStreamer(Streamer):
     def choose(self, layer: int, hot_ids: Tensor, cold_ids: Tensor) -> None:
         """From now on these neurons of the layer that passes are hot, int64 [N], and these cold, int64 [F - N]; on the device."""
         gather_neurons(self._arrived(layer), hot_ids, self._hot(layer))
-        self._cold_ids[layer] = cold_ids.cpu()
+        self._cold_ids[layer] = cold_ids.to("cpu", copy=True)
 
     def exchange(self, layer: int, hot_places: Tensor, cold_places: Tensor, cold_ids: Tensor) -> None:
         """Copy cold neurons of the layer that passes into places of hot ones, int64 [k] each.
@@ -110,7 +111,7 @@ class HotStreamer(Streamer):
         hot, cold = self._hot(layer), self._arrived(layer)
         hot.gate.index_copy_(0, hot_places, cold.gate.index_select(0, cold_places))
         hot.up_down.index_copy_(0, hot_places, cold.up_down.index_select(0, cold_places))
-        self._cold_ids[layer] = cold_ids.cpu()
+        self._cold_ids[layer] = cold_ids.to("cpu", copy=True)
 
     def release(self, layer: int) -> None:
         """The layer has been computed on: its slot goes to the next one that is not under way."""

@@ -38,6 +38,9 @@ def bench_of(*, forced_aal: str | None = None, max_new_tokens: int = 12, tempera
         "accepts": ["exact"],
         "threshold": 0.1,
         "tree_widths": [1],
+        "drafts": ["streamed"],
+        "refresh": True,
+        "refresh_decay": 0.7,
     }
     return DecodeBench(
         prompts=PROMPTS,
@@ -160,5 +163,9 @@ def test_a_prompt_that_is_too_long_by_itself_is_named() -> None:
 
 def test_json_is_plain_values_row_by_row() -> None:
     told = measured(bench_of()).as_json()
-    assert [row["name"] for row in told["rows"]] == ["full", "griffin 0.5 sparse", "griffin 0.5 sirius exact w4"]
+    assert [row["name"] for row in told["rows"]] == [
+        "full",
+        "griffin 0.5 streamed sparse",
+        "griffin 0.5 streamed sirius exact w4",
+    ]
     assert set(told["rows"][0]["seconds_per_token"]) == {"median", "lowest", "highest"}

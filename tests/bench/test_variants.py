@@ -19,6 +19,9 @@ PLAIN: dict[str, Any] = {
     "accepts": ["exact"],
     "threshold": 0.1,
     "tree_widths": [1],
+    "drafts": ["auto"],
+    "refresh": True,
+    "refresh_decay": 0.7,
 }
 
 
@@ -55,6 +58,18 @@ def test_rows_are_a_cross_product_in_the_order_of_the_lists() -> None:
         "griffin 0.5 sirius exact w8",
         "griffin 0.5 sirius threshold 0.1 w8",
     ]
+
+
+def test_places_of_drafts_are_rows_and_loads_of_their_own() -> None:
+    variants = variants_of(**PLAIN | {"drafts": ["streamed", "resident"], "refresh": False, "refresh_decay": 0.5})
+    assert [name_of(each) for each in variants] == [
+        "griffin 0.5 streamed sparse",
+        "griffin 0.5 streamed sirius exact w4",
+        "griffin 0.5 resident sparse",
+        "griffin 0.5 resident sirius exact w4",
+    ]
+    assert {(each.refresh, each.refresh_decay) for each in variants} == {(False, 0.5)}
+    assert bench(variants).loads == [(FULL,), variants[:2], variants[2:]]
 
 
 def test_what_is_given_twice_is_measured_once() -> None:

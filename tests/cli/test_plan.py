@@ -234,13 +234,14 @@ def test_an_absolute_memory_and_a_link_beyond_this_machine_describe_another(run:
 
 
 def test_auto_puts_the_fastest_candidate_first(run: Run) -> None:
-    report = planned(run, "--model", "synthetic:small?dtype=F32", "--auto")
+    report = planned(run, "--model", "synthetic:small?dtype=F32", "--auto", "--draft", "streamed")
     dtypes = [each["dtype"] for each in report["candidates"]]
     seconds = [each["predicted"]["seconds_per_token"] for each in report["candidates"]]
     assert sorted(dtypes) == ["bfloat16", "float32"]
     assert seconds == sorted(seconds)
     assert report["plan"]["dtype"] == dtypes[0]
-    assert [each["dtype"] for each in planned(run, "--model", "synthetic:small?dtype=F32")["candidates"]] == ["float32"]
+    found = planned(run, "--model", "synthetic:small?dtype=F32")["candidates"]
+    assert sorted((each["dtype"], each["draft"]) for each in found) == [("float32", "resident"), ("float32", "streamed")]
 
 
 def test_auto_prefers_what_was_measured_to_be_faster(run: Run) -> None:

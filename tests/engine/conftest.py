@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ def budgets_for(where: str, dtype: str = "float32", decoding: DecodingConfig = F
 
     Ending in `+ kept`: those of all streamed layers. Ending in `+ caches`: a cache of neurons on the device for each layer.
     """
+    decoding = replace(decoding, draft="streamed")
     config = EngineConfig(model=TINY, device="cpu", max_context=CONTEXT, dtype=dtype, decoding=decoding)  # type: ignore[arg-type]
     checkpoint = open_checkpoint(TINY)
     placement = place(checkpoint, config)
@@ -70,11 +72,11 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def load() -> Iterator[Load]:
-    """Load the tiny model, the plain one unless a test says otherwise; what was loaded is closed at the end of the test."""
+    """Load the tiny model, the plain one unless a test says otherwise; drafts are streamed. Closed at the end of the test."""
     with ExitStack() as engines:
 
         def load(model: str = TINY, **settings: Any) -> Engine:
-            given: dict[str, Any] = {"mode": "full", "device": "cpu", "threads": 1, "max_context": CONTEXT} | settings
-            return engines.enter_context(offload_sirius.load(model, **given))
+            plain = {"mode": "full", "draft": "streamed", "device": "cpu", "threads": 1, "max_context": CONTEXT}
+            return engines.enter_context(offload_sirius.load(model, **plain | settings))
 
         yield load

@@ -56,7 +56,8 @@ def considered(faster: str, failing: tuple[str, ...] = ()) -> Callable[[EngineCo
     return consider
 
 
-AUTO = EngineConfig(model="synthetic:small?dtype=F32", auto=True)
+STREAMED = DecodingConfig(draft="streamed")
+AUTO = EngineConfig(model="synthetic:small?dtype=F32", auto=True, decoding=STREAMED)
 
 
 @pytest.mark.parametrize("faster", ["bfloat16", "float32"])
@@ -73,8 +74,33 @@ def test_what_does_not_fit_is_no_candidate_and_nothing_at_all_is_an_error() -> N
 
 
 def test_what_was_asked_for_is_not_chosen_anew() -> None:
-    assert [each.dtype for each in alternatives(EngineConfig(), SMALL.spec)] == ["float32"]
-    assert [each.dtype for each in alternatives(EngineConfig(auto=True, dtype="bfloat16"), SMALL.spec)] == ["bfloat16"]
+    assert [each.dtype for each in alternatives(EngineConfig(decoding=STREAMED), SMALL.spec)] == ["float32"]
+    asked = EngineConfig(auto=True, dtype="bfloat16", decoding=STREAMED)
+    assert [each.dtype for each in alternatives(asked, SMALL.spec)] == ["bfloat16"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "drafts"),
+    [
+        ({}, ["streamed", "resident"]),
+        ({"mode": "sparse"}, ["streamed", "resident"]),
+        ({"draft": "resident"}, ["resident"]),
+        ({"draft": "streamed"}, ["streamed"]),
+        ({"sparsity": "cats"}, ["streamed"]),
+        ({"mode": "full"}, ["streamed"]),
+        ({"keep": 1}, ["streamed"]),
+    ],
+    ids=str,
+)
+def test_where_drafts_live_is_chosen_where_they_keep_neurons_and_nobody_has_said(
+    settings: dict[str, Any], drafts: list[str]
+) -> None:
+    found = alternatives(EngineConfig(decoding=DecodingConfig(**settings)), SMALL.spec)
+    assert [each.decoding.draft for each in found] == drafts
+    both = alternatives(EngineConfig(auto=True, decoding=DecodingConfig(**settings)), SMALL.spec)
+    assert [(each.dtype, each.decoding.draft) for each in both] == [
+        (dtype, draft) for dtype in ("float32", "bfloat16") for draft in drafts
+    ]
 
 
 def test_measured_rates_are_taken_before_assumed_ones_and_given_ones_before_both() -> None:
@@ -154,7 +180,7 @@ def test_an_answer_in_another_mode_carries_what_was_predicted_for_that_one(load:
 
 
 def drafting(**settings: Any) -> EngineConfig:
-    return EngineConfig(model="synthetic:small?dtype=F32", max_context=64, decoding=DecodingConfig(**settings))
+    return EngineConfig(model="synthetic:small?dtype=F32", max_context=64, decoding=replace(STREAMED, **settings))
 
 
 def test_a_speed_is_predicted_for_each_acceptance_and_the_most_careful_one_is_assumed() -> None:
@@ -206,7 +232,7 @@ def test_auto_weighs_dtypes_by_what_drafts_make_of_them() -> None:
         rates = assumed_cpu_rates(2).given(device_bytes_per_second=1e10 if planned.dtype == "bfloat16" else 1e7)
         return Candidate(planned=planned, prediction=planned.predict(rates, 8))
 
-    found = candidates(EngineConfig(model="synthetic:small?dtype=F32", auto=True), SMALL.spec, consider)
+    found = candidates(AUTO, SMALL.spec, consider)
     assert [each.planned.dtype for each in found] == ["bfloat16", "float32"]
     assert all(each.prediction.windows for each in found)
 
@@ -216,14 +242,14 @@ CHECKPOINTS = [open_checkpoint(f"synthetic:{name}") for name in ("llama-3-70b", 
 
 @given(
     checkpoint=st.sampled_from(CHECKPOINTS),
-    sparsity=st.sampled_from(["griffin", "cats"]),
+    kind=st.sampled_from([("griffin", "streamed"), ("griffin", "resident"), ("cats", "streamed")]),
     keep=st.floats(0.01, 1),
     device_share=st.floats(0.05, 1.0),
     host_share=st.floats(0.05, 1.0),
     free_share=st.floats(0.1, 3.0),
 )
 def test_shares_of_what_is_free_never_ask_for_more_than_there_is(
-    checkpoint: Any, sparsity: Any, keep: float, device_share: float, host_share: float, free_share: float
+    checkpoint: Any, kind: tuple[Any, Any], keep: float, device_share: float, host_share: float, free_share: float
 ) -> None:
     total = sum(info.nbytes for info in checkpoint.tensors.values())
     here = replace(HERE, free_host_nbytes=int(free_share * total) + (256 << 20))
@@ -232,7 +258,7 @@ def test_shares_of_what_is_free_never_ask_for_more_than_there_is(
         max_context=64,
         device_memory=f"{device_share:.4f}",
         host_memory=f"{host_share:.4f}",
-        decoding=DecodingConfig(sparsity=sparsity, keep=keep),
+        decoding=DecodingConfig(sparsity=kind[0], draft=kind[1], keep=keep),
     )
     try:
         plan = plan_model(checkpoint, config, here).plan

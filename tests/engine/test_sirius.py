@@ -74,7 +74,7 @@ def drafting(load: Load, budgets: Budgets) -> Any:
     """Load for drafts, with the layers at a place."""
 
     def load_at(where: str, **settings: Any) -> Loaded:
-        decoding = DecodingConfig(**{"window": 5, "keep": 0.3} | settings)
+        decoding = DecodingConfig(**{"window": 5, "keep": 0.3, "draft": "streamed"} | settings)
         # `mode` is the fixture's word for the plain model: it gives way.
         return Loaded(load(mode=decoding.mode, decoding=decoding, **budgets(where, decoding=decoding)), decoding)
 
@@ -328,7 +328,7 @@ def test_a_fine_draft_brings_attention_and_gates_and_the_records_that_are_not_th
         len(plan.host_layers) * (layout.attention_nbytes + gate_nbytes)
         + len(plan.disk_layers) * layout.nbytes
     )  # fmt: skip
-    counts = loaded.engine._streamed.fetches
+    counts = loaded.engine._streamed.sparsity.counts
     for _ in range(2):
         missing, needed = counts.missing, counts.needed
         found = loaded.generate()
