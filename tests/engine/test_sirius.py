@@ -383,6 +383,12 @@ def test_device_memory_stays_within_the_plan_and_the_plan_within_the_budgets(spa
     assert memory.host_plan_bytes <= int(config.host_memory)
 
 
+def test_drafts_that_keep_all_neurons_look_at_none_and_take_no_memory_for_it(load: Load) -> None:
+    engine = load(f"{TINY}&ffn=4096", mode="sirius", keep=1.0, window=2)
+    memory = engine.generate("x" * 40, max_new_tokens=2).memory
+    assert memory.device_peak_bytes <= memory.device_plan_bytes
+
+
 def test_a_model_that_was_loaded_for_the_full_model_alone_does_not_draft(plain: Engine) -> None:
     for mode in ("sparse", "sirius"):
         with pytest.raises(ConfigError) as caught:
