@@ -401,7 +401,10 @@ def test_a_model_that_was_loaded_for_the_full_model_alone_does_not_draft(plain: 
     [
         ({"sparsity": "cats"}, "the model was loaded with sparsity griffin and is asked for cats; load it with that"),
         ({"keep": 0.4}, "the model was loaded with keep 0.3 and is asked for 0.4; load it with that"),
-        ({"cats_threshold": 1}, "the model was loaded with cats_threshold None and is asked for 1.0; load it with that"),
+        (
+            {"cats_threshold": 1},
+            "--cats-threshold is 1.0 with --sparsity griffin; it must be left out, or given with --sparsity cats",
+        ),
         (
             {"window": 6},
             "the model was loaded for corrections of 5 tokens and is asked for 6; "
