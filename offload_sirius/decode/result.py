@@ -105,7 +105,8 @@ class Generation:
     acceptance: float | None = None
     """Share of the drafted tokens looked at that stood; behind a rejected one none is looked at. None without any."""
     effective_density: float | None = None
-    """Parameters that passed the device for a token, as a share of the model's. None without windows."""
+    """Parameters that were computed with for a token, as a share of the model's: a draft step counts as the share that --keep
+    says, also where a threshold decides. None without windows."""
     window: int | None = None
     """Tokens of a window as it was last chosen."""
     draft_seconds: float | None = None

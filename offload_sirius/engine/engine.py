@@ -28,7 +28,7 @@ from offload_sirius.decode.stream import Outcome, TextStream
 from offload_sirius.decode.text import Detokenizer, StopMatcher
 from offload_sirius.engine.opened import Model, Prompt
 from offload_sirius.engine.placement import Placement, memory_errors
-from offload_sirius.engine.planning import plan_figures, prediction_figures
+from offload_sirius.engine.planning import plan_figures, prediction_figures, sparsity_of
 from offload_sirius.engine.streamed import StreamedModel
 from offload_sirius.errors import ConfigError
 from offload_sirius.model.costs import activation_nbytes
@@ -86,6 +86,8 @@ class Engine:
         self._loaded_nbytes = loaded_nbytes
         self._tracer = tracer
         self._closed = False
+        self._answering: _Request | None = None
+        """The answer that the KV cache holds."""
 
     @property
     def spec(self) -> ModelSpec:
@@ -184,9 +186,12 @@ class Engine:
         # The reader threads compute with one thread each; torch keeps that number per thread, so ours is set here.
         torch.set_num_threads(self.config.threads or machine.physical_cores())
         self._streamed.keep(0)
+        self._answering = request
         with memory_errors(self.plan), closing(self._decode(request)) as tokens:
             for token_id in tokens:
                 yield token_id
+                if self._answering is not request:
+                    raise RuntimeError("another answer was begun in place of this one: end an answer before the next is begun")
                 torch.set_num_threads(self.config.threads or self._decode_threads())
 
     def _decode(self, request: _Request) -> Tokens:
@@ -264,7 +269,7 @@ class Engine:
                 num_prompt,
                 self._placement.dtype.itemsize,
                 step_rows=self.config.decoding.max_nodes,
-                observed=self.config.decoding.drafts,
+                observed=sparsity_of(self.config.decoding, self.spec) is not None,
             )
         return MemoryFigures(
             device_plan_bytes=self.plan.device_nbytes,
