@@ -648,6 +648,10 @@ DRAFTS: dict[str, tuple[tuple[str, ...], str]] = {
     "a probability above one": (("--threshold", "2"), "--threshold is 2.0; it must be above 0 and at most 1"),
     "a gate of nothing": (("--cats-threshold", "0"), "--cats-threshold is 0; it must be auto or a positive number"),
     "a gate that is no number": (("--cats-threshold", "x"), "--cats-threshold is x; it must be auto or a positive number"),
+    "a gate of coarse sparsity": (
+        ("--cats-threshold", "auto"),
+        "--cats-threshold is auto with --sparsity griffin; it must be left out, or given with --sparsity cats",
+    ),
     "a rule that does not exist": (("--accept", "nonsense"), "--accept is nonsense; it must be one of exact, threshold"),
     "a sparsity that does not exist": (("--sparsity", "nonsense"), "--sparsity is nonsense; it must be one of griffin, cats"),
     "a mode that does not exist": (("--mode", "nonsense"), "--mode is nonsense; it must be one of full, sparse, sirius"),

@@ -186,6 +186,10 @@ def test_a_generation_setting_outside_its_range_is_one_clear_line(setting: dict[
         ({"cats_threshold": "x"}, "--cats-threshold is x; it must be auto or a positive number"),
         ({"cats_threshold": "nan"}, "--cats-threshold is nan; it must be auto or a positive number"),
         ({"cats_threshold": "inf"}, "--cats-threshold is inf; it must be auto or a positive number"),
+        (
+            {"cats_threshold": "auto"},
+            "--cats-threshold is auto with --sparsity griffin; it must be left out, or given with --sparsity cats",
+        ),
     ],
     ids=str,
 )
@@ -214,8 +218,8 @@ def test_the_ends_of_a_decoding_range_belong_to_it(setting: dict[str, Any]) -> N
 
 def test_numbers_may_be_given_as_text() -> None:
     assert DecodingConfig(window="16").window == 16
-    assert DecodingConfig(cats_threshold="0.25").cats_threshold == 0.25
-    assert DecodingConfig(cats_threshold="auto").cats_threshold == AUTO
+    assert DecodingConfig(sparsity="cats", cats_threshold="0.25").cats_threshold == 0.25
+    assert DecodingConfig(sparsity="cats", cats_threshold="auto").cats_threshold == AUTO
 
 
 @pytest.mark.parametrize(

@@ -44,7 +44,7 @@ class RopeSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSpec:
-    """Shape of a decoder-only transformer with a gated feed-forward block. Letters are those of method.md."""
+    """Shape of a decoder-only transformer with a gated feed-forward block. Letters are those of model/ops.py."""
 
     name: str
     """What people call it: an alias, a hub id, or the name of its folder or file."""

@@ -77,7 +77,9 @@ class Corrector:
         return acceptance
 
     def _decisive(self, logits: Tensor, acceptance: Acceptance, sequence: Sequence[int]) -> Tensor:
-        """The scores from which the emitted tokens were chosen, [emitted, V]."""
+        """Of the scores from which each emitted token was chosen the two largest, [emitted, 2]: whole rows would be another copy
+        of all logits."""
         befores = [[*sequence, *acceptance.token_ids[:count]] for count in range(len(acceptance.nodes))]
         rows = zip(acceptance.nodes, befores, strict=True)
-        return torch.stack([self._sampler.penalised(logits[node], before) for node, before in rows])
+        count = min(2, logits.shape[1])
+        return torch.stack([self._sampler.penalised(logits[node], before).topk(count).values for node, before in rows])

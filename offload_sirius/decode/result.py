@@ -105,13 +105,16 @@ class Generation:
     acceptance: float | None = None
     """Share of the drafted tokens looked at that stood; behind a rejected one none is looked at. None without any."""
     effective_density: float | None = None
-    """Parameters that passed the device for a token, as a share of the model's. None without windows."""
+    """Parameters that were computed with for a token, as a share of the model's: a draft step counts as the share that --keep
+    says, also where a threshold decides. None without windows."""
     window: int | None = None
     """Tokens of a window as it was last chosen."""
     draft_seconds: float | None = None
     """Median of the draft steps."""
     correction_seconds: float | None = None
     """Median of the corrections."""
+    churn: float | None = None
+    """Share of the neurons resident for drafts that a correction exchanged, on average. None where no set is refreshed."""
     flips: int | None = None
     """Corrected tokens whose rival was closer than the compute dtype resolves: another order of sums could choose that one.
     None where they are not counted."""

@@ -93,6 +93,6 @@ class DraftTree:
         for row, node in enumerate(nodes):
             seen[row, [columns[each] for each in self.path(node)]] = True
         return TokenTree(
-            positions=torch.tensor([start + self.depths[node] for node in nodes]).to(device),
+            positions=torch.tensor([start + self.depths[node] for node in slots]).to(device),
             mask=functional.pad(seen.to(device), (start, 0), value=True),  # -> [S, T]
         )

@@ -28,13 +28,14 @@ from offload_sirius.decode.stream import Outcome, TextStream
 from offload_sirius.decode.text import Detokenizer, StopMatcher
 from offload_sirius.engine.opened import Model, Prompt
 from offload_sirius.engine.placement import Placement, memory_errors
-from offload_sirius.engine.planning import plan_figures, prediction_figures
+from offload_sirius.engine.planning import plan_figures, prediction_figures, sparsity_of
 from offload_sirius.engine.streamed import StreamedModel
 from offload_sirius.errors import ConfigError
 from offload_sirius.model.costs import activation_nbytes
 from offload_sirius.model.transformer import Transformer
 from offload_sirius.sparsity.cats import Cats, FetchCounts
 from offload_sirius.sparsity.costs import draft_density
+from offload_sirius.sparsity.hot import HotSet
 from offload_sirius.trace import Tracer
 from offload_sirius.weights.pinning import PinReport
 from offload_sirius.weights.plan import Plan
@@ -85,6 +86,8 @@ class Engine:
         self._loaded_nbytes = loaded_nbytes
         self._tracer = tracer
         self._closed = False
+        self._answering: _Request | None = None
+        """The answer that the KV cache holds."""
 
     @property
     def spec(self) -> ModelSpec:
@@ -183,9 +186,12 @@ class Engine:
         # The reader threads compute with one thread each; torch keeps that number per thread, so ours is set here.
         torch.set_num_threads(self.config.threads or machine.physical_cores())
         self._streamed.keep(0)
+        self._answering = request
         with memory_errors(self.plan), closing(self._decode(request)) as tokens:
             for token_id in tokens:
                 yield token_id
+                if self._answering is not request:
+                    raise RuntimeError("another answer was begun in place of this one: end an answer before the next is begun")
                 torch.set_num_threads(self.config.threads or self._decode_threads())
 
     def _decode(self, request: _Request) -> Tokens:
@@ -241,6 +247,7 @@ class Engine:
             acceptance=stats.acceptance,
             effective_density=stats.effective_density(draft_density(self.spec, request.decoding)),
             window=stats.last_window,
+            churn=counters.churn(len(stats.windows)),
             flips=stats.flips,
             windows=len(stats.windows),
             tokens_by_origin=stats.tokens_by_origin,
@@ -262,7 +269,7 @@ class Engine:
                 num_prompt,
                 self._placement.dtype.itemsize,
                 step_rows=self.config.decoding.max_nodes,
-                observed=self.config.decoding.drafts,
+                observed=sparsity_of(self.config.decoding, self.spec) is not None,
             )
         return MemoryFigures(
             device_plan_bytes=self.plan.device_nbytes,
@@ -298,6 +305,8 @@ class _Counters:
     def __init__(self, streamer: Streamer, streamed: StreamedModel) -> None:
         self._streamer = streamer
         self._fetches = streamed.sparsity.counts if isinstance(streamed.sparsity, Cats) else None
+        self._hot_set = streamed.sparsity if isinstance(streamed.sparsity, HotSet) else None
+        self._num_exchanged = self._hot_set.num_exchanged if self._hot_set else 0
         self._pass_nbytes = dict(streamer.pass_nbytes)
         self._discarded_nbytes = streamer.discarded_nbytes
         self._copied_nbytes = streamer.copied_nbytes
@@ -319,6 +328,13 @@ class _Counters:
             busy_share=min((streamer.busy_seconds - self._busy_seconds) / seconds, 1.0) if streams else None,
             cache_hit_share=self._hit_share,
         )
+
+    def churn(self, num_windows: int) -> float | None:
+        """Share of the hot set that a window exchanged."""
+        hot_set = self._hot_set
+        if hot_set is None or hot_set.decay is None or num_windows == 0:
+            return None
+        return (hot_set.num_exchanged - self._num_exchanged) / (num_windows * hot_set.ids.shape[0] * hot_set.num_hot)
 
     @property
     def _hit_share(self) -> float | None:

@@ -30,6 +30,7 @@ from offload_sirius.weights.layout import PARTS, LayerLayout, Part, Slice, layer
 from offload_sirius.weights.pieces import load_nbytes, reader_nbytes, stored_part_nbytes
 from offload_sirius.weights.plan import MAX_READERS, Budgets, Demand, Plan, as_flag, make_plan
 from offload_sirius.weights.predict import (
+    DRAFTS_OF_A_WINDOW,
     PassTime,
     Prediction,
     Setting,
@@ -217,7 +218,8 @@ class Planned:
 
         def correction(window: int) -> PassTime:
             correcting = self._step_work(prompt_tokens, tree_nodes(window, decoding.tree_width))
-            return predict_correction(setting, correcting, drafting, draft.seconds)
+            num_drafts = DRAFTS_OF_A_WINDOW if self.plan.hot is None else window - 1
+            return predict_correction(setting, correcting, drafting, draft.seconds, num_drafts)
 
         windows = window_speeds(decoding, draft.seconds, correction, self.batch)
         assumed = windows[0]
@@ -239,6 +241,7 @@ class Planned:
             num_head_rows=num_rows,
             mixing_nbytes=self._layer_cache_nbytes(positions),
             mixing_flops=mixing_flops(self.spec, num_rows * positions),
+            cargo="records" if self.plan.hot is None else "cold",
         )
 
     def _draft_work(self, prompt_tokens: int, num_leaves: int, sparsity: Sparsity | None) -> Work:
@@ -247,7 +250,7 @@ class Planned:
         num_needed = self.config.decoding.num_kept(num_neurons) if sparsity == "cats" else 0
         return replace(
             self._step_work(prompt_tokens, num_leaves),
-            cargo=CARGO[sparsity],
+            cargo=CARGO[sparsity] if self.plan.hot is None else "hot",
             num_fetched=num_fetched(num_needed, self.plan.num_cached_neurons, num_neurons),
         )
 

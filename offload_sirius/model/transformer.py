@@ -35,10 +35,15 @@ from offload_sirius_loaders.spec import ModelSpec
 
 @dataclass(frozen=True, kw_only=True)
 class TokenTree:
-    """Where the tokens of a step stand when they are not one line: drafted branches that share their beginnings."""
+    """Where the tokens of a step stand when they are not one line: drafted branches that share their beginnings.
+
+    They may grow step by step: then the last slots of the cache hold nodes of the tree, too. Before these a slot's number is its
+    position, as the tree's root takes the first slot behind them.
+    """
 
     positions: Tensor
-    """int64 [S] on the device, none below the length of the cache. Tokens on different branches may have the same."""
+    """int64 [P] on the device, of the last P slots: nodes that are cached, then the S tokens of the step. The first is the least.
+    Tokens on different branches may have the same."""
     mask: Tensor
     """bool [S, T] on the device, T = length of the cache + S: true where a token (row) sees a slot of the cache (column)."""
 
@@ -54,6 +59,8 @@ class Chunk:
     stop: int
     """Slot after the last."""
     rotation: Rotation
+    least_position: int
+    """No token's position is below; of tokens that follow each other the first one's."""
     key_positions: Tensor
     """int64 [T]: the position of every slot, up to the chunk's last."""
     mask: Tensor | None
@@ -64,7 +71,7 @@ class Chunk:
 
         The window counts a token's own position. A single token sees all slots that are left and needs no mask.
         """
-        first = 0 if window is None else max(0, self.start - window + 1)
+        first = 0 if window is None else max(0, self.least_position - window + 1)
         if self.mask is None and self.hidden.shape[0] == 1:
             return first, None
         queries, keys = self.key_positions[self.start :], self.key_positions[first:]
@@ -137,14 +144,30 @@ class Transformer:
         """Tokens that follow each other: a token's slot is its position."""
         stop = start + hidden.shape[0]
         rotation, key_positions = self._rotary.span(start, stop), self._slots[:stop]
-        return Chunk(hidden=hidden, start=start, stop=stop, rotation=rotation, key_positions=key_positions, mask=None)
+        return Chunk(
+            hidden=hidden,
+            start=start,
+            stop=stop,
+            rotation=rotation,
+            least_position=start,
+            key_positions=key_positions,
+            mask=None,
+        )
 
     def _branches(self, hidden: Tensor, tree: TokenTree) -> Chunk:
         """Tokens of a tree: they take the next slots, each at the position the tree gives it."""
-        start = self.cache.length
-        rotation, key_positions = self._rotary.at(tree.positions), torch.cat((self._slots[:start], tree.positions))
-        stop = start + hidden.shape[0]
-        return Chunk(hidden=hidden, start=start, stop=stop, rotation=rotation, key_positions=key_positions, mask=tree.mask)
+        num_tokens, start = hidden.shape[0], self.cache.length
+        stop = start + num_tokens
+        root = stop - len(tree.positions)
+        return Chunk(
+            hidden=hidden,
+            start=start,
+            stop=stop,
+            rotation=self._rotary.at(tree.positions[-num_tokens:]),
+            least_position=root,
+            key_positions=torch.cat((self._slots[:root], tree.positions)),
+            mask=tree.mask,
+        )
 
     def _pass(self, chunks: list[Chunk], feed_forward: FeedForward) -> None:
         """Take every chunk through every layer. A layer is asked for once; its neurons may arrive while attention computes."""

@@ -37,7 +37,7 @@ class Griffin:
     def __init__(
         self, spec: ModelSpec, source: KeepingSource, num_kept: int, *, dtype: torch.dtype, device: torch.device
     ) -> None:
-        """num_kept: N of each layer, below F. Allocates what `griffin_nbytes` says."""
+        """num_kept: N of each layer, below F. Allocates what `sparsity_nbytes` says."""
         assert 0 < num_kept < spec.ffn_width, (num_kept, spec.ffn_width)
         self.num_kept = num_kept
         self.source = source

@@ -118,6 +118,13 @@ class LayerLayout:
         return stop - start
 
 
+def slice_of(cargo: Cargo) -> Slice:
+    """The cargo, which is a slice."""
+    assert cargo != "hot"
+    assert cargo != "cold"
+    return cargo
+
+
 def layer_layout(spec: ModelSpec, element_nbytes: int, num_kept: int = 0) -> LayerLayout:
     """Lay out a layer of the model with elements of the given size. num_kept: neurons that a sparse step keeps of each layer;
     0 where that is no fixed set."""

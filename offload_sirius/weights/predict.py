@@ -29,7 +29,7 @@ from itertools import islice
 from typing import Literal, get_args
 
 from offload_sirius.rates import Rates
-from offload_sirius.weights.layout import PARTS, LayerLayout, Part, Slice
+from offload_sirius.weights.layout import PARTS, Cargo, LayerLayout, Part, slice_of
 from offload_sirius.weights.plan import NUM_STAGING, Plan
 
 Bound = Literal["link", "disk", "compute"]
@@ -41,7 +41,7 @@ of streamed layers repeats only after several passes."""
 DRAFTS_OF_A_WINDOW, SETTLING_WINDOWS, COUNTED_WINDOWS = 4, 2, 4
 """The same of corrections, each behind so many draft steps: enough for the ring to forget the correction before."""
 
-Step = Literal["attention", "records", "gate", "kept", "held", "fetched"]
+Step = Literal["attention", "records", "gate", "kept", "held", "fetched", "hot", "cold"]
 """What is computed of a layer at once: a part of it, records of neurons that are in a cache, or those that were sent for."""
 
 
@@ -59,8 +59,8 @@ class Work:
     """Keys and values that attention reads in one layer."""
     mixing_flops: int
     """Arithmetic of attention in one layer, the projections apart."""
-    cargo: Slice = "records"
-    """What the pass takes of layers of which slices can cross the link alone."""
+    cargo: Cargo = "records"
+    """What the pass takes of layers of which slices can cross the link alone, or that are partly resident."""
     num_fetched: int = 0
     """Of `gate`: neurons of each such layer whose records are sent for."""
 
@@ -194,7 +194,7 @@ class Prediction:
 def predict(setting: Setting, token: Work, prompt: Work) -> Prediction:
     """Expected times of the full model. token: the pass of one new token; prompt: the pass over the prompt."""
     token_bill, prompt_bill = pass_bill(setting, token, decoding=True), pass_bill(setting, prompt, decoding=False)
-    replay = _Replay(setting)
+    replay = _replay_of(setting)
     first = replay.run(_pass_seconds(setting, prompt, decoding=False))
     seconds_per_pass = _steady_seconds(replay, _pass_seconds(setting, token, decoding=True))
     return Prediction(
@@ -211,22 +211,27 @@ def predict(setting: Setting, token: Work, prompt: Work) -> Prediction:
 
 def predict_draft(setting: Setting, draft: Work) -> PassTime:
     """A draft step among others."""
-    seconds = _steady_seconds(_Replay(setting), _pass_seconds(setting, draft, decoding=True))
+    seconds = _steady_seconds(_replay_of(setting), _pass_seconds(setting, draft, decoding=True))
     return PassTime(seconds=seconds, nbytes=pass_nbytes(setting, draft), bill=pass_bill(setting, draft, decoding=True))
 
 
-def predict_correction(setting: Setting, correction: Work, draft: Work, draft_seconds: float) -> PassTime:
-    """What a correction adds to the draft steps of its window. draft_seconds: of one of them among others."""
-    replay = _Replay(setting)
+def predict_correction(
+    setting: Setting, correction: Work, draft: Work, draft_seconds: float, num_drafts: int = DRAFTS_OF_A_WINDOW
+) -> PassTime:
+    """What a correction adds to the draft steps of its window. draft_seconds: of one of them among others.
+
+    num_drafts: of the window; they matter where the link works for the correction meanwhile.
+    """
+    replay = _replay_of(setting)
     drafting, correcting = (_pass_seconds(setting, work, decoding=True) for work in (draft, correction))
     ends = []
     for _ in range(SETTLING_WINDOWS + COUNTED_WINDOWS):
-        for num_left in reversed(range(DRAFTS_OF_A_WINDOW)):
+        for num_left in reversed(range(num_drafts)):
             replay.run(drafting, drafting if num_left else correcting)
         ends.append(replay.run(correcting, drafting))
     seconds_per_window = (ends[-1] - ends[SETTLING_WINDOWS - 1]) / COUNTED_WINDOWS
     return PassTime(
-        seconds=seconds_per_window - DRAFTS_OF_A_WINDOW * draft_seconds,
+        seconds=seconds_per_window - num_drafts * draft_seconds,
         nbytes=pass_nbytes(setting, correction),
         bill=pass_bill(setting, correction, decoding=True),
     )
@@ -245,13 +250,13 @@ def load_seconds(setting: Setting) -> float | None:
     uploaded.
 
     read   = stored bytes / disk rate
-    upload = (head + final norm + residents) / link rate
+    upload = (head + final norm + residents, or of layers that are partly resident their attention blocks) / link rate
     """
     if setting.load_nbytes is None:
         return None
     bill, rates = setting.plan.device_bill, setting.rates
     read_seconds = setting.load_nbytes / rates.disk_bytes_per_second
-    uploaded = bill["head"] + bill["final_norm"] + bill["resident_layers"]
+    uploaded = bill["head"] + bill["final_norm"] + bill["resident_layers"] + bill.get("attention", 0)
     return max(read_seconds, uploaded / rates.link_bytes_per_second) if setting.own_memory else read_seconds
 
 
@@ -307,7 +312,9 @@ def pass_bill(setting: Setting, work: Work, *, decoding: bool) -> PassBill:
 
 
 def _sliced_layers(setting: Setting, work: Work) -> frozenset[int]:
-    """Layers of which the pass brings and computes slices only."""
+    """Layers of which the pass brings and computes slices only; those that are partly resident never come as a whole."""
+    if setting.plan.hot is not None:
+        return frozenset(setting.plan.streamed_layers)
     return frozenset(setting.plan.sliceable_layers) if work.cargo != "records" else frozenset()
 
 
@@ -316,7 +323,10 @@ def _step_nbytes(setting: Setting, work: Work, *, sliced: bool) -> dict[Step, in
     layout = setting.layout
     if not sliced:
         return {part: layout.part_nbytes(part) for part in PARTS}
-    steps: dict[Step, int] = {"attention": layout.part_nbytes("attention"), work.cargo: layout.part_nbytes(work.cargo)}
+    if setting.plan.hot is not None:
+        return _partly_resident_nbytes(setting.plan, layout, work.cargo)
+    part = slice_of(work.cargo)
+    steps: dict[Step, int] = {"attention": layout.part_nbytes("attention"), part: layout.part_nbytes(part)}
     if work.cargo == "gate":
         # All records in a cache are computed on, and those that the tokens do not need are silenced.
         steps["held"] = setting.plan.num_cached_neurons * layout.record_nbytes
@@ -324,10 +334,24 @@ def _step_nbytes(setting: Setting, work: Work, *, sliced: bool) -> dict[Step, in
     return steps
 
 
+def _partly_resident_nbytes(plan: Plan, layout: LayerLayout, cargo: Cargo) -> dict[Step, int]:
+    """Of a layer whose attention block and hot neurons are on the device.
+
+    All neurons at once while the hot ones are chosen, else those and, where all are needed, the others.
+    """
+    assert plan.hot is not None
+    steps: dict[Step, int] = {"attention": layout.part_nbytes("attention")}
+    if cargo == "records":
+        return steps | {"records": layout.part_nbytes("records")}
+    steps["hot"] = plan.device_bill["hot_neurons"] // len(plan.streamed_layers)
+    return steps | {"cold": plan.hot.cold_nbytes} if cargo == "cold" else steps
+
+
 def _slice_nbytes(setting: Setting, work: Work) -> int:
-    """Bytes of a layer's slices: of what is computed, all that is not in a cache."""
+    """Bytes of a layer's slices: of what is computed, all that is not on the device already."""
     steps = _step_nbytes(setting, work, sliced=True)
-    return sum(steps.values()) - steps.get("held", 0)
+    there: tuple[Step, ...] = ("held",) if setting.plan.hot is None else ("attention", "hot")
+    return sum(nbytes for step, nbytes in steps.items() if step not in there)
 
 
 def _copy_nbytes(setting: Setting, work: Work) -> int:
@@ -383,7 +407,7 @@ def _share_of_cores(setting: Setting, *, decoding: bool) -> float:
 class _PassSeconds:
     """A pass as the replay needs it. Seconds are of computing alone, without what copies take from it."""
 
-    cargo: Slice
+    cargo: Cargo
     fetched_nbytes: int
     """Records of a layer that are sent for."""
     whole: Mapping[Step, float]
@@ -506,9 +530,9 @@ class _Replay:
         self._early: Arrival | None = None
         """The attention block of the layer that will be sent for next, where the link goes on with it behind fetched records."""
         self._next = 0
-        self._starting: Slice = "records"
+        self._starting: Cargo = "records"
         """Of the pass whose layers are being sent for."""
-        self._following: Slice = "records"
+        self._following: Cargo = "records"
         self._now = 0.0
 
     def run(self, seconds: _PassSeconds, following: _PassSeconds | None = None) -> float:
@@ -533,7 +557,7 @@ class _Replay:
         self._now = self._thread.compute(seconds.behind_layers)
         return self._now
 
-    def _is_sliced(self, layer: int, cargo: Slice) -> bool:
+    def _is_sliced(self, layer: int, cargo: Cargo) -> bool:
         return cargo != "records" and layer in self._sliceable
 
     def _fetch(self, nbytes: int) -> None:
@@ -543,7 +567,7 @@ class _Replay:
     def _start(self) -> None:
         """A slot is free: bring the next layer of the cycle into it, attention first."""
         layer = self._streamed[self._next]
-        part: Slice = self._starting if self._is_sliced(layer, self._starting) else "records"
+        part = slice_of(self._starting) if self._is_sliced(layer, self._starting) else "records"
         self._next = (self._next + 1) % len(self._streamed)
         if self._next == 0:
             self._starting = self._following
@@ -578,3 +602,42 @@ class _Replay:
         upload_seconds = self._setting.layout.part_nbytes(part) / self._setting.rates.link_bytes_per_second
         staged.append(self._link.carry(self._disk.carry(ready, seconds)(), upload_seconds))
         return staged[-1]
+
+
+class _HotReplay(_Replay):
+    """The same where every layer is partly resident. See weights/hotset.py."""
+
+    def run(self, seconds: _PassSeconds, following: _PassSeconds | None = None) -> float:
+        """One pass more. While nothing has to arrive for it, the link works for the next that needs something."""
+        hot = self._setting.plan.hot
+        assert hot is not None
+        waits = seconds.cargo != "hot"
+        if not self._ring:
+            self._starting = seconds.cargo if waits else "cold"
+            self._next = 0
+            for _ in range(hot.num_cold_slots if self._starting == "cold" else self._setting.plan.num_slots):
+                self._start()
+        for _ in range(self._num_layers):
+            for step, computing in seconds.sliced.items():
+                if waits and step in self._ring[0]:
+                    self._now = self._thread.idle_until(max(self._now, self._ring[0][step]()))
+                self._now = self._thread.compute(computing)
+            if waits:
+                self._ring.popleft()
+                # Slots for all neurons of a layer are no slots for some of them: behind the prompt's pass they are cut anew.
+                if self._starting == "cold" or self._next != 0:
+                    self._start()
+        self._now = self._thread.compute(seconds.behind_layers)
+        return self._now
+
+    def _start(self) -> None:
+        self._next = (self._next + 1) % self._num_layers
+        layout, hot = self._setting.layout, self._setting.plan.hot
+        assert hot is not None
+        whole = self._starting == "records"
+        arrival = self._bring_from_host(layout.part_nbytes("records") if whole else hot.cold_nbytes)
+        self._ring.append({"records" if whole else "cold": arrival})
+
+
+def _replay_of(setting: Setting) -> _Replay:
+    return _Replay(setting) if setting.plan.hot is None else _HotReplay(setting)

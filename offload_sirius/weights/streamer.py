@@ -21,7 +21,7 @@ from offload_sirius.weights.buffers import KeptNeurons, LayerBuffer
 from offload_sirius.weights.copiers import Copier, Transfer
 from offload_sirius.weights.embedding import Embedding
 from offload_sirius.weights.kept import KeptStore
-from offload_sirius.weights.layout import SLICES, Cargo, Part, Slice
+from offload_sirius.weights.layout import SLICES, Cargo, Part, slice_of
 from offload_sirius.weights.ring import Flight, Ring
 
 Phase = Literal["prefill", "draft", "correction", "full"]
@@ -39,13 +39,6 @@ class FetchedRecords:
         """The records [M, 2, D], once they are there. They stay until more are fetched, or the layer is released."""
         self.arrive()
         return self.place
-
-
-def slice_of(cargo: Cargo) -> Slice:
-    """The cargo, which is a slice."""
-    assert cargo != "hot"
-    assert cargo != "cold"
-    return cargo
 
 
 class LayerTrace:

@@ -62,7 +62,7 @@ def test_a_tree_of_two_branches_written_out() -> None:
 def test_nodes_that_were_not_stepped_over_have_no_slot() -> None:
     tree = tree_of([(0, 5), (0, 6)], [(2, 7), (2, 8)])
     layout = tree.layout([3, 4], start=1, cached=[0, 2], device=CPU)
-    assert layout.positions.tolist() == [3, 3]
+    assert layout.positions.tolist() == [1, 2, 3, 3]
     assert rows(layout) == [[1, 1, 1, 1, 0], [1, 1, 1, 0, 1]]
 
 

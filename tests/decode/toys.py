@@ -92,7 +92,7 @@ class ToyModel:
         self.calls.append(Called(kind, token_ids.tolist(), following, tree is not None))
         start, stop = self.length, self.length + len(token_ids)
         assert stop <= self.capacity, "no room"
-        positions = list(range(start, stop)) if tree is None else tree.positions.tolist()
+        positions = list(range(start, stop)) if tree is None else tree.positions.tolist()[-len(token_ids) :]
         self.cache += [Slot(*each, kind != "draft") for each in zip(token_ids.tolist(), positions, strict=True)]
         mask = torch.ones(stop - start, stop, dtype=torch.bool).tril(start) if tree is None else tree.mask
         assert mask.shape == (stop - start, stop)

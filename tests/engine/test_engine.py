@@ -234,6 +234,20 @@ def test_a_stream_that_was_abandoned_does_not_disturb_the_next_answer(load: Load
     assert engine.generate("hello", max_new_tokens=8).token_ids == fresh_answer(load).token_ids
 
 
+@pytest.mark.parametrize("mode", ["full", "sparse", "sirius"])
+def test_an_answer_in_whose_place_another_was_begun_says_so(mode: str, load: Load) -> None:
+    engine = load(mode="sirius", window=4)
+    prompts = ("something else", "hello")
+    first, second = (engine.stream(prompt, mode=mode, max_new_tokens=8, ignore_eos=True) for prompt in prompts)
+    next(first)
+    next(second)
+    with pytest.raises(RuntimeError, match="another answer was begun"):
+        list(first)
+    assert first.interrupt().new_tokens >= 1
+    list(second)
+    assert second.result.token_ids == engine.generate("hello", mode=mode, max_new_tokens=8, ignore_eos=True).token_ids
+
+
 def test_the_same_question_has_the_same_answer_again(resident: Engine) -> None:
     first, second = (resident.generate("hello", max_new_tokens=8, temperature=1.0, seed=5) for _ in range(2))
     assert first.token_ids == second.token_ids

@@ -383,6 +383,12 @@ def test_device_memory_stays_within_the_plan_and_the_plan_within_the_budgets(spa
     assert memory.host_plan_bytes <= int(config.host_memory)
 
 
+def test_drafts_that_keep_all_neurons_look_at_none_and_take_no_memory_for_it(load: Load) -> None:
+    engine = load(f"{TINY}&ffn=4096", mode="sirius", keep=1.0, window=2)
+    memory = engine.generate("x" * 40, max_new_tokens=2).memory
+    assert memory.device_peak_bytes <= memory.device_plan_bytes
+
+
 def test_a_model_that_was_loaded_for_the_full_model_alone_does_not_draft(plain: Engine) -> None:
     for mode in ("sparse", "sirius"):
         with pytest.raises(ConfigError) as caught:
@@ -395,7 +401,10 @@ def test_a_model_that_was_loaded_for_the_full_model_alone_does_not_draft(plain: 
     [
         ({"sparsity": "cats"}, "the model was loaded with sparsity griffin and is asked for cats; load it with that"),
         ({"keep": 0.4}, "the model was loaded with keep 0.3 and is asked for 0.4; load it with that"),
-        ({"cats_threshold": 1}, "the model was loaded with cats_threshold None and is asked for 1.0; load it with that"),
+        (
+            {"cats_threshold": 1},
+            "--cats-threshold is 1.0 with --sparsity griffin; it must be left out, or given with --sparsity cats",
+        ),
         (
             {"window": 6},
             "the model was loaded for corrections of 5 tokens and is asked for 6; "

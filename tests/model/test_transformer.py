@@ -128,6 +128,25 @@ def test_each_branch_of_a_tree_gets_the_logits_it_would_get_as_a_line() -> None:
         assert_close(logits[branch], line.step(tokens(5)[branch]))
 
 
+def test_a_branch_that_grows_step_by_step_beside_others_gets_the_logits_it_would_get_as_a_line() -> None:
+    # Slots 9, ..., 13: a root, its three children, and a child of the last of those, which is two positions behind the root and
+    # four slots. A layer that sees six positions still sees positions 6, 7 and 8.
+    steps = ([0], [1, 2, 3], [4])
+    seen = torch.tensor([[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 0, 1, 0, 0], [1, 0, 0, 1, 0], [1, 0, 0, 1, 1]])
+    positions, branch = torch.tensor([9, 10, 10, 10, 11]), [0, 3, 4]
+    branched, line = build(), build()
+    branched.prefill(tokens(9))
+    line.prefill(tokens(9))
+
+    logits = []
+    for nodes in steps:
+        mask = torch.ones(len(nodes), 10 + nodes[-1], dtype=torch.bool)
+        mask[:, 9:] = seen[nodes, : nodes[-1] + 1]
+        logits.append(branched.step(tokens(5)[nodes], TokenTree(positions=positions[: nodes[-1] + 1], mask=mask)))
+
+    assert_close(torch.cat(logits)[branch], line.step(tokens(5)[branch]))
+
+
 @dataclass
 class RecordingSource:
     """A source that writes down what it is asked for, and may fail at a layer."""
