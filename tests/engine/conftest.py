@@ -20,6 +20,7 @@ from offload_sirius_loaders import open_checkpoint
 
 TINY = "synthetic:tiny?dtype=F32"
 CONTEXT = 48
+NUM_LAYERS = 4
 PLACES = ["resident", "one resident, rest on the host", "host", "host and disk", "disk", "disk with the embedding"]
 
 Load = Callable[..., Engine]
@@ -40,7 +41,7 @@ def budgets_for(where: str, dtype: str = "float32", decoding: DecodingConfig = F
     checkpoint = open_checkpoint(TINY)
     placement = place(checkpoint, config)
     plan, layout = placement.plan, placement.layout
-    assert len(plan.resident_layers) == 4, "this machine has no room for the tiny model"
+    assert len(plan.resident_layers) == NUM_LAYERS, "this machine has no room for the tiny model"
     where, _, extra = where.partition(" + ")
     fixed = plan.device_nbytes - plan.device_bill["resident_layers"]
     room = {"resident": 4, "one resident, rest on the host": 3}.get(where, 2)
@@ -53,6 +54,23 @@ def budgets_for(where: str, dtype: str = "float32", decoding: DecodingConfig = F
     return {
         "device_memory": str(fixed + room * plan.layer_nbytes + caches),
         "host_memory": str(readers + embedding + host_layers + num_kept * layout.kept_host_nbytes),
+    }
+
+
+def hot_budgets(decoding: DecodingConfig, *, num_hot: int | None = None, num_slots: int = 2) -> dict[str, str]:
+    """Budgets, to the byte, for all layers in host memory, and on the device for so many hot neurons of each layer and for slots
+    of whole layers. Slots beyond two become hot neurons, until there are as many as drafts keep."""
+    config = EngineConfig(model=TINY, device="cpu", max_context=CONTEXT, decoding=decoding)
+    placement = place(open_checkpoint(TINY), config)
+    plan, layout, spec = placement.plan, placement.layout, placement.planned.spec
+    num_hot = decoding.num_kept(spec.ffn_width) if num_hot is None else num_hot
+    fixed = plan.device_nbytes - sum(plan.device_bill[what] for what in ("attention", "hot_neurons", "slots"))
+    neuron_nbytes = layout.records_nbytes // spec.ffn_width
+    layers = NUM_LAYERS * (layout.attention_nbytes + num_hot * neuron_nbytes)
+    readers = 2 * plan.host_bill["readers"] // plan.num_readers
+    return {
+        "device_memory": str(fixed + layers + num_slots * layout.records_nbytes),
+        "host_memory": str(4 * readers + plan.host_bill["embedding"] + NUM_LAYERS * align(plan.layer_nbytes, PAGE_NBYTES)),
     }
 
 

@@ -10,17 +10,14 @@ from typing import Any
 import pytest
 
 import offload_sirius
-from offload_sirius.config import DecodingConfig, EngineConfig
+from offload_sirius.config import DecodingConfig
 from offload_sirius.decode.result import Generation
 from offload_sirius.engine import Engine
-from offload_sirius.engine.placement import place
 from offload_sirius.errors import BudgetError, ConfigError
 from offload_sirius.sparsity.hot import HotSet
 from offload_sirius.weights.hotset import HotStreamer
-from offload_sirius.weights.layout import PAGE_NBYTES, align
-from offload_sirius_loaders import open_checkpoint
 
-from .conftest import CONTEXT, TINY, Budgets, Load
+from .conftest import CONTEXT, TINY, Budgets, Load, hot_budgets
 
 NUM_NEW = 20
 GREEDY: dict[str, Any] = {}
@@ -42,25 +39,6 @@ def plain() -> Iterator[Engine]:
     """The model by itself, resident."""
     with offload_sirius.load(TINY, mode="full", device="cpu", threads=1, max_context=CONTEXT) as engine:
         yield engine
-
-
-def hot_budgets(
-    decoding: DecodingConfig, *, num_hot: int | None = None, num_slots: int = 2, dtype: str = "auto"
-) -> dict[str, str]:
-    """Budgets, to the byte, for all layers in host memory, and on the device for that many hot neurons of each layer and for slots
-    of whole layers. Slots beyond two become hot neurons, until there are as many as drafts keep."""
-    config = EngineConfig(model=TINY, device="cpu", max_context=CONTEXT, decoding=decoding, dtype=dtype)  # type: ignore[arg-type]
-    placement = place(open_checkpoint(TINY), config)
-    plan, layout, spec = placement.plan, placement.layout, placement.planned.spec
-    num_hot = decoding.num_kept(spec.ffn_width) if num_hot is None else num_hot
-    fixed = plan.device_nbytes - sum(plan.device_bill[what] for what in ("attention", "hot_neurons", "slots"))
-    neuron_nbytes = layout.records_nbytes // spec.ffn_width
-    layers = LAYERS * (layout.attention_nbytes + num_hot * neuron_nbytes)
-    readers = 2 * plan.host_bill["readers"] // plan.num_readers
-    return {
-        "device_memory": str(fixed + layers + num_slots * layout.records_nbytes),
-        "host_memory": str(4 * readers + plan.host_bill["embedding"] + LAYERS * align(plan.layer_nbytes, PAGE_NBYTES)),
-    }
 
 
 class Loaded:

@@ -24,7 +24,7 @@ from offload_sirius.weights.plan import CHUNK_NBYTES, NUM_CHUNKS, as_flag
 from offload_sirius.weights.uploads import ChunkRoute, DiskRoute, PinnedRoute
 
 from ..weights.simulated import SimulatedUplink
-from .conftest import Budgets, Load
+from .conftest import Budgets, Load, hot_budgets
 
 PROMPT = list(range(1, 30))
 
@@ -204,6 +204,26 @@ def test_corrected_drafts_are_the_full_model_s_answers_by_every_route(
     assert found.token_ids == sparse.token_ids, "the simulated device drafts what the CPU does"
     if "caches" not in where:  # which remember the answers before
         assert found.link.bytes.draft == sparse.link.bytes.draft
+    assert uplink.from_pageable_nbytes == 0
+    engine.close()
+    assert uplink.pinned == {}
+    with_uplink(max_pinned_nbytes=0)
+    assert answer(load(progress=Warned(), **settings)) == expected
+
+
+@pytest.mark.parametrize("refresh", [True, False])
+def test_drafts_on_the_device_are_corrected_to_the_full_model_s_answers_whether_or_not_memory_can_be_pinned(
+    refresh: bool, load: Load, budgets: Budgets, with_uplink: WithUplink
+) -> None:
+    expected = answer(load(dtype="float32", **budgets("resident")))
+    decoding = DecodingConfig(keep=0.4, window=4, draft="resident", refresh=refresh)
+    settings = {"mode": "sirius", "draft": "resident", "decoding": decoding, **hot_budgets(decoding, num_slots=3)}
+    uplink = with_uplink()
+    engine = load(**settings)
+    assert answer(engine) == answer(engine) == expected
+    found = engine.generate(PROMPT, max_new_tokens=12, ignore_eos=True)
+    assert (found.link.bytes.draft, found.link.bytes.correction) == (0, found.passes.correction * engine.plan.pass_nbytes)
+    assert engine._streamer.copied_nbytes >= sum(engine._streamer.pass_nbytes.values())
     assert uplink.from_pageable_nbytes == 0
     engine.close()
     assert uplink.pinned == {}

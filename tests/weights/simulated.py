@@ -68,8 +68,8 @@ class SimulatedUplink:
         done = FlagEvent()
         if reads is None:
             reads = self.reads(source)
-        self.from_pageable_nbytes += 0 if reads else source.numel()
-        destination.fill_(POISON)
+        self.from_pageable_nbytes += 0 if reads else source.nbytes
+        destination.view(torch.uint8).fill_(POISON)
         self._executor.submit(self._copy, source, destination, last_use, done, name)
         return done
 
@@ -92,9 +92,9 @@ class SimulatedUplink:
             seconds = time.perf_counter() - began
             self.busy_seconds += seconds
             if self._tracer is not None:
-                self._tracer.span("copy", name, began, began + seconds, bytes=source.numel())
-            self.nbytes_copied += source.numel()
-            self.peak_bytes_per_second = max(source.numel() / seconds, self.peak_bytes_per_second or 0.0)
+                self._tracer.span("copy", name, began, began + seconds, bytes=source.nbytes)
+            self.nbytes_copied += source.nbytes
+            self.peak_bytes_per_second = max(source.nbytes / seconds, self.peak_bytes_per_second or 0.0)
         except BaseException as error:
             done.error = error
         done.flag.set()
@@ -175,9 +175,9 @@ class SimulatedDevice:
         assert isinstance(last_use, QueueEvent)
         done = QueueEvent(self)
         copies = self.queues["copies"]
-        copies.append(Operation(needs=last_use, act=lambda: destination.fill_(POISON)))
+        copies.append(Operation(needs=last_use, act=lambda: destination.view(torch.uint8).fill_(POISON)))
         copies.append(Operation(act=lambda: destination.copy_(source), brings=done))
-        self.nbytes_copied += source.numel()
+        self.nbytes_copied += source.nbytes
         self.run_some()
         return done
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,10 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from offload_sirius.errors import WeightReadError
-from offload_sirius.weights.buffers import KeptNeurons, LayerBuffer
+from offload_sirius.weights.buffers import KeptNeurons, LayerBuffer, kept_neurons
 from offload_sirius.weights.copiers import Transfer
 from offload_sirius.weights.disk import ReaderPool
 from offload_sirius.weights.host import HostStore
+from offload_sirius.weights.hot_plan import hot_layouts
+from offload_sirius.weights.hotset import HotSlots, HotStreamer
 from offload_sirius.weights.kept import KeptStore
 from offload_sirius.weights.layout import PARTS, Cargo, Part, layer_layout
 from offload_sirius.weights.load import Loader
@@ -351,6 +354,69 @@ def test_slices_are_never_computed_on_before_they_are_there_nor_overwritten_too_
     assert device.nbytes_copied == streamer.copied_nbytes
     in_flight = sum(flight.nbytes for flight in streamer._ring)
     assert streamer.copied_nbytes == streamer.pass_nbytes["draft"] + streamer.discarded_nbytes + in_flight
+
+
+HOT = hot_layouts(SPEC, 2, 5)
+
+
+def hot_streamer(device: SimulatedDevice, num_whole: int, num_cold: int) -> HotStreamer:
+    """The last neurons of each layer are cold."""
+    hot_spec = replace(SPEC, ffn_width=5)
+    layers = {}
+    for layer in range(NUM_LAYERS):
+        storage = torch.full((HOT.resident.nbytes,), layer, dtype=torch.uint8)
+        layers[layer] = LayerBuffer(storage, hot_spec, HOT.resident, torch.bfloat16)
+    memory = torch.full((max(num_whole * HOT.whole.kept_nbytes, num_cold * HOT.cold.kept_nbytes),), POISON, dtype=torch.uint8)
+    whole, cold = (
+        [kept_neurons(part, each, torch.bfloat16) for part in memory[: count * each.kept_nbytes].split(each.kept_nbytes)]
+        for count, each in ((num_whole, HOT.whole), (num_cold, HOT.cold))
+    )
+    streamer = HotStreamer(
+        layers=layers,
+        slots=HotSlots(whole=whole, cold=cold),
+        copier=UplinkCopier({}, device, SliceRoute(STORE, kept_store([]), device)),
+        embedding=NoEmbedding(),
+        final_norm=torch.ones(1),
+        head=torch.ones(1, 1),
+    )
+    streamer._cold_ids = {layer: torch.arange(5, SPEC.ffn_width) for layer in range(NUM_LAYERS)}
+    return streamer
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    num_whole=st.integers(2, 3),
+    num_cold=st.integers(2, NUM_LAYERS),
+    passes=st.lists(
+        st.tuples(st.sampled_from(["records", "hot", "cold"]), st.one_of(st.just(NUM_LAYERS), st.integers(0, NUM_LAYERS))),
+        min_size=1,
+        max_size=6,
+    ),
+    data=st.data(),
+)
+def test_slots_that_are_cut_in_two_ways_are_never_overwritten_too_early(
+    num_whole: int, num_cold: int, passes: list[tuple[Cargo, int]], data: st.DataObject
+) -> None:
+    device, computed = SimulatedDevice(picks(data)), Computed()
+    streamer = hot_streamer(device, num_whole, num_cold)
+
+    def compute(layer: int, neurons: KeptNeurons | LayerBuffer, count: int) -> None:
+        assert len(neurons.gate) == count
+        tensors = (neurons.gate, neurons.up_down)
+        device.compute(lambda: computed.right.append(all(bool((each.view(torch.uint8) == layer).all()) for each in tensors)))
+
+    for cargo, last_layer in passes:
+        streamer.begin("draft", cargo, following="cold")
+        for layer in range(last_layer):
+            streamer.attention(layer)
+            compute(layer, streamer.neurons(layer), SPEC.ffn_width if cargo == "records" else 5)
+            if cargo == "cold":
+                compute(layer, streamer.cold_neurons(layer), SPEC.ffn_width - 5)
+            streamer.release(layer)
+    device.close()
+    assert all(computed.right)
+    in_flight = sum(flight.nbytes for flight in streamer._ring)
+    assert device.nbytes_copied == streamer.pass_nbytes["draft"] + streamer.discarded_nbytes + in_flight
 
 
 def test_kept_neurons_arrive_by_one_copy_or_by_gathering(uplink: SimulatedUplink) -> None:
