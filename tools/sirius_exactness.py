@@ -185,8 +185,8 @@ def first_prompts() -> list[str]:
 
 def settings(folder: Path, row: Row, threads: int | None) -> dict[str, Any]:
     """How to load the model for a row and those like it."""
-    shared: dict[str, Any] = {"model": str(folder), "dtype": "float32", "max_context": CONTEXT}
-    drafts = {"mode": "sirius", "sparsity": row.sparsity, "keep": row.keep, "window": 16, "tree_width": 8, "threads": threads}
+    shared: dict[str, Any] = {"model": str(folder), "dtype": "float32", "max_context": CONTEXT, "threads": threads}
+    drafts = {"mode": "sirius", "sparsity": row.sparsity, "keep": row.keep, "draft": "streamed", "window": 16, "tree_width": 8}
     if row.place == "resident":
         return shared | drafts
     streamed = shared | drafts | {"device_memory": third_of_layers(EngineConfig(**shared))}
