@@ -220,6 +220,18 @@ def smallest_host_memory() -> str:
     return str(MIN_READERS * plan.host_bill["readers"] // plan.num_readers)
 
 
+def test_the_copy_row_has_the_neurons_of_a_draft_that_is_on_the_device(
+    streamed: Callable[..., tuple[Engine, Tracer]], tmp_path: Path
+) -> None:
+    engine, tracer = streamed(mode="sirius", draft="resident", window=4)
+    engine.generate([1, 2, 3], max_new_tokens=8, ignore_eos=True)
+    copied_nbytes = engine._streamer.copied_nbytes
+    engine.close()
+    copies = [event["args"] for event in complete(events_of(tracer, tmp_path)) if event["cat"] == "copy"]
+    assert {copy["part"] for copy in copies} == {"neurons"}
+    assert copied_nbytes <= sum(copy["bytes"] for copy in copies) <= engine._streamer.copied_nbytes
+
+
 @pytest.mark.parametrize("tier", ["host", "disk", "paced"])
 def test_the_copy_row_has_every_byte_once(tier: str, streamed: Callable[..., tuple[Engine, Tracer]], tmp_path: Path) -> None:
     given_for: dict[str, dict[str, Any]] = {"disk": {"host_memory": smallest_host_memory()}, "paced": {"link_gbps": 1.0}}
@@ -241,7 +253,7 @@ def test_the_copy_row_has_every_byte_once(tier: str, streamed: Callable[..., tup
 def test_the_copy_row_has_the_slices_of_drafts_too(
     sparsity: str, parts: set[str], streamed: Callable[..., tuple[Engine, Tracer]], tmp_path: Path
 ) -> None:
-    engine, tracer = streamed(mode="sirius", sparsity=sparsity, window=4)
+    engine, tracer = streamed(mode="sirius", sparsity=sparsity, draft="streamed", window=4)
     engine.generate([1, 2, 3], max_new_tokens=8, ignore_eos=True)
     engine.close()
     events = complete(events_of(tracer, tmp_path))

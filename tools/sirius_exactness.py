@@ -41,7 +41,7 @@ from gguf_to_safetensors import convert, find_demo
 
 import offload_sirius
 from benchmarks.report import RESULTS, finish, machine_facts
-from offload_sirius.config import EngineConfig, Sparsity
+from offload_sirius.config import DecodingConfig, EngineConfig, Sparsity
 from offload_sirius.engine import Engine
 from offload_sirius.errors import USER_ERRORS
 
@@ -49,6 +49,7 @@ EQUAL, DIFFERENT, WRONG_INPUT = 0, 1, 2
 
 NUM_PROMPTS, NUM_NEW, CONTEXT = 8, 96, 1024
 LINK_GBPS = 5.0
+FULL = DecodingConfig(mode="full")
 HELD_SHARE = 0.5
 """Of the layers' bytes, slots included, on a device through which they are streamed."""
 SAMPLED = {"temperature": 0.8, "top_p": 0.9}
@@ -198,7 +199,7 @@ def settings(folder: Path, row: Row, threads: int | None) -> dict[str, Any]:
     drafts |= {"window": 16, "tree_width": 8, "threads": threads}
     if row.place == "resident":
         return shared | drafts
-    streamed = shared | drafts | {"device_memory": part_of_layers(EngineConfig(**shared), HELD_SHARE)}
+    streamed = shared | drafts | {"device_memory": part_of_layers(EngineConfig(**shared, decoding=FULL), HELD_SHARE)}
     if row.place == "link":
         return streamed | {"link_gbps": LINK_GBPS}
     return streamed | {"host_memory": third_on_host(folder)}

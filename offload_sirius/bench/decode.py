@@ -161,7 +161,7 @@ class _Runner:
         loaded = Loaded(
             num_streamed_layers=len(plan.streamed_layers),
             num_resident_layers=len(plan.resident_layers),
-            draft_density=draft_density(model.spec, variants[0]),
+            draft_density=draft_density(model.spec, variants[0], plan.hot.num_hot if plan.hot else None),
             link_bytes_per_second=None if rate is None else rate * 1e9,
         )
         return [row_of(variant, self._answers[variant], self._answers[FULL], loaded, self._name(variant)) for variant in variants]

@@ -245,7 +245,9 @@ class Engine:
             settings=_settings(self.config, request),
             aal=stats.aal,
             acceptance=stats.acceptance,
-            effective_density=stats.effective_density(draft_density(self.spec, request.decoding)),
+            effective_density=stats.effective_density(
+                draft_density(self.spec, request.decoding, self.plan.hot.num_hot if self.plan.hot else None)
+            ),
             window=stats.last_window,
             churn=counters.churn(len(stats.windows)),
             flips=stats.flips,

@@ -21,12 +21,14 @@ def num_parameters(spec: ModelSpec) -> int:
     return sum(prod(shape) for shape in spec.model_roles().values()) + spec.num_layers * layer
 
 
-def draft_density(spec: ModelSpec, decoding: DecodingConfig) -> float:
+def draft_density(spec: ModelSpec, decoding: DecodingConfig, num_hot: int | None = None) -> float:
     """Share of all parameters that a draft step uses, as the paper counts density.
+
+    num_hot: N where that is what the device has room for; None: as many as are asked for.
 
     saved = layers * (F - N) * D * rows and columns of a neuron
     """
-    num_dropped = spec.ffn_width - decoding.num_kept(spec.ffn_width)
+    num_dropped = spec.ffn_width - (decoding.num_kept(spec.ffn_width) if num_hot is None else num_hot)
     saved = (
         spec.num_layers
         * num_dropped

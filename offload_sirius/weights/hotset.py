@@ -25,6 +25,9 @@ from offload_sirius.weights.layout import Cargo
 from offload_sirius.weights.ring import Flight, Ring
 from offload_sirius.weights.streamer import Phase, Streamer
 
+EXCHANGED_AT_ONCE = 256
+"""Neurons for which there is a copy on the device beside their two places."""
+
 
 @dataclass(frozen=True)
 class HotSlots:
@@ -109,8 +112,10 @@ class HotStreamer(Streamer):
         cold_ids: those that are cold then, int64 [F - N], in the order in which they shall arrive from now on. All on the device.
         """
         hot, cold = self._hot(layer), self._arrived(layer)
-        hot.gate.index_copy_(0, hot_places, cold.gate.index_select(0, cold_places))
-        hot.up_down.index_copy_(0, hot_places, cold.up_down.index_select(0, cold_places))
+        # A piece at a time: a prompt that was unlike its answer may have half of a layer change places.
+        for to, source in zip(hot_places.split(EXCHANGED_AT_ONCE), cold_places.split(EXCHANGED_AT_ONCE), strict=True):
+            hot.gate.index_copy_(0, to, cold.gate.index_select(0, source))
+            hot.up_down.index_copy_(0, to, cold.up_down.index_select(0, source))
         self._cold_ids[layer] = cold_ids.to("cpu", copy=True)
 
     def release(self, layer: int) -> None:

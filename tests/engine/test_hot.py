@@ -255,6 +255,11 @@ def test_phases_and_what_was_discarded_add_up_to_what_was_copied_whatever_follow
         loaded.assert_sums_up()
 
 
+def test_the_density_is_that_of_the_neurons_that_are_hot_not_of_those_that_were_asked_for(hot: Any) -> None:
+    fewer, asked = hot(keep=0.9, num_hot=44).generate(), hot(keep=44.5 / 176).generate()
+    assert fewer.effective_density == asked.effective_density is not None
+
+
 # Memory.
 
 

@@ -4,6 +4,7 @@ transformers answer, of random weights everywhere the layers can be, and of real
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +98,7 @@ def test_sparse_answers_are_those_of_a_masked_model_wherever_the_layers_are(
     rule: Rule, keep: float, model: Any, folder: Path
 ) -> None:
     expected = SparseReference(model, rule, keep).sparse_answer(PROMPT, NUM_NEW)
-    decoding = DecodingConfig(mode="sparse", sparsity=rule, keep=keep)
+    decoding = DecodingConfig(mode="sparse", sparsity=rule, keep=keep, draft="streamed")
     for settings in places(folder, decoding):
         found = answer(folder, PROMPT, decoding, NUM_NEW, **settings)
         assert list(found.token_ids) == expected
@@ -116,7 +117,8 @@ def test_sparse_models_differ_from_each_other_and_from_the_dense_one(rule: Rule,
 def test_a_threshold_accepts_what_the_paper_accepts(rule: Rule, window: int, threshold: float, model: Any, folder: Path) -> None:
     reference = SparseReference(model, rule, 0.75)
     expected, aal = reference.corrected_answer(PROMPT, NUM_NEW, window, threshold)
-    decoding = DecodingConfig(mode="sirius", sparsity=rule, keep=0.75, window=window, accept="threshold", threshold=threshold)
+    drafting = DecodingConfig(mode="sirius", sparsity=rule, keep=0.75, draft="streamed")
+    decoding = replace(drafting, window=window, accept="threshold", threshold=threshold)
     for settings in list(places(folder, decoding))[:2]:
         found = answer(folder, PROMPT, decoding, NUM_NEW, **settings)
         assert list(found.token_ids) == expected
@@ -151,6 +153,6 @@ def test_sparse_answers_of_real_weights_are_those_of_a_masked_model(
     rule: Rule, keep: float, num_new: int, real_model: Any, smollm2_folder: Path, real_prompt: list[int]
 ) -> None:
     expected = SparseReference(real_model, rule, keep).sparse_answer(real_prompt, num_new)
-    decoding = DecodingConfig(mode="sparse", sparsity=rule, keep=keep)
+    decoding = DecodingConfig(mode="sparse", sparsity=rule, keep=keep, draft="streamed")
     found = answer(smollm2_folder, real_prompt, decoding, num_new, max_context=128)
     assert list(found.token_ids) == expected

@@ -276,6 +276,14 @@ def test_a_draft_moves_nothing_and_a_correction_what_is_cold() -> None:
     assert model.streamer.copied_nbytes == NUM_LAYERS * ALL_NBYTES + (4 * NUM_LAYERS + 3) * COLD_NBYTES
 
 
+def test_many_neurons_change_places_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("offload_sirius.weights.hotset.EXCHANGED_AT_ONCE", 4)
+    model = make()
+    model.prefill(last)
+    for num_exchanged in (N, 5, 4, 1, 0):
+        model.correct(num_exchanged, last)
+
+
 def test_the_link_fills_the_slots_while_the_first_draft_computes() -> None:
     model = make()
     model.prefill(last)
