@@ -94,8 +94,8 @@ class DecodingConfig:
         _require(0 < self.keep <= 1, "keep", self.keep, "above 0 and at most 1")
         object.__setattr__(self, "cats_threshold", _cats_threshold(self.cats_threshold))
         if self.cats_threshold is not None:
-            found = f"{self.cats_threshold} with --sparsity {self.sparsity}"
-            _require(self.sparsity == "cats", "cats-threshold", found, "left out, or given with --sparsity cats")
+            both = f"{self.cats_threshold} with --sparsity {self.sparsity}"
+            _require(self.sparsity == "cats", "cats-threshold", both, "left out, or given with --sparsity cats")
         object.__setattr__(self, "window", _window(self.window))
         _require(self.accept in ACCEPTS, "accept", self.accept, "one of " + ", ".join(ACCEPTS))
         _require(0 < self.threshold <= 1, "threshold", self.threshold, "above 0 and at most 1")

@@ -237,9 +237,8 @@ def test_a_stream_that_was_abandoned_does_not_disturb_the_next_answer(load: Load
 @pytest.mark.parametrize("mode", ["full", "sparse", "sirius"])
 def test_an_answer_in_whose_place_another_was_begun_says_so(mode: str, load: Load) -> None:
     engine = load(mode="sirius", window=4)
-    first, second = (
-        engine.stream(prompt, mode=mode, max_new_tokens=8, ignore_eos=True) for prompt in ("something else", "hello")
-    )
+    prompts = ("something else", "hello")
+    first, second = (engine.stream(prompt, mode=mode, max_new_tokens=8, ignore_eos=True) for prompt in prompts)
     next(first)
     next(second)
     with pytest.raises(RuntimeError, match="another answer was begun"):
