@@ -57,26 +57,30 @@ class Fill:
     def __init__(self, num_pieces: int, on_bytes: Callable[[int], None] | None = None) -> None:
         self._left = num_pieces
         self._lock = threading.Lock()
-        self._over = threading.Event()
+        self._over = num_pieces == 0
+        self._latch = threading.Lock()
+        """Held until the fill is over. Not an Event: where Ctrl-C reaches one between two of its steps, its lock stays held."""
         self._error: BaseException | None = None
         self._on_bytes = on_bytes
         self._when_over: list[Callable[[], None]] = []
         self.began = time.perf_counter()
         """When the first of its pieces was taken by a reader; until then, when it was asked for."""
         self._taken = False
-        if num_pieces == 0:
-            self._over.set()
+        if not self._over:
+            self._latch.acquire()
 
     def wait(self) -> None:
         """Block until everything is in place. Raises WeightReadError (or what else a reader met)."""
-        self._over.wait()
+        if not self._over:
+            self._latch.acquire()
+            self._latch.release()
         if self._error is not None:
             raise self._error
 
     def when_over(self, call: Callable[[], None]) -> None:
         """Call once when the fill is over, by the thread that ends it, or now if it is over already."""
         with self._lock:
-            if not self._over.is_set():
+            if not self._over:
                 self._when_over.append(call)
                 return
         call()
@@ -107,7 +111,8 @@ class Fill:
     def _end(self) -> None:
         with self._lock:
             calls, self._when_over = self._when_over, []
-            self._over.set()
+            self._over = True
+            self._latch.release()
         for call in calls:
             call()
 
@@ -191,7 +196,8 @@ class ReaderPool:
         buffer_nbytes = largest_piece_nbytes(checkpoint) + 2 * BLOCK_NBYTES
         self._files: dict[Path, DirectFile] = {}
         self._jobs: deque[tuple[Job, Fill]] = deque()
-        self._wake = threading.Condition()
+        self._mutex = threading.Lock()
+        self._wake = threading.Condition(self._mutex)
         self._reading = 0
         self._closed = False
         self._tuner = DepthTuner(num_readers)
@@ -229,7 +235,7 @@ class ReaderPool:
         """Queue jobs, behind all others or (urgent) before them. Returns at once; on_bytes is called by the readers."""
         queued = list(jobs)
         fill = Fill(len(queued), on_bytes)
-        with self._wake:
+        with self._mutex:  # not the condition, which keeps its lock where Ctrl-C comes as it is entered
             pairs = [(job, fill) for job in queued]
             if urgent:
                 self._jobs.extendleft(reversed(pairs))

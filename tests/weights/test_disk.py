@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import errno
 import os
+import sys
+import threading
 import time
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -69,6 +72,31 @@ def test_when_over_calls_once_whether_it_is_over_or_not() -> None:
     fill.piece_done(1)
     fill.when_over(lambda: calls.append("after"))
     assert calls == ["before", "after"]
+
+
+@pytest.mark.parametrize("moment", range(1, 12))
+def test_an_interruption_anywhere_in_waiting_leaves_nothing_locked(moment: int) -> None:
+    fill, num_events = Fill(1), 0
+    fill.piece_done(1)
+
+    def interrupt(frame: Any, event: str, argument: Any) -> Any:
+        nonlocal num_events
+        num_events += 1
+        if num_events == moment:
+            raise KeyboardInterrupt
+        return interrupt
+
+    sys.settrace(interrupt)
+    try:
+        fill.wait()
+    except KeyboardInterrupt:
+        pass
+    finally:
+        sys.settrace(None)
+    again = threading.Thread(target=fill.wait, daemon=True)
+    again.start()
+    again.join(timeout=10)
+    assert not again.is_alive()
 
 
 def test_closing_twice_is_harmless(tiny: Checkpoint) -> None:
