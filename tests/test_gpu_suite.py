@@ -86,6 +86,13 @@ def test_what_falls_short_does_not_hold(suite: ModuleType) -> None:
     assert not suite.judge_stream(0.95, most_pinned=1.02)(figures | {"pageable_nbytes": 1})[0]
 
 
+def test_an_answer_that_is_not_mode_full_s_does_not_hold(suite: ModuleType) -> None:
+    rows = [{"name": "full", "accept": None, "num_identical": 2}, {"name": "griffin", "accept": "exact", "num_identical": 2}]
+    assert suite.judge_exact({"num_prompts": 2, "rows": rows})[0]
+    assert not suite.judge_exact({"num_prompts": 2, "rows": [rows[0], rows[1] | {"num_identical": 1}]})[0]
+    assert not suite.judge_exact({"num_prompts": 2, "rows": rows[:1]})[0]
+
+
 def test_without_a_gpu_its_parts_are_left_out_and_the_others_run(tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "tools" / "gpu_suite.py"), "--out", str(tmp_path), "--only", "graphs", "stream 8B"]
     ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env={"CUDA_VISIBLE_DEVICES": ""})

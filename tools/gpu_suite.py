@@ -103,6 +103,13 @@ def judge_ratio(most: float | None = None, least: float | None = None) -> Callab
     return judge
 
 
+def judge_exact(figures: Figures) -> Verdict:
+    """Exact answers must be those of mode full."""
+    exact = [row for row in figures["rows"] if row["accept"] == "exact"]
+    wrong = [row["name"] for row in exact if row["num_identical"] < figures["num_prompts"]]
+    return bool(exact) and not wrong, f"{len(exact) - len(wrong)} of {len(exact)} ways to draft give mode full's tokens"
+
+
 def judge_graphs(figures: Figures) -> Verdict:
     saved = (figures["launched_seconds"] - figures["graph_seconds"]) / figures["num_layers"]
     return True, f"a graph saves {saved * 1e6:.0f} us a layer"
@@ -139,6 +146,15 @@ PARTS = (
         command=script("accelerate_offload", "--model", f"{SEVENTY}?layers=10"),
         judge=judge_ratio(least=10),
         limit_seconds=180,
+    ),
+    Part(
+        name="exact drafts, float32",
+        command=offload_sirius(
+            *("bench", "decode", "--model", "synthetic:small?layers=6&dtype=F32", "--sparsity", "griffin,cats"),
+            *("--tree-width", "1,3", "--window", "5", "--max-new-tokens", "24", "--limit", "1", "--host-memory", "2GiB"),
+        ),
+        judge=judge_exact,
+        needs_cuda=False,
     ),
     Part(name="graphs", command=script("graphs"), judge=judge_graphs),
 )
