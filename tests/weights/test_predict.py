@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from offload_sirius.rates import Rates, rates_from
@@ -15,6 +15,7 @@ from offload_sirius.units import GIB, MIB
 from offload_sirius.weights.layout import LayerLayout, layer_layout
 from offload_sirius.weights.plan import Budgets, Demand, Plan, make_plan
 from offload_sirius.weights.predict import (
+    COUNTED_PASSES,
     Setting,
     Work,
     bound_of,
@@ -208,6 +209,7 @@ def test_sequences_decoded_together_share_the_bytes_of_a_pass() -> None:
     memory=st.floats(1e9, 2e12),
     own_memory=st.booleans(),
 )
+@example(device_gib=125, host_gib=12, link=69670447102.0, disk=1e8, memory=1028150885935.0, own_memory=False)
 def test_no_pass_is_faster_than_what_it_is_bound_by_nor_slower_than_all_of_it_in_turn(
     device_gib: int, host_gib: int, link: float, disk: float, memory: float, own_memory: bool
 ) -> None:
@@ -215,7 +217,9 @@ def test_no_pass_is_faster_than_what_it_is_bound_by_nor_slower_than_all_of_it_in
     given = setting(plan(device_gib * GIB, host_gib * GIB, staged=own_memory), rates, own_memory=own_memory)
     expected, bill = predict(given, TOKEN, PROMPT), pass_bill(given, TOKEN, decoding=True)
     in_turn = bill.link_seconds + bill.disk_seconds + bill.compute_seconds
-    assert bill.bound_seconds * (1 - 1e-9) <= expected.seconds_per_pass <= in_turn * (1 + 1e-9)
+    # Where computing takes nearly as long as copies, slots that were full before the passes that count are empty behind them.
+    ahead = given.plan.num_slots * given.plan.layer_nbytes / link / COUNTED_PASSES
+    assert (bill.bound_seconds - ahead) * (1 - 1e-9) <= expected.seconds_per_pass <= in_turn * (1 + 1e-9)
     assert math.isfinite(expected.first_token_seconds)
 
 
