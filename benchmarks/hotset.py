@@ -79,7 +79,6 @@ def rows(num_tokens: int) -> list[Row]:
         row("hot set, threshold 0.1", accept="threshold"),
         row("hot set, exact, no refresh", refresh=False),
         row("hot set, exact, keep 0.5", keep=0.5),
-        row("streamed drafts, exact", draft="streamed"),
     ]
 
 
