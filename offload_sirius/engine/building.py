@@ -9,7 +9,7 @@ from pathlib import Path
 from offload_sirius.cache import cache_folder
 from offload_sirius.config import EngineConfig
 from offload_sirius.engine.engine import Engine
-from offload_sirius.engine.link import Origins, make_arenas, make_link, uplink_to
+from offload_sirius.engine.link import Arenas, Origins, make_arenas, make_link, uplink_to
 from offload_sirius.engine.opened import Model
 from offload_sirius.engine.placement import Placement, memory_errors, place
 from offload_sirius.engine.progress import Progress
@@ -18,6 +18,7 @@ from offload_sirius.errors import ConfigError
 from offload_sirius.model.kv_cache import KVCache
 from offload_sirius.model.transformer import Transformer
 from offload_sirius.trace import Tracer
+from offload_sirius.weights.copiers import Copier
 from offload_sirius.weights.device import DeviceStore, HotDeviceStore
 from offload_sirius.weights.disk import ReaderPool
 from offload_sirius.weights.embedding import DiskEmbedding, Embedding, TableEmbedding
@@ -94,45 +95,64 @@ def _join(
     arenas.give_back_unused(plan)
 
     copier = make_link(Origins(checkpoint, readers, arenas), plan, uplink, config.link_gbps, progress, tracer)
+    streamer = _streamer(device, placement, arenas, copier, embedding, tracer)
+    stores.callback(streamer.close)
     cache = KVCache(spec, capacity=placement.context, dtype=dtype, device=placement.device)
-    decoding = placement.planned.config.decoding
-    streamer: WeightStreamer | HotStreamer
+    transformer = Transformer(spec, streamer, cache, tracer=tracer)
+    streamed = _decoded(device, placement, transformer, streamer)
+    nbytes = device.nbytes + cache.nbytes + transformer.nbytes + plan.device_bill["sparsity"]
+    return streamer, transformer, streamed, readers, nbytes, arenas.report()
+
+
+def _streamer(
+    device: DeviceStore | HotDeviceStore,
+    placement: Placement,
+    arenas: Arenas,
+    copier: Copier | None,
+    embedding: Embedding,
+    tracer: Tracer | None,
+) -> WeightStreamer | HotStreamer:
+    """The source of weights that fits the plan. Attention blocks that are resident beside some neurons come from the arena."""
+    plan, final_norm, head = placement.plan, device.final_norm, device.head
     if isinstance(device, HotDeviceStore):
-        assert plan.hot is not None
+        assert copier is not None
         for layer, buffer in device.layers.items():
             buffer.parts["attention"].copy_(arenas.layers.layer(layer).parts["attention"])
-        assert copier is not None
-        streamer = HotStreamer(
+        return HotStreamer(
             layers=device.layers,
             slots=device.slots,
             copier=copier,
             embedding=embedding,
-            final_norm=device.final_norm,
-            head=device.head,
+            final_norm=final_norm,
+            head=head,
             tracer=tracer,
         )
-        transformer = Transformer(spec, streamer, cache, tracer=tracer)
-        streamed = hot_model(transformer, streamer, plan.hot.num_hot, decoding)
-    else:
-        streamer = WeightStreamer(
-            residents=device.residents,
-            streamed_layers=plan.streamed_layers,
-            slots=device.slots,
-            sliceable=plan.sliceable_layers,
-            kept=arenas.kept,
-            # Where the device is the host, a slot is as near as the arena, and all layers pass through one.
-            arena={} if uplink is None else {layer: arenas.layers.layer(layer) for layer in plan.host_layers},
-            copier=copier,
-            embedding=embedding,
-            final_norm=device.final_norm,
-            head=device.head,
-            tracer=tracer,
-        )
-        transformer = Transformer(spec, streamer, cache, tracer=tracer)
-        streamed = streamed_model(transformer, streamer, device.caches, decoding)
-    stores.callback(streamer.close)
-    nbytes = device.nbytes + cache.nbytes + transformer.nbytes + plan.device_bill["sparsity"]
-    return streamer, transformer, streamed, readers, nbytes, arenas.report()
+    return WeightStreamer(
+        residents=device.residents,
+        streamed_layers=plan.streamed_layers,
+        slots=device.slots,
+        sliceable=plan.sliceable_layers,
+        kept=arenas.kept,
+        # Where the device is the host, a slot is as near as the arena, and all layers pass through one.
+        arena={} if arenas.chunks is None else {layer: arenas.layers.layer(layer) for layer in plan.host_layers},
+        copier=copier,
+        embedding=embedding,
+        final_norm=final_norm,
+        head=head,
+        tracer=tracer,
+    )
+
+
+def _decoded(
+    device: DeviceStore | HotDeviceStore, placement: Placement, transformer: Transformer, streamer: WeightStreamer | HotStreamer
+) -> StreamedModel:
+    """The model as decoding sees it."""
+    decoding = placement.planned.config.decoding
+    if isinstance(streamer, HotStreamer):
+        assert placement.plan.hot is not None
+        return hot_model(transformer, streamer, placement.plan.hot.num_hot, decoding)
+    assert isinstance(device, DeviceStore)
+    return streamed_model(transformer, streamer, device.caches, decoding)
 
 
 def _embedding(placement: Placement, loader: Loader, readers: ReaderPool, device: DeviceStore | HotDeviceStore) -> Embedding:
