@@ -35,7 +35,7 @@ def print_report(report: Report) -> None:
     if report.prediction.windows:
         console.print(_table("windows", WINDOW_COLUMNS, _window_rows(report.prediction.windows)))
     if len(report.candidates) > 1:
-        console.print(_table("candidates", ("dtype", "s a token", "first token"), _candidate_rows(report.candidates)))
+        console.print(_table("candidates", ("dtype", "drafts", "s a token", "first token"), _candidate_rows(report.candidates)))
     for line in _foot_lines(report):
         console.print(line, markup=False, soft_wrap=True)
 
@@ -235,9 +235,21 @@ def _window_rows(windows: Sequence[WindowSpeed]) -> list[tuple[str, ...]]:
     ]
 
 
+def _drafts(planned: Planned) -> str:
+    """Where the weights of drafts are."""
+    if not planned.config.decoding.drafts:
+        return "none"
+    return "streamed" if planned.plan.hot is None else "resident"
+
+
 def _candidate_rows(candidates: Sequence[Candidate]) -> list[tuple[str, ...]]:
     return [
-        (each.planned.dtype, _number(each.prediction.seconds_per_token), _number(each.prediction.first_token_seconds))
+        (
+            each.planned.dtype,
+            _drafts(each.planned),
+            _number(each.prediction.seconds_per_token),
+            _number(each.prediction.first_token_seconds),
+        )
         for each in candidates
     ]
 
