@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from offload_sirius.model.feed_forward import Neurons
-from offload_sirius.model.ops import activation_named, gated_activations
+from offload_sirius.model.ops import Activation, activation_named, gated_activations
 from offload_sirius.model.source import NeuronWeights
 from offload_sirius_loaders.spec import ModelSpec
 
@@ -60,15 +60,8 @@ class ObservingFeedForward:
 
     def open(self, layer: int) -> Neurons:
         """See FeedForward."""
-        griffin, neurons = self._griffin, self._griffin.source.neurons(layer)
-        griffin.squared_scores.zero_()
-
-        def compute(x: Tensor) -> Tensor:
-            z = gated_activations(x, neurons, griffin.activation)  # [C, D] -> [C, F]
-            add_squared_scores(griffin.squared_scores, z)
-            return z @ neurons.down  # [C, F] -> [C, D]
-
-        return compute
+        griffin = self._griffin
+        return scored(griffin.source.neurons(layer), griffin.activation, griffin.squared_scores.zero_())
 
     def close(self, layer: int) -> None:
         """See FeedForward. Waits for the device once."""
@@ -98,6 +91,17 @@ class KeptFeedForward:
 
     def close(self, layer: int) -> None:
         """See FeedForward."""
+
+
+def scored(neurons: NeuronWeights, activation: Activation, squared_scores: Tensor) -> Neurons:
+    """All neurons of a layer; what they say of each chunk is added to s_j^2, float32 [F]."""
+
+    def compute(x: Tensor) -> Tensor:
+        z = gated_activations(x, neurons, activation)  # [C, D] -> [C, F]
+        add_squared_scores(squared_scores, z)
+        return z @ neurons.down  # [C, F] -> [C, D]
+
+    return compute
 
 
 def add_squared_scores(squared_scores: Tensor, z: Tensor) -> None:

@@ -24,7 +24,7 @@ from torch import Tensor
 from offload_sirius.model.feed_forward import Neurons
 from offload_sirius.model.ops import activation_named, gated_activations
 from offload_sirius.model.source import NeuronWeights
-from offload_sirius.sparsity.griffin import add_squared_scores, say_shares
+from offload_sirius.sparsity.griffin import say_shares, scored
 from offload_sirius_loaders.spec import ModelSpec
 
 HYSTERESIS = 0.1
@@ -52,17 +52,15 @@ class HotSet:
 
     def __init__(self, spec: ModelSpec, source: HotSource, num_hot: int, *, decay: float | None, device: torch.device) -> None:
         """num_hot: N of each layer, below F. decay: of the statistic from window to window; None leaves the set as the prompt
-        chose it. Allocates what `hot_set_nbytes` says."""
+        chose it. Allocates what `sparsity_nbytes` says."""
         assert 0 < num_hot < spec.ffn_width, (num_hot, spec.ffn_width)
         self.num_hot = num_hot
         self.source = source
         self.decay = decay
         self.activation = activation_named(spec.activation)
         self.squared_scores = torch.zeros(spec.num_layers, spec.ffn_width, device=device)  # [L, F]
-        shape = (spec.num_layers, spec.ffn_width)
-        self.ids = torch.zeros(
-            shape, dtype=torch.int64, device=device
-        )  # [L, F]: hot ones by their places, then cold ones, sorted
+        self.ids = torch.zeros_like(self.squared_scores, dtype=torch.int64)  # [L, F]
+        """Hot neurons by their places, then cold ones, sorted."""
         self.num_exchanged = 0
         """Neurons that became hot, of all layers and windows."""
         self.prefill = ChoosingFeedForward(self)
@@ -87,15 +85,8 @@ class ChoosingFeedForward:
 
     def open(self, layer: int) -> Neurons:
         """See FeedForward."""
-        hot_set, neurons = self._hot_set, self._hot_set.source.neurons(layer)
-        squared_scores = hot_set.squared_scores[layer].zero_()  # [F]
-
-        def compute(x: Tensor) -> Tensor:
-            z = gated_activations(x, neurons, hot_set.activation)  # [C, D] -> [C, F]
-            add_squared_scores(squared_scores, z)
-            return z @ neurons.down  # [C, F] -> [C, D]
-
-        return compute
+        hot_set = self._hot_set
+        return scored(hot_set.source.neurons(layer), hot_set.activation, hot_set.squared_scores[layer].zero_())
 
     def close(self, layer: int) -> None:
         """See FeedForward."""
