@@ -37,15 +37,13 @@ def main() -> None:
     bench = DecodeBench(
         prompts=prompts(options.num_prompts),
         variants=variants_of(
+            DecodingConfig(threshold=0.1),
             modes=["sirius"],
             sparsities=["griffin", "cats"],
             keeps=[0.5, 0.75],
             windows=[16],
             accepts=["exact", "threshold"],
-            threshold=0.1,
             drafts=["streamed"],
-            refresh=DecodingConfig().refresh,
-            refresh_decay=DecodingConfig().refresh_decay,
             tree_widths=[1, 4],
         ),
         generation=GenerationConfig(max_new_tokens=options.max_new_tokens),

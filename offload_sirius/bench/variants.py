@@ -63,30 +63,30 @@ class DecodeBench:
 
 
 def variants_of(
+    shared: DecodingConfig,
     *,
     modes: Sequence[Mode],
     sparsities: Iterable[Sparsity],
     keeps: Iterable[float],
     windows: Iterable[int | str],
     accepts: Iterable[Accept],
-    threshold: float,
     tree_widths: Iterable[int],
     drafts: Iterable[Draft],
-    refresh: bool,
-    refresh_decay: float,
 ) -> tuple[DecodingConfig, ...]:
-    """The cross product, each once; mode full is left out, as it is measured anyway. Raises ConfigError."""
+    """The cross product, each once; mode full is left out, as it is measured anyway. Raises ConfigError.
+
+    shared: what all have in common; its threshold of cats only those with cats.
+    """
     variants: list[DecodingConfig] = []
     corrected = list(product(windows, tree_widths, accepts))
     for sparsity, keep, draft in product(sparsities, keeps, drafts):
-        sparse = DecodingConfig(
-            mode="sparse", sparsity=sparsity, keep=keep, draft=draft, refresh=refresh, refresh_decay=refresh_decay
-        )
+        gates = shared.cats_threshold if sparsity == "cats" else None
+        sparse = replace(shared, mode="sparse", sparsity=sparsity, keep=keep, cats_threshold=gates, draft=draft)
         if "sparse" in modes:
             variants.append(sparse)
         if "sirius" in modes:
             variants += [
-                replace(sparse, mode="sirius", window=window, tree_width=width, accept=accept, threshold=threshold)
+                replace(sparse, mode="sirius", window=window, tree_width=width, accept=accept)
                 for window, width, accept in corrected
             ]
     return tuple(dict.fromkeys(variants))
@@ -97,7 +97,8 @@ def name_of(variant: DecodingConfig, forced_aal: Fraction | None = None) -> str:
     if not variant.drafts:
         return "full"
     place = "" if variant.draft == "auto" else f" {variant.draft}"
-    name = f"{variant.sparsity} {variant.keep:g}{place} {variant.mode}"
+    gates = "" if variant.cats_threshold is None else f" gates {variant.cats_threshold}"
+    name = f"{variant.sparsity} {variant.keep:g}{gates}{place} {variant.mode}"
     if variant.mode == "sparse":
         return name
     accept = variant.accept if variant.accept == "exact" else f"threshold {variant.threshold:g}"

@@ -78,6 +78,7 @@ def decode(
     ] = ",".join(MODES),
     sparsity: Annotated[str, _list("sparsity", "KINDS")] = _DECODING.sparsity,
     keep: Annotated[str, _list("keep", "SHARES")] = str(_DECODING.keep),
+    cats_threshold: flags.CatsThreshold = None,
     window: Annotated[str, _list("window", "N,auto")] = str(_DECODING.window),
     accept: Annotated[str, _list("accept", "RULES")] = _DECODING.accept,
     threshold: flags.Threshold = _DECODING.threshold,
@@ -97,7 +98,10 @@ def decode(
     max_new_tokens: flags.MaxNewTokens = _GENERATION.max_new_tokens,
     ignore_eos: flags.IgnoreEos = _GENERATION.ignore_eos,
     temperature: flags.Temperature = _SAMPLING.temperature,
+    top_k: flags.TopK = _SAMPLING.top_k,
     top_p: flags.TopP = _SAMPLING.top_p,
+    min_p: flags.MinP = _SAMPLING.min_p,
+    repetition_penalty: flags.RepetitionPenalty = _SAMPLING.repetition_penalty,
     seed: flags.Seed = _SAMPLING.seed,
     device: flags.Device = _ENGINE.device,
     device_memory: flags.StreamingDeviceMemory = None,
@@ -112,20 +116,27 @@ def decode(
     verbose: flags.Verbose = False,
 ) -> None:
     """Measure decoding in several ways beside the full model's."""
+    shared = DecodingConfig(
+        sparsity=_DECODING.sparsity if cats_threshold is None else "cats",
+        cats_threshold=cats_threshold,
+        threshold=threshold,
+        refresh=refresh,
+        refresh_decay=refresh_decay,
+    )
     variants = variants_of(
+        shared,
         modes=_values("--modes", modes, _mode),  # type: ignore[arg-type]  # checked by DecodingConfig, as are the next
         sparsities=_values("--sparsity", sparsity, str),  # type: ignore[arg-type]
         keeps=_values("--keep", keep, float),
         windows=_values("--window", window, str),
         accepts=_values("--accept", accept, str),  # type: ignore[arg-type]
-        threshold=threshold,
         drafts=_values("--draft", draft, str),  # type: ignore[arg-type]
-        refresh=refresh,
-        refresh_decay=refresh_decay,
         tree_widths=_values("--tree-width", tree_width, int),
     )
     generation = GenerationConfig(
-        sampling=SamplingConfig(temperature=temperature, top_p=top_p, seed=seed),
+        sampling=SamplingConfig(
+            temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty, seed=seed
+        ),
         max_new_tokens=max_new_tokens,
         ignore_eos=ignore_eos,
         chat=chat,

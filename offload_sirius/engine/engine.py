@@ -297,8 +297,9 @@ class _Request:
 
 
 def _settings(config: EngineConfig, request: _Request) -> dict[str, Any]:
-    """Every setting of an answer by its name; those of decoding as they were for this answer."""
-    return asdict(config) | asdict(request.config) | {"decoding": asdict(request.decoding)}
+    """Every setting of an answer by its name; those of decoding, as they were for this answer, also together."""
+    decoding = asdict(request.decoding)
+    return asdict(config) | asdict(request.config) | decoding | {"decoding": decoding}
 
 
 class _Counters:

@@ -36,15 +36,12 @@ def bench_of(*, forced_aal: str | None = None, max_new_tokens: int = 12, tempera
         "keeps": [0.5],
         "windows": ["4"],
         "accepts": ["exact"],
-        "threshold": 0.1,
         "tree_widths": [1],
         "drafts": ["streamed"],
-        "refresh": True,
-        "refresh_decay": 0.7,
     }
     return DecodeBench(
         prompts=PROMPTS,
-        variants=variants_of(**plain | lists),
+        variants=variants_of(DecodingConfig(), **plain | lists),
         generation=GenerationConfig(max_new_tokens=max_new_tokens, sampling=SamplingConfig(temperature=temperature)),
         forced_aal=None if forced_aal is None else Fraction(forced_aal),
     )

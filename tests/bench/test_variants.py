@@ -17,16 +17,16 @@ PLAIN: dict[str, Any] = {
     "keeps": [0.5],
     "windows": ["4"],
     "accepts": ["exact"],
-    "threshold": 0.1,
     "tree_widths": [1],
     "drafts": ["auto"],
-    "refresh": True,
-    "refresh_decay": 0.7,
 }
 
 
-def names(**lists: Any) -> list[str]:
-    return [name_of(variant) for variant in variants_of(**PLAIN | lists)]
+SHARED = DecodingConfig()
+
+
+def names(shared: DecodingConfig = SHARED, **lists: Any) -> list[str]:
+    return [name_of(variant) for variant in variants_of(shared, **PLAIN | lists)]
 
 
 def bench(variants: tuple[DecodingConfig, ...], **others: Any) -> DecodeBench:
@@ -52,6 +52,10 @@ def test_rows_are_a_cross_product_in_the_order_of_the_lists() -> None:
         "cats 0.75 sirius exact w4",
         "cats 0.75 sirius exact w4 t2",
     ]
+    assert names(DecodingConfig(sparsity="cats", cats_threshold="auto"), sparsities=["griffin", "cats"], modes=["sparse"]) == [
+        "griffin 0.5 sparse",
+        "cats 0.5 gates auto sparse",
+    ]
     assert names(modes=["sirius"], windows=["auto", "8"], accepts=["exact", "threshold"]) == [
         "griffin 0.5 sirius exact wauto",
         "griffin 0.5 sirius threshold 0.1 wauto",
@@ -61,7 +65,7 @@ def test_rows_are_a_cross_product_in_the_order_of_the_lists() -> None:
 
 
 def test_places_of_drafts_are_rows_and_loads_of_their_own() -> None:
-    variants = variants_of(**PLAIN | {"drafts": ["streamed", "resident"], "refresh": False, "refresh_decay": 0.5})
+    variants = variants_of(DecodingConfig(refresh=False, refresh_decay=0.5), **PLAIN | {"drafts": ["streamed", "resident"]})
     assert [name_of(each) for each in variants] == [
         "griffin 0.5 streamed sparse",
         "griffin 0.5 streamed sirius exact w4",
@@ -77,7 +81,7 @@ def test_what_is_given_twice_is_measured_once() -> None:
 
 
 def test_each_kind_of_neurons_is_a_load_of_its_own_with_room_for_the_largest_tree() -> None:
-    variants = variants_of(**PLAIN | {"sparsities": ["griffin", "cats"], "tree_widths": [4, 1], "windows": ["4", "9"]})
+    variants = variants_of(SHARED, **PLAIN | {"sparsities": ["griffin", "cats"], "tree_widths": [4, 1], "windows": ["4", "9"]})
     first, *others = bench(variants).loads
     assert first == (FULL,)
     assert [(load[0].sparsity, len(load)) for load in others] == [("griffin", 5), ("cats", 5)]
@@ -86,7 +90,7 @@ def test_each_kind_of_neurons_is_a_load_of_its_own_with_room_for_the_largest_tre
 
 
 def test_forced_answers_are_whole_windows_behind_a_first_token() -> None:
-    forced = bench(variants_of(**PLAIN), forced_aal=Fraction("3.5"), max_new_tokens=14)
+    forced = bench(variants_of(SHARED, **PLAIN), forced_aal=Fraction("3.5"), max_new_tokens=14)
     assert (forced.num_tokens, forced.num_ahead) == (1 + 10, 4)
     assert name_of(forced.variants[1], forced.forced_aal) == "griffin 0.5 sirius forced 3.5 w4"
 
@@ -113,10 +117,10 @@ def test_forced_answers_are_whole_windows_behind_a_first_token() -> None:
 )
 def test_what_cannot_be_forced_is_said(lists: dict[str, Any], aal: str, message: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        bench(variants_of(**PLAIN | lists), forced_aal=Fraction(aal))
+        bench(variants_of(SHARED, **PLAIN | lists), forced_aal=Fraction(aal))
     assert str(caught.value) == message
 
 
 def test_the_rule_of_the_paper_is_greedy_in_every_row() -> None:
     with pytest.raises(ConfigError, match="--accept threshold is greedy, and --temperature is 1"):
-        bench(variants_of(**PLAIN | {"accepts": ["exact", "threshold"]}), sampling=SamplingConfig(temperature=1.0))
+        bench(variants_of(SHARED, **PLAIN | {"accepts": ["exact", "threshold"]}), sampling=SamplingConfig(temperature=1.0))

@@ -36,10 +36,11 @@ DOCUMENTED = {
     "models": "--json",
     "bench link": "--device --sizes --path --repeats --plot --json",
     "bench decode": (
-        "--model --prompts --limit --chat --modes --sparsity --keep --window --accept --threshold --draft --refresh "
-        "--refresh-decay --tree-width --force-aal "
-        "--max-new-tokens --ignore-eos --temperature --top-p --seed --device --device-memory --host-memory --link-gbps --dtype "
-        "--threads --shared-host-buffers --plot --trace --json --verbose"
+        "--model --prompts --limit --chat --modes --sparsity --keep --cats-threshold --window --accept --threshold "
+        "--draft --refresh --refresh-decay --tree-width --force-aal "
+        "--max-new-tokens --ignore-eos --temperature --top-k --top-p --min-p --repetition-penalty --seed "
+        "--device --device-memory --host-memory --link-gbps --dtype --threads --shared-host-buffers "
+        "--plot --trace --json --verbose"
     ),
     "bench stream": (
         "--model --device --device-memory --host-memory --link-gbps --dtype --threads --passes "

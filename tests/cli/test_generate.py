@@ -125,7 +125,8 @@ def test_settings_that_are_not_given_have_their_defaults(run: Run) -> None:
     assert settings.pop("stop") == []
     assert settings.pop("sampling") == vars(GenerationConfig().sampling)
     assert settings.pop("decoding") == vars(DecodingConfig())
-    defaults = vars(EngineConfig()) | vars(GenerationConfig())
+    defaults = vars(EngineConfig()) | vars(GenerationConfig()) | vars(DecodingConfig())
+    assert settings["mode"] == "sirius"
     assert settings == {name: defaults[name] for name in settings}
 
 
