@@ -8,8 +8,8 @@ from transformers.activations import ACT2FN
 from offload_sirius.errors import ConfigError
 from offload_sirius.model.dense import DenseNeurons
 from offload_sirius.model.ops import (
-    added_mask,
     activation_named,
+    added_mask,
     causal_mask,
     gated_activations,
     grouped_attention,
