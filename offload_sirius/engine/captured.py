@@ -83,6 +83,11 @@ class CapturedStep:
         """Device bytes of what goes in and comes out; what recordings take is only bounded, by `recorded_steps_nbytes`."""
         return self._step.nbytes
 
+    @property
+    def num_recorded(self) -> int:
+        """Extents for which there is a recording."""
+        return len(self._recordings)
+
     def step(self, token_ids: Tensor) -> Tensor | None:
         """See FixedStep.step. None, and nothing is done, where there are more tokens or the device has shown that it cannot."""
         if not self._works or len(token_ids) != 1:

@@ -1,4 +1,4 @@
-"""Resident draft steps that are recorded and played, by a recorder that needs no GPU: answers and bytes are those of plain steps."""
+"""Resident draft steps, recorded and played by a recorder that needs no GPU: answers and bytes are those of plain steps."""
 
 from __future__ import annotations
 
