@@ -18,8 +18,9 @@ never more than twice what is needed, and few steps to record."""
 GRAPH_POOL_NBYTES = 22 << 20
 """What torch takes for a pool of memory beyond what is used of it: one piece of each size, 2 and 20 MiB."""
 
-GRAPH_KERNELS, GRAPH_KERNEL_NBYTES = 32, 2048
-"""Kernels of a layer in a recorded step, and what the driver keeps of each on the device. Assumed, as nobody has measured it."""
+GRAPH_KERNELS, GRAPH_KERNEL_NBYTES = 48, 2048
+"""Kernels of a layer in a recorded step, where torch has no kernel for a whole norm, and what the driver keeps of each on the
+device. The second is assumed, as nobody has measured it."""
 
 
 def kv_cache_nbytes(spec: ModelSpec, batch: int, capacity: int, element_nbytes: int) -> int:

@@ -36,4 +36,4 @@ def test_extents_double_up_to_the_whole_cache() -> None:
 
 def test_steps_recorded_for_every_extent_share_what_they_compute_in() -> None:
     one, five = (recorded_steps_nbytes(LLAMA_70B, capacity, 2) for capacity in (256, 4096))
-    assert five - one == (4096 - 256) * (3 + 2) + 4 * 80 * 32 * 2048
+    assert five - one == (4096 - 256) * (3 + 2) + 4 * 80 * 48 * 2048
