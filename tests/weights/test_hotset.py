@@ -14,8 +14,8 @@ from torch import Tensor
 from offload_sirius.errors import WeightReadError
 from offload_sirius.weights.buffers import KeptNeurons, LayerBuffer, kept_neurons
 from offload_sirius.weights.hot_plan import hot_layouts
-from offload_sirius.weights.hotset import HotSlots, HotStreamer
-from offload_sirius.weights.layout import Part
+from offload_sirius.weights.hotset import HotSlot, HotStreamer
+from offload_sirius.weights.layout import Cargo, LayerLayout, Part
 from offload_sirius_loaders import open_checkpoint
 
 SPEC = open_checkpoint("synthetic:tiny?ffn=16&width=32&heads=4&kv_heads=2").spec
@@ -189,16 +189,17 @@ def make(num_cold_slots: int = 3, num_whole_slots: int = 2, copier: LateCopier |
         layers[layer].parts["attention"].fill_(layer)
     memory = torch.zeros(max(num_whole_slots * LAYOUTS.whole.kept_nbytes, num_cold_slots * LAYOUTS.cold.kept_nbytes)).byte()
 
-    def slots(count: int, nbytes: int, whole: bool) -> list[KeptNeurons]:
-        layout = LAYOUTS.whole if whole else LAYOUTS.cold
-        return [kept_neurons(memory[i * nbytes : (i + 1) * nbytes], layout, torch.float32) for i in range(count)]
+    def slots(cargo: Cargo, count: int, layout: LayerLayout) -> list[HotSlot]:
+        nbytes = layout.kept_nbytes
+        return [HotSlot({cargo: kept_neurons(memory[i * nbytes :][:nbytes], layout, torch.float32)}) for i in range(count)]
 
     streamer = HotStreamer(
         layers=layers,
-        slots=HotSlots(
-            whole=slots(num_whole_slots, LAYOUTS.whole.kept_nbytes, True),
-            cold=slots(num_cold_slots, LAYOUTS.cold.kept_nbytes, False),
-        ),
+        streamed_layers=[],
+        slots={
+            "records": slots("records", num_whole_slots, LAYOUTS.whole),
+            "cold": slots("cold", num_cold_slots, LAYOUTS.cold),
+        },
         copier=copier,
         embedding=NoEmbedding(),
         final_norm=torch.ones(1),

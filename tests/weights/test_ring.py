@@ -89,7 +89,7 @@ class Memory:
 
 def make(slots: Mapping[Cargo, Sequence[Slot]], memory: Memory | None = None) -> tuple[Ring[Slot], Memory]:
     memory = memory or Memory()
-    return Ring(LAYERS, slots, memory.send), memory
+    return Ring(dict.fromkeys(slots, LAYERS), slots, memory.send), memory
 
 
 def run_pass(ring: Ring[Slot], memory: Memory, cargo: Cargo, following: Cargo, num_layers: int = len(LAYERS)) -> int:

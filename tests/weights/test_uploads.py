@@ -16,9 +16,9 @@ from offload_sirius.weights.copiers import Transfer
 from offload_sirius.weights.disk import ReaderPool
 from offload_sirius.weights.host import HostStore
 from offload_sirius.weights.hot_plan import hot_layouts
-from offload_sirius.weights.hotset import HotSlots, HotStreamer
+from offload_sirius.weights.hotset import HotSlot, HotStreamer
 from offload_sirius.weights.kept import KeptStore
-from offload_sirius.weights.layout import PARTS, Cargo, Part, layer_layout
+from offload_sirius.weights.layout import PARTS, Cargo, LayerLayout, Part, layer_layout
 from offload_sirius.weights.load import Loader
 from offload_sirius.weights.plan import CHUNK_NBYTES, NUM_CHUNKS
 from offload_sirius.weights.streamer import WeightStreamer
@@ -367,19 +367,24 @@ def hot_streamer(device: SimulatedDevice, num_whole: int, num_cold: int) -> HotS
         storage = torch.full((HOT.resident.nbytes,), layer, dtype=torch.uint8)
         layers[layer] = LayerBuffer(storage, hot_spec, HOT.resident, torch.bfloat16)
     memory = torch.full((max(num_whole * HOT.whole.kept_nbytes, num_cold * HOT.cold.kept_nbytes),), POISON, dtype=torch.uint8)
-    whole, cold = (
-        [kept_neurons(part, each, torch.bfloat16) for part in memory[: count * each.kept_nbytes].split(each.kept_nbytes)]
-        for count, each in ((num_whole, HOT.whole), (num_cold, HOT.cold))
-    )
+    cuts: list[tuple[Cargo, int, LayerLayout]] = [("records", num_whole, HOT.whole), ("cold", num_cold, HOT.cold)]
+    slots = {
+        cargo: [
+            HotSlot({cargo: kept_neurons(part, each, torch.bfloat16)})
+            for part in memory[: count * each.kept_nbytes].split(each.kept_nbytes)
+        ]
+        for cargo, count, each in cuts
+    }
     streamer = HotStreamer(
         layers=layers,
-        slots=HotSlots(whole=whole, cold=cold),
+        streamed_layers=[],
+        slots=slots,
         copier=UplinkCopier({}, device, SliceRoute(STORE, kept_store([]), device)),
         embedding=NoEmbedding(),
         final_norm=torch.ones(1),
         head=torch.ones(1, 1),
     )
-    streamer._cold_ids = {layer: torch.arange(5, SPEC.ffn_width) for layer in range(NUM_LAYERS)}
+    streamer._ids = {layer: torch.arange(SPEC.ffn_width) for layer in range(NUM_LAYERS)}
     return streamer
 
 
