@@ -45,8 +45,8 @@ class Ring(Generic[SlotT]):
     """Flights under way and arrived, the first of them being computed on."""
 
     def __init__(self, layers: Mapping[Cargo, Sequence[int]], slots: Mapping[Cargo, Sequence[SlotT]], send: Send[SlotT]) -> None:
-        """layers: cargo -> those of which it takes anything, in order. slots: cargo -> slots for it, two or more; cargoes with
-        the same list share their slots.
+        """layers: cargo -> those of which it takes anything, in order; of two cargoes the one takes none that the other does not.
+        slots: cargo -> slots for it, two or more; cargoes with the same list share their slots.
 
         No more slots are used than the shortest cycle has layers: so a layer is never sent for a pass before the one ahead of it
         has computed on that layer. Nothing is sent before the first layer is asked for.
