@@ -91,8 +91,8 @@ class DecodingConfig:
     threshold: float = _setting(0.1, "Probability from which --accept threshold takes a drafted token.")
     draft: Draft = _setting(
         "auto",
-        "resident: each layer's kept neurons stay on the device, drafts move nothing and corrections only the rest (griffin). "
-        "streamed: drafts bring them. auto: what is predicted to be faster.",
+        "resident: each layer's kept neurons stay on the device, or those of as many layers as fit; drafts bring nothing of such "
+        "layers and corrections only the rest (griffin). streamed: drafts bring them. auto: what is predicted to be faster.",
     )
     refresh: bool = _setting(True, "Let corrections change which neurons a resident draft keeps.")
     refresh_decay: float = _setting(0.7, "What earlier windows count for beside the last one, when it is decided which to keep.")

@@ -192,7 +192,8 @@ def explain(engine: Engine, num_prompt: int) -> None:
         f"{len(plan.disk_layers)} from disk, through {plan.num_slots} slots; {format_size(plan.pass_nbytes)} a pass"
     )
     if plan.hot is not None:
-        say(f"drafts: {plan.hot.num_hot} of {engine.spec.ffn_width} neurons of each layer and all attention blocks are resident")
+        neurons = f"{plan.hot.num_hot} of {engine.spec.ffn_width} neurons"
+        say(f"drafts: attention block and {neurons} of {len(plan.hot.layers)} of {engine.spec.num_layers} layers are resident")
     for where, bill in (("device", plan.device_bill), ("host", plan.host_bill)):
         say(f"{where}: " + ", ".join(f"{purpose(what)} {format_size(nbytes)}" for what, nbytes in bill.items() if nbytes))
     say(predicted(engine.predict(num_prompt)))

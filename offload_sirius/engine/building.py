@@ -122,6 +122,7 @@ def _streamer(
             buffer.parts["attention"].copy_(arenas.layers.layer(layer).parts["attention"])
         return HotStreamer(
             layers=device.layers,
+            streamed_layers=[layer for layer in plan.streamed_layers if layer not in device.layers],
             slots=device.slots,
             copier=copier,
             embedding=embedding,

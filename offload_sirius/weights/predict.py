@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import heapq
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Literal, get_args
@@ -195,8 +195,9 @@ def predict(setting: Setting, token: Work, prompt: Work) -> Prediction:
     """Expected times of the full model. token: the pass of one new token; prompt: the pass over the prompt."""
     token_bill, prompt_bill = pass_bill(setting, token, decoding=True), pass_bill(setting, prompt, decoding=False)
     replay = _replay_of(setting)
-    first = replay.run(_pass_seconds(setting, prompt, decoding=False))
-    seconds_per_pass = _steady_seconds(replay, _pass_seconds(setting, token, decoding=True))
+    token_seconds = _pass_seconds(setting, token, decoding=True)
+    first = replay.run(_pass_seconds(setting, prompt, decoding=False), token_seconds)
+    seconds_per_pass = _steady_seconds(replay, token_seconds)
     return Prediction(
         seconds_per_pass=seconds_per_pass,
         seconds_per_token=seconds_per_pass / token.num_head_rows,
@@ -264,7 +265,8 @@ def pass_nbytes(setting: Setting, work: Work) -> int:
     """Bytes of layers that come into slots in a pass."""
     num_sliced = len(_sliced_layers(setting, work))
     num_whole = len(setting.plan.streamed_layers) - num_sliced
-    return num_whole * setting.plan.layer_nbytes + num_sliced * _slice_nbytes(setting, work)
+    whole_nbytes = sum(_step_nbytes(setting, work, sliced=False).values())
+    return num_whole * whole_nbytes + num_sliced * _slice_nbytes(setting, work)
 
 
 def pass_bill(setting: Setting, work: Work, *, decoding: bool) -> PassBill:
@@ -286,7 +288,7 @@ def pass_bill(setting: Setting, work: Work, *, decoding: bool) -> PassBill:
     num_sliced = len(_sliced_layers(setting, work))
     whole, sliced = (_step_seconds(setting, work, sliced=each, decoding=decoding) for each in (False, True))
     weights = (num_layers - num_sliced) * sum(whole.values()) + num_sliced * sum(sliced.values())
-    slice_weights_nbytes = sum(_step_nbytes(setting, work, sliced=True).values())
+    whole_nbytes, sliced_nbytes = (sum(_step_nbytes(setting, work, sliced=each).values()) for each in (False, True))
     mixing = num_layers * _mixing_seconds(setting, work, decoding=decoding)
     overhead = num_layers * work.num_chunks * rates.layer_overhead_seconds + rates.step_overhead_seconds
     head = _weights_seconds(setting, plan.device_bill["head"], work.num_head_rows, decoding=decoding)
@@ -302,7 +304,7 @@ def pass_bill(setting: Setting, work: Work, *, decoding: bool) -> PassBill:
         copy_drag_seconds=copy_drag,
         disk_nbytes=disk_nbytes,
         disk_seconds=disk_nbytes / rates.disk_bytes_per_second,
-        weights_nbytes=(num_layers - num_sliced) * plan.layer_nbytes + num_sliced * slice_weights_nbytes,
+        weights_nbytes=(num_layers - num_sliced) * whole_nbytes + num_sliced * sliced_nbytes,
         weights_seconds=weights,
         mixing_seconds=mixing,
         overhead_seconds=overhead,
@@ -312,19 +314,19 @@ def pass_bill(setting: Setting, work: Work, *, decoding: bool) -> PassBill:
 
 
 def _sliced_layers(setting: Setting, work: Work) -> frozenset[int]:
-    """Layers of which the pass brings and computes slices only; those that are partly resident never come as a whole."""
+    """Layers of which the pass brings and computes slices only; where layers are partly resident, these."""
     if setting.plan.hot is not None:
-        return frozenset(setting.plan.streamed_layers)
+        return frozenset(setting.plan.hot.layers)
     return frozenset(setting.plan.sliceable_layers) if work.cargo != "records" else frozenset()
 
 
 def _step_nbytes(setting: Setting, work: Work, *, sliced: bool) -> dict[Step, int]:
     """What is computed of a layer, one after the other, each with the bytes of its weights."""
     layout = setting.layout
+    if work.cargo == "hot" or (sliced and setting.plan.hot is not None):
+        return _partly_resident_nbytes(setting.plan, layout, work.cargo)
     if not sliced:
         return {part: layout.part_nbytes(part) for part in PARTS}
-    if setting.plan.hot is not None:
-        return _partly_resident_nbytes(setting.plan, layout, work.cargo)
     part = slice_of(work.cargo)
     steps: dict[Step, int] = {"attention": layout.part_nbytes("attention"), part: layout.part_nbytes(part)}
     if work.cargo == "gate":
@@ -335,7 +337,7 @@ def _step_nbytes(setting: Setting, work: Work, *, sliced: bool) -> dict[Step, in
 
 
 def _partly_resident_nbytes(plan: Plan, layout: LayerLayout, cargo: Cargo) -> dict[Step, int]:
-    """Of a layer whose attention block and hot neurons are on the device.
+    """Of a layer whose attention block and hot neurons are on the device, or come for a draft step.
 
     All neurons at once while the hot ones are chosen, else those and, where all are needed, the others.
     """
@@ -343,7 +345,7 @@ def _partly_resident_nbytes(plan: Plan, layout: LayerLayout, cargo: Cargo) -> di
     steps: dict[Step, int] = {"attention": layout.part_nbytes("attention")}
     if cargo == "records":
         return steps | {"records": layout.part_nbytes("records")}
-    steps["hot"] = plan.device_bill["hot_neurons"] // len(plan.streamed_layers)
+    steps["hot"] = plan.device_bill["hot_neurons"] // len(plan.hot.layers)
     return steps | {"cold": plan.hot.cold_nbytes} if cargo == "cold" else steps
 
 
@@ -357,7 +359,7 @@ def _slice_nbytes(setting: Setting, work: Work) -> int:
 def _copy_nbytes(setting: Setting, work: Work) -> int:
     """Bytes that the link's copier copies: on a device with its own memory all, else only what is in host memory."""
     plan, sliced = setting.plan, _sliced_layers(setting, work)
-    if setting.own_memory:
+    if setting.own_memory or plan.hot is not None:
         return pass_nbytes(setting, work)
     if not sliced:
         return len(plan.host_layers) * plan.layer_nbytes
@@ -605,38 +607,68 @@ class _Replay:
 
 
 class _HotReplay(_Replay):
-    """The same where every layer is partly resident. See weights/hotset.py."""
+    """The same where layers are partly resident. See weights/hotset.py."""
+
+    def __init__(self, setting: Setting) -> None:
+        super().__init__(setting)
+        hot = setting.plan.hot
+        assert hot is not None
+        self._hot = frozenset(hot.layers)
+        streamed = [layer for layer in self._streamed if layer not in self._hot]
+        self._passing: dict[Cargo, Sequence[int]] = {"records": self._streamed, "cold": self._streamed}
+        self._num_slots: dict[Cargo, int] = {"records": setting.plan.num_slots, "cold": hot.num_cold_slots}
+        if streamed:
+            self._passing["hot"], self._num_slots["hot"] = streamed, setting.plan.num_slots
+        self._same_slots = bool(streamed)
+        """In any pass; else the memory of those that the prompt's pass has is cut anew."""
 
     def run(self, seconds: _PassSeconds, following: _PassSeconds | None = None) -> float:
         """One pass more. While nothing has to arrive for it, the link works for the next that needs something."""
-        hot = self._setting.plan.hot
-        assert hot is not None
-        waits = seconds.cargo != "hot"
+        cargo = self._moving(seconds.cargo)
+        self._following = self._moving((following or seconds).cargo)
+        self._starting = cargo if self._next else self._following
         if not self._ring:
-            self._starting = seconds.cargo if waits else "cold"
-            self._next = 0
-            for _ in range(hot.num_cold_slots if self._starting == "cold" else self._setting.plan.num_slots):
+            self._starting, self._next = cargo, 0
+            for _ in range(min(self._num_slots[cargo], len(self._passing[cargo]))):
                 self._start()
-        for _ in range(self._num_layers):
-            for step, computing in seconds.sliced.items():
-                if waits and step in self._ring[0]:
+        passing = frozenset(self._passing.get(seconds.cargo, ()))
+        for layer in range(self._num_layers):
+            passes = layer in passing
+            for step, computing in (seconds.sliced if layer in self._hot else seconds.whole).items():
+                if passes and step in self._ring[0]:
                     self._now = self._thread.idle_until(max(self._now, self._ring[0][step]()))
                 self._now = self._thread.compute(computing)
-            if waits:
+            if passes:
                 self._ring.popleft()
-                # Slots for all neurons of a layer are no slots for some of them: behind the prompt's pass they are cut anew.
-                if self._starting == "cold" or self._next != 0:
+                if self._same_slots or self._starting == cargo:
                     self._start()
         self._now = self._thread.compute(seconds.behind_layers)
         return self._now
 
+    def _moving(self, cargo: Cargo) -> Cargo:
+        return cargo if cargo in self._passing else "cold"
+
     def _start(self) -> None:
-        self._next = (self._next + 1) % self._num_layers
-        layout, hot = self._setting.layout, self._setting.plan.hot
+        layers, cargo = self._passing[self._starting], self._starting
+        layer = layers[self._next]
+        self._next = (self._next + 1) % len(layers)
+        if self._next == 0:
+            self._starting = self._following
+        self._ring.append(self._bring_hot(cargo) if layer in self._hot else self._bring_streamed(cargo))
+
+    def _bring_hot(self, cargo: Cargo) -> dict[Step, Arrival]:
+        hot = self._setting.plan.hot
         assert hot is not None
-        whole = self._starting == "records"
-        arrival = self._bring_from_host(layout.part_nbytes("records") if whole else hot.cold_nbytes)
-        self._ring.append({"records" if whole else "cold": arrival})
+        if cargo == "cold":
+            return {"cold": self._bring_from_host(hot.cold_nbytes)}
+        return {"records": self._bring_from_host(self._setting.layout.part_nbytes("records"))}
+
+    def _bring_streamed(self, cargo: Cargo) -> dict[Step, Arrival]:
+        layout, plan = self._setting.layout, self._setting.plan
+        attention = self._bring_from_host(layout.part_nbytes("attention"))
+        if cargo == "hot":
+            return {"attention": attention, "hot": self._bring_from_host(_partly_resident_nbytes(plan, layout, cargo)["hot"])}
+        return {"attention": attention, "records": self._bring_from_host(layout.part_nbytes("records"))}
 
 
 def _replay_of(setting: Setting) -> _Replay:

@@ -19,6 +19,11 @@ from offload_sirius.weights.hotset import HotStreamer
 
 from .conftest import CONTEXT, TINY, Budgets, Load, hot_budgets
 
+LONG = "synthetic:tiny?dtype=F32&layers=7"
+PARTS = {2: 0.7, 3: 0.35, 4: 0.2, 5: 0.07}
+"""Hot layers of seven -> neurons of each that drafts keep: all that may be kept where no layer more has room for some."""
+PARTLY = pytest.mark.parametrize(("num_hot_layers", "keep"), PARTS.items())
+
 NUM_NEW = 20
 GREEDY: dict[str, Any] = {}
 SAMPLED: dict[str, Any] = {"temperature": 1.2, "top_p": 0.95, "repetition_penalty": 1.3, "seed": 11}
@@ -38,6 +43,13 @@ def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
 def plain() -> Iterator[Engine]:
     """The model by itself, resident."""
     with offload_sirius.load(TINY, mode="full", device="cpu", threads=1, max_context=CONTEXT) as engine:
+        yield engine
+
+
+@pytest.fixture(scope="module")
+def plain_long() -> Iterator[Engine]:
+    """The same of seven layers."""
+    with offload_sirius.load(LONG, mode="full", device="cpu", threads=1, max_context=CONTEXT) as engine:
         yield engine
 
 
@@ -64,6 +76,12 @@ class Loaded:
         """What a correction brings of a layer."""
         return (self.engine.spec.ffn_width - self.num_hot) * self.neuron_nbytes
 
+    @property
+    def num_hot_layers(self) -> int:
+        """Of which attention block and hot neurons are on the device."""
+        assert self.engine.plan.hot is not None
+        return len(self.engine.plan.hot.layers)
+
     def generate(self, **settings: Any) -> Generation:
         return self.engine.generate("hello", **ASKED | settings)
 
@@ -82,13 +100,33 @@ def hot(load: Load) -> Any:
     """Load with the draft on the device."""
 
     def load_hot(
-        *, num_hot: int | None = None, num_slots: int = 2, more: dict[str, Any] | None = None, **settings: Any
+        *,
+        num_hot: int | None = None,
+        num_slots: int = 2,
+        num_hot_layers: int | None = None,
+        more: dict[str, Any] | None = None,
+        **settings: Any,
     ) -> Loaded:
         decoding = DecodingConfig(**{"window": 5, "keep": 0.5, "draft": "resident"} | settings)
-        given = hot_budgets(decoding, num_hot=num_hot, num_slots=num_slots) | (more or {})
+        given = hot_budgets(decoding, num_hot=num_hot, num_slots=num_slots, num_hot_layers=num_hot_layers) | (more or {})
         return Loaded(load(mode=decoding.mode, draft=decoding.draft, decoding=decoding, **given), decoding)
 
     return load_hot
+
+
+@pytest.fixture
+def partly(load: Load) -> Any:
+    """Load seven layers with the draft's part of some of them on the device, and two slots."""
+
+    def load_partly(num_hot_layers: int, keep: float, more: dict[str, Any] | None = None, **settings: Any) -> Loaded:
+        decoding = DecodingConfig(**{"window": 5, "keep": keep, "draft": "resident"} | settings)
+        given = hot_budgets(decoding, num_hot_layers=num_hot_layers, model=LONG) | (more or {})
+        loaded = Loaded(load(LONG, mode=decoding.mode, draft=decoding.draft, decoding=decoding, **given), decoding)
+        assert loaded.num_hot_layers == num_hot_layers
+        assert loaded.num_hot == decoding.num_kept(loaded.engine.spec.ffn_width)
+        return loaded
+
+    return load_partly
 
 
 def expected_of(plain: Engine, **settings: Any) -> tuple[int, ...]:
@@ -135,6 +173,36 @@ def test_exact_answers_do_not_depend_on_the_settings_of_the_set(settings: dict[s
 
 def test_answers_over_an_emulated_link_are_the_same(hot: Any, plain: Engine) -> None:
     assert hot(more={"link_gbps": 1.0}).generate().token_ids == expected_of(plain)
+
+
+@PARTLY
+@pytest.mark.parametrize("refresh", [True, False])
+@pytest.mark.parametrize("tree_width", [1, 3])
+def test_exact_answers_do_not_depend_on_how_many_layers_are_hot(
+    tree_width: int, refresh: bool, num_hot_layers: int, keep: float, partly: Any, plain_long: Engine
+) -> None:
+    loaded = partly(num_hot_layers, keep, tree_width=tree_width, refresh=refresh)
+    for sampling in (GREEDY, SAMPLED):
+        assert loaded.generate(**sampling).token_ids == expected_of(plain_long, **sampling)
+        loaded.assert_sums_up()
+    assert (loaded.hot_set.num_exchanged > 0) == refresh
+
+
+@PARTLY
+def test_drafts_do_not_depend_on_how_many_layers_are_hot(num_hot_layers: int, keep: float, partly: Any, hot: Any) -> None:
+    everything = hot(keep=keep, more={"model": LONG, **hot_budgets(DecodingConfig(keep=keep, draft="resident"), model=LONG)})
+    assert everything.num_hot_layers == 7
+    loaded = partly(num_hot_layers, keep)
+    for settings in ({"mode": "sparse"}, {}, {"mode": "sparse"}, {"mode": "full"}):
+        expected, found = (each.generate(**settings) for each in (everything, loaded))
+        assert found.token_ids == expected.token_ids
+        assert (found.passes, found.aal) == (expected.passes, expected.aal)
+        assert loaded.hot_set.num_exchanged == everything.hot_set.num_exchanged
+        loaded.assert_sums_up()
+
+
+def test_answers_with_part_of_the_layers_hot_are_the_same_over_an_emulated_link(partly: Any, plain_long: Engine) -> None:
+    assert partly(3, 0.35, more={"link_gbps": 1.0}).generate().token_ids == expected_of(plain_long)
 
 
 def test_modes_may_take_turns(hot: Any, plain: Engine) -> None:
@@ -195,6 +263,26 @@ def test_an_answer_after_one_that_broke_off_within_a_pass_is_that_of_a_fresh_eng
     loaded.assert_sums_up()
 
 
+@pytest.mark.parametrize("asked_for", ["attention", "neurons", "cold_neurons", "choose", "exchange"])
+@pytest.mark.parametrize("moment", [1, 3, 7, 8, 12, 17])
+def test_where_part_of_the_layers_is_hot_an_answer_after_one_that_broke_off_is_that_of_a_fresh_engine(
+    asked_for: str, moment: int, partly: Any, plain_long: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = partly(3, 0.35, refresh_decay=0.0)
+    fresh = loaded.generate(mode="sparse").token_ids
+    with monkeypatch.context() as patched:
+        interrupt_at(asked_for, moment, patched)
+        stream = loaded.engine.stream("something else", **ASKED)
+        if asked_for == "choose" and moment > 7:
+            assert list(stream)
+        else:
+            with pytest.raises(KeyboardInterrupt):
+                list(stream)
+    assert loaded.generate(mode="sparse").token_ids == fresh
+    assert loaded.generate().token_ids == expected_of(plain_long)
+    loaded.assert_sums_up()
+
+
 def interrupt_at(asked_for: str, moment: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-C when that has been asked for so many times."""
     asked = 0
@@ -228,6 +316,28 @@ def test_a_draft_moves_nothing_and_a_correction_what_is_cold(keep: float, tree_w
         assert (counted.draft, counted.full) == (0, 0)
         assert counted.correction == passes.correction * LAYERS * loaded.cold_nbytes
         loaded.assert_sums_up()
+
+
+@PARTLY
+@pytest.mark.parametrize("refresh", [True, False])
+def test_a_draft_moves_attention_and_kept_neurons_of_layers_that_are_not_hot_and_a_correction_all_of_these(
+    refresh: bool, num_hot_layers: int, keep: float, partly: Any
+) -> None:
+    loaded = partly(num_hot_layers, keep, refresh=refresh)
+    layout, num_streamed = loaded.engine._placement.layout, 7 - num_hot_layers
+    drafted = num_streamed * (layout.attention_nbytes + loaded.num_hot * loaded.neuron_nbytes)
+    corrected = num_hot_layers * loaded.cold_nbytes + num_streamed * layout.nbytes
+    assert loaded.engine.plan.pass_nbytes == corrected
+    for _ in range(2):
+        found = loaded.generate()
+        counted, passes = found.link.bytes, found.passes
+        assert passes.draft > passes.correction > 1
+        assert counted.prefill == num_hot_layers * layout.records_nbytes + num_streamed * layout.nbytes
+        assert counted.draft == passes.draft * drafted
+        assert counted.correction == passes.correction * corrected
+        loaded.assert_sums_up()
+    full = loaded.generate(mode="full")
+    assert full.link.bytes.full == full.passes.full * corrected
 
 
 def test_a_full_step_brings_what_is_cold_and_a_sparse_answer_no_more_than_the_prompt_does(hot: Any) -> None:
@@ -273,12 +383,24 @@ def test_device_memory_stays_within_the_plan_and_the_plan_within_the_budgets(sha
     assert memory.host_plan_bytes <= int(config.host_memory)
 
 
+@PARTLY
+def test_with_part_of_the_layers_hot_device_memory_stays_within_the_plan_which_takes_all_of_the_budget(
+    num_hot_layers: int, keep: float, partly: Any
+) -> None:
+    loaded = partly(num_hot_layers, keep, tree_width=8, window=4)
+    memory = loaded.engine.generate("x" * 20, max_new_tokens=8).memory
+    config = loaded.engine.config
+    assert 0 < memory.device_peak_bytes <= memory.device_plan_bytes == int(config.device_memory)
+    assert memory.host_plan_bytes <= int(config.host_memory)
+
+
 def test_too_little_device_memory_is_one_line_and_what_it_says_would_do_does(hot: Any) -> None:
     with pytest.raises(BudgetError) as caught:
-        hot(num_hot=1)
+        hot(num_hot=1, num_hot_layers=1)
     line = str(caught.value)
     assert re.match(r"device budget \S+ \S+ is too small for --draft resident: head, KV cache, ", line)
     assert line.endswith(", or --draft streamed")
+    assert "neurons of some layers" in line
     said = re.search(r"give at least --device-memory (\S+),", line)
     assert said
     assert hot(more={"device_memory": said[1]}).generate().new_tokens == NUM_NEW
