@@ -46,6 +46,8 @@ def main() -> None:
             drafts=["streamed"],
             refresh=DecodingConfig().refresh,
             refresh_decay=DecodingConfig().refresh_decay,
+            prior=False,
+            draft_keep=None,
             tree_widths=[1, 4],
         ),
         generation=GenerationConfig(max_new_tokens=options.max_new_tokens),

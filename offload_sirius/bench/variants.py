@@ -74,13 +74,22 @@ def variants_of(
     drafts: Iterable[Draft],
     refresh: bool,
     refresh_decay: float,
+    prior: bool | None,
+    draft_keep: float | None,
 ) -> tuple[DecodingConfig, ...]:
     """The cross product, each once; mode full is left out, as it is measured anyway. Raises ConfigError."""
     variants: list[DecodingConfig] = []
     corrected = list(product(windows, tree_widths, accepts))
     for sparsity, keep, draft in product(sparsities, keeps, drafts):
         sparse = DecodingConfig(
-            mode="sparse", sparsity=sparsity, keep=keep, draft=draft, refresh=refresh, refresh_decay=refresh_decay
+            mode="sparse",
+            sparsity=sparsity,
+            keep=keep,
+            draft=draft,
+            refresh=refresh,
+            refresh_decay=refresh_decay,
+            prior=prior,
+            draft_keep=draft_keep,
         )
         if "sparse" in modes:
             variants.append(sparse)
@@ -97,7 +106,8 @@ def name_of(variant: DecodingConfig, forced_aal: Fraction | None = None) -> str:
     if not variant.drafts:
         return "full"
     place = "" if variant.draft == "auto" else f" {variant.draft}"
-    name = f"{variant.sparsity} {variant.keep:g}{place} {variant.mode}"
+    keep = f"{variant.keep:g}" if variant.draft_keep is None else f"{variant.draft_keep:g} of {variant.keep:g}"
+    name = f"{variant.sparsity} {keep}{place} {variant.mode}"
     if variant.mode == "sparse":
         return name
     accept = variant.accept if variant.accept == "exact" else f"threshold {variant.threshold:g}"

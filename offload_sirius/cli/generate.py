@@ -55,6 +55,8 @@ def generate(
     draft: flags.Draft = _DECODING.draft,
     refresh: flags.Refresh = _DECODING.refresh,
     refresh_decay: flags.RefreshDecay = _DECODING.refresh_decay,
+    prior: flags.Prior = _DECODING.prior,
+    draft_keep: flags.DraftKeep = _DECODING.draft_keep,
     tree_width: flags.TreeWidth = _DECODING.tree_width,
     device: flags.Device = _ENGINE.device,
     device_memory: flags.DeviceMemory = _ENGINE.device_memory,
@@ -90,6 +92,8 @@ def generate(
         draft=draft,  # type: ignore[arg-type]
         refresh=refresh,
         refresh_decay=refresh_decay,
+        prior=prior,
+        draft_keep=draft_keep,
         tree_width=tree_width,
     )
     engine_config = EngineConfig(

@@ -6,7 +6,7 @@ import time
 from contextlib import ExitStack
 from pathlib import Path
 
-from offload_sirius.cache import cache_folder
+from offload_sirius.cache import cache_folder, safe_name
 from offload_sirius.config import EngineConfig
 from offload_sirius.engine.engine import Engine
 from offload_sirius.engine.link import Arenas, Origins, make_arenas, make_link, uplink_to
@@ -17,6 +17,7 @@ from offload_sirius.engine.streamed import StreamedModel, hot_model, streamed_mo
 from offload_sirius.errors import ConfigError
 from offload_sirius.model.kv_cache import KVCache
 from offload_sirius.model.transformer import Transformer
+from offload_sirius.sparsity.prior import NeuronPrior, PriorFile, prior_path
 from offload_sirius.trace import Tracer
 from offload_sirius.weights.copiers import Copier
 from offload_sirius.weights.device import DeviceStore, HotDeviceStore
@@ -99,7 +100,8 @@ def _join(
     stores.callback(streamer.close)
     cache = KVCache(spec, capacity=placement.context, dtype=dtype, device=placement.device)
     transformer = Transformer(spec, streamer, cache, tracer=tracer)
-    streamed = _decoded(device, placement, transformer, streamer)
+    prior = _prior(checkpoint, placement, progress)
+    streamed = _decoded(device, placement, transformer, streamer, prior)
     nbytes = device.nbytes + cache.nbytes + transformer.nbytes + plan.device_bill["sparsity"]
     return streamer, transformer, streamed, readers, nbytes, arenas.report()
 
@@ -143,14 +145,26 @@ def _streamer(
     )
 
 
+def _prior(checkpoint: Checkpoint, placement: Placement, progress: Progress) -> NeuronPrior | None:
+    """What earlier runs say about the neurons, where somebody wants to know."""
+    if placement.plan.hot is None or not placement.planned.config.decoding.with_prior:
+        return None
+    file = PriorFile(prior_path(cache_folder(), checkpoint), progress.warn)
+    return NeuronPrior(file, checkpoint.spec, device=placement.device)
+
+
 def _decoded(
-    device: DeviceStore | HotDeviceStore, placement: Placement, transformer: Transformer, streamer: WeightStreamer | HotStreamer
+    device: DeviceStore | HotDeviceStore,
+    placement: Placement,
+    transformer: Transformer,
+    streamer: WeightStreamer | HotStreamer,
+    prior: NeuronPrior | None,
 ) -> StreamedModel:
     """The model as decoding sees it."""
     decoding = placement.planned.config.decoding
     if isinstance(streamer, HotStreamer):
         assert placement.plan.hot is not None
-        return hot_model(transformer, streamer, placement.plan.hot.num_hot, decoding)
+        return hot_model(transformer, streamer, placement.plan.hot.num_hot, decoding, prior)
     assert isinstance(device, DeviceStore)
     return streamed_model(transformer, streamer, device.caches, decoding)
 
@@ -169,7 +183,7 @@ def _on_disk(checkpoint: Checkpoint, progress: Progress) -> Checkpoint:
     if checkpoint.path is not None:
         return checkpoint
     name = checkpoint.spec.name
-    directory = cache_folder() / "synthetic" / "".join(each if each.isalnum() or each in ".-" else "_" for each in name)
+    directory = cache_folder() / "synthetic" / safe_name(name)
     if not directory.exists():
         _make_folder(directory.parent)
         total = sum(info.nbytes for info in checkpoint.tensors.values())

@@ -20,6 +20,7 @@ from offload_sirius.model.transformer import TokenTree, Transformer
 from offload_sirius.sparsity.cats import Cats
 from offload_sirius.sparsity.griffin import Griffin
 from offload_sirius.sparsity.hot import HotSet
+from offload_sirius.sparsity.prior import NeuronPrior
 from offload_sirius.weights.hotset import HotStreamer
 from offload_sirius.weights.layout import Cargo
 from offload_sirius.weights.neuron_cache import NeuronCache
@@ -53,13 +54,32 @@ class StreamedModel:
     """Satisfies decode.model.Model."""
 
     def __init__(
-        self, transformer: Transformer, source: Source, ways: Mapping[Pass, Way], sparsity: Griffin | Cats | HotSet | None = None
+        self,
+        transformer: Transformer,
+        source: Source,
+        ways: Mapping[Pass, Way],
+        sparsity: Griffin | Cats | HotSet | None = None,
+        prior: NeuronPrior | None = None,
     ) -> None:
-        """sparsity: whose feed-forwards are among the ways; None where they compute all neurons."""
+        """sparsity: whose feed-forwards are among the ways; None where they compute all neurons. prior: for answers with a hot
+        set that want it."""
         self.sparsity = sparsity
         self._transformer = transformer
         self._source = source
         self._ways = ways
+        self._prior = prior
+
+    def begin_answer(self, decoding: DecodingConfig) -> None:
+        """Forget the answer before."""
+        self.keep(0)
+        if isinstance(self.sparsity, HotSet):
+            num_drafted = decoding.num_drafted(self._transformer.spec.ffn_width, self.sparsity.num_hot)
+            self.sparsity.begin(num_drafted, self._prior if decoding.with_prior else None)
+
+    def end_answer(self) -> None:
+        """Keep what an answer has shown, for others to come."""
+        if isinstance(self.sparsity, HotSet) and self.sparsity.prior is not None:
+            self.sparsity.prior.keep()
 
     @property
     def length(self) -> int:
@@ -123,7 +143,9 @@ def streamed_model(
     )
 
 
-def hot_model(transformer: Transformer, streamer: HotStreamer, num_hot: int, decoding: DecodingConfig) -> StreamedModel:
+def hot_model(
+    transformer: Transformer, streamer: HotStreamer, num_hot: int, decoding: DecodingConfig, prior: NeuronPrior | None
+) -> StreamedModel:
     """The model whose drafts are on the device."""
     decay = decoding.refresh_decay if decoding.refresh else None
     hot_set = HotSet(transformer.spec, streamer, num_hot, decay=decay, device=transformer.cache.device)
@@ -133,7 +155,7 @@ def hot_model(transformer: Transformer, streamer: HotStreamer, num_hot: int, dec
         "correction": Way(cargo="cold", feed_forward=hot_set.correction),
         "full": Way(cargo="cold", feed_forward=hot_set.full),
     }
-    return StreamedModel(transformer, streamer, ways, hot_set)
+    return StreamedModel(transformer, streamer, ways, hot_set, prior)
 
 
 def _thresholds(decoding: DecodingConfig, spec: ModelSpec, device: torch.device) -> Tensor | None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from offload_sirius.trace import Tracer
@@ -27,6 +28,9 @@ from offload_sirius.weights.streamer import Phase, Streamer
 
 EXCHANGED_AT_ONCE = 256
 """Neurons for which there is a copy on the device beside their two places."""
+
+SWAPPED_AT_ONCE = EXCHANGED_AT_ONCE // 2
+"""Pairs of neurons that change places at once: there is a copy of both."""
 
 
 @dataclass(frozen=True)
@@ -117,6 +121,15 @@ class HotStreamer(Streamer):
             hot.gate.index_copy_(0, to, cold.gate.index_select(0, source))
             hot.up_down.index_copy_(0, to, cold.up_down.index_select(0, source))
         self._cold_ids[layer] = cold_ids.to("cpu", copy=True)
+
+    def swap(self, layer: int, places: Tensor, other_places: Tensor) -> None:
+        """Have hot neurons of the layer in some places and in others, int64 [k] each, on the device, change places."""
+        hot = self._hot(layer)
+        # Copies of both: half as many at a time.
+        for some, others in zip(places.split(SWAPPED_AT_ONCE), other_places.split(SWAPPED_AT_ONCE), strict=True):
+            to, source = torch.cat((some, others)), torch.cat((others, some))
+            hot.gate.index_copy_(0, to, hot.gate.index_select(0, source))
+            hot.up_down.index_copy_(0, to, hot.up_down.index_select(0, source))
 
     def release(self, layer: int) -> None:
         """The layer has been computed on: its slot goes to the next one that is not under way."""

@@ -63,6 +63,8 @@ class Work:
     """What the pass takes of layers of which slices can cross the link alone, or that are partly resident."""
     num_fetched: int = 0
     """Of `gate`: neurons of each such layer whose records are sent for."""
+    num_drafted: int | None = None
+    """Of `hot`: neurons of each layer that are computed; None: all that are resident."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -324,7 +326,7 @@ def _step_nbytes(setting: Setting, work: Work, *, sliced: bool) -> dict[Step, in
     if not sliced:
         return {part: layout.part_nbytes(part) for part in PARTS}
     if setting.plan.hot is not None:
-        return _partly_resident_nbytes(setting.plan, layout, work.cargo)
+        return _partly_resident_nbytes(setting.plan, layout, work)
     part = slice_of(work.cargo)
     steps: dict[Step, int] = {"attention": layout.part_nbytes("attention"), part: layout.part_nbytes(part)}
     if work.cargo == "gate":
@@ -334,16 +336,18 @@ def _step_nbytes(setting: Setting, work: Work, *, sliced: bool) -> dict[Step, in
     return steps
 
 
-def _partly_resident_nbytes(plan: Plan, layout: LayerLayout, cargo: Cargo) -> dict[Step, int]:
+def _partly_resident_nbytes(plan: Plan, layout: LayerLayout, work: Work) -> dict[Step, int]:
     """Of a layer whose attention block and hot neurons are on the device.
 
-    All neurons at once while the hot ones are chosen, else those and, where all are needed, the others.
+    All neurons at once while the hot ones are chosen, else those, or the best of them, and, where all are needed, the others.
     """
     assert plan.hot is not None
+    cargo = work.cargo
     steps: dict[Step, int] = {"attention": layout.part_nbytes("attention")}
     if cargo == "records":
         return steps | {"records": layout.part_nbytes("records")}
-    steps["hot"] = plan.device_bill["hot_neurons"] // len(plan.streamed_layers)
+    resident_nbytes = plan.device_bill["hot_neurons"] // len(plan.streamed_layers)
+    steps["hot"] = resident_nbytes * (work.num_drafted or plan.hot.num_hot) // plan.hot.num_hot
     return steps | {"cold": plan.hot.cold_nbytes} if cargo == "cold" else steps
 
 

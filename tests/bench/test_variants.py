@@ -22,6 +22,8 @@ PLAIN: dict[str, Any] = {
     "drafts": ["auto"],
     "refresh": True,
     "refresh_decay": 0.7,
+    "prior": False,
+    "draft_keep": None,
 }
 
 
