@@ -132,7 +132,7 @@ class DecodingConfig:
                 self.draft != "streamed" and self.sparsity == "griffin",
                 "draft-keep",
                 f"{self.draft_keep:g} with --draft {self.draft} and --sparsity {self.sparsity}",
-                "left out, or given with --draft resident",
+                "left out, or with --draft resident",
             )
         _require(self.tree_width >= 1, "tree-width", self.tree_width, "at least 1")
         _require(
