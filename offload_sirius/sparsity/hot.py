@@ -108,21 +108,14 @@ class ChoosingFeedForward:
     def close(self, layer: int) -> None:
         """See FeedForward."""
         hot_set = self._hot_set
-        self._hear_prior(layer)
+        if hot_set.prior is not None:
+            hot_set.squared_scores[layer].add_(hot_set.prior.pseudo_scores(layer))
         ranked = hot_set.squared_scores[layer].sort(descending=True, stable=True).indices  # [F]
         num_front = hot_set.num_drafted
         parts = (num_front, hot_set.num_hot - num_front, len(ranked) - hot_set.num_hot)  # front, back, cold
         for ids, chosen in zip(hot_set.ids[layer].split(parts), ranked.split(parts), strict=True):
             ids.copy_(chosen.sort().values)
         hot_set.source.choose(layer, hot_set.hot_ids(layer), hot_set.cold_ids(layer))
-
-    def _hear_prior(self, layer: int) -> None:
-        """Add it to what the prompt says, which it learns."""
-        prior, scores = self._hot_set.prior, self._hot_set.squared_scores[layer]
-        if prior is not None:
-            pseudo_scores = prior.pseudo_scores(layer)
-            prior.learn(layer, scores)
-            scores.add_(pseudo_scores)
 
 
 @dataclass(frozen=True)
@@ -192,7 +185,7 @@ class LearningFeedForward(BothFeedForward):
         """said: what neurons say of a window, by their places, float32 [F]."""
         hot_set = self._hot_set
         if hot_set.prior is not None:
-            hot_set.prior.learn(layer, said, hot_set.ids[layer])
+            hot_set.prior.learn(layer, hot_set.ids[layer], said)
 
 
 class RefreshingFeedForward(LearningFeedForward):

@@ -1,9 +1,9 @@
 """What earlier answers of a model say about its neurons, kept in a file between runs: a prior for the hot set.
 
-A short prompt says little about which neurons its answer needs. What each neuron has said of all tokens before is added to the
-prompt's statistic as if it came from PSEUDO_TOKENS more tokens,
+A short prompt says little about which neurons its answer needs. What each neuron has said of earlier answers, as corrections
+compute it anyway, is added to the prompt's statistic as if the prompt had PSEUDO_TOKENS more tokens,
 
-    s_j^2 <- s_j^2 + PSEUDO_TOKENS * mean over earlier tokens of (z_tj / ||z_t||)^2
+    s_j^2 <- s_j^2 + PSEUDO_TOKENS * mean over tokens of earlier answers of (z_tj / ||z_t||)^2
 
 The shares of a token are 1 together, so that the sums of a layer say how many tokens they rest on. With exact acceptance the
 prior changes how many drafted tokens stand, never the text. Knows neither slots nor passes.
@@ -28,7 +28,12 @@ from offload_sirius_loaders.checkpoint import Checkpoint
 from offload_sirius_loaders.spec import ModelSpec
 
 PSEUDO_TOKENS = 32
-"""What the prior counts for beside the tokens of a prompt."""
+"""What the prior counts for beside the tokens of a prompt.
+
+Measured on SmolLM2-135M with 14 prompts of 33 to 40 tokens, the chat template's included, and a prior of 16 answers to others: of
+8, 16, 32, 64, 128, ... it gives the hot neurons the largest share of what all say of the answers, where windows refresh the set, and
+close to that where they do not (there more is a little better). A prior that learns the prompts as well is worse in all cases.
+"""
 
 MOST_TOKENS = 1 << 14
 """Tokens that a layer's sums count for at most: beyond that earlier ones lose weight, so that some dozens of answers of another
@@ -53,12 +58,9 @@ class NeuronPrior:
         total = sums.sum()
         return sums * (total.clamp(max=PSEUDO_TOKENS) / total.clamp(min=torch.finfo(torch.float32).tiny))
 
-    def learn(self, layer: int, said: Tensor, neuron_ids: Tensor | None = None) -> None:
-        """Add what neurons have said of a pass's tokens: sums of shares, float32 [F], in the order of neuron_ids, int64 [F]."""
-        if neuron_ids is None:
-            self.sums[layer].add_(said)
-        else:
-            self.sums[layer].index_add_(0, neuron_ids, said)
+    def learn(self, layer: int, neuron_ids: Tensor, said: Tensor) -> None:
+        """Add what neurons, int64 [F], have said of a correction's tokens: sums of shares, float32 [F], in their order."""
+        self.sums[layer].index_add_(0, neuron_ids, said)
 
     def keep(self) -> None:
         """An answer has ended: write the file. What broken weights have said is forgotten."""

@@ -454,19 +454,22 @@ def test_exact_answers_do_not_depend_on_what_the_prior_holds(
         assert stream.result.token_ids == expected_of(plain, **sampling)
 
 
-def test_an_answer_teaches_the_next_run_its_prompt_and_what_was_corrected(hot: Any, cache: Path) -> None:
+def test_an_answer_teaches_the_next_run_what_was_corrected(hot: Any, cache: Path) -> None:
     total = 0
     for _ in range(2):
         found = hot().generate()
-        total += found.prompt_tokens + found.passes.draft + found.passes.correction
+        total += found.passes.draft + found.passes.correction
         assert kept(cache).sum(dim=1).tolist() == pytest.approx([total] * LAYERS, rel=1e-4)
 
 
 def test_an_interrupted_answer_teaches_as_far_as_it_came(hot: Any, cache: Path) -> None:
     stream = hot().engine.stream("hello", **ASKED)
     next(stream)
+    next(stream)
     found = stream.interrupt()
-    assert kept(cache).sum(dim=1).tolist() == pytest.approx([found.prompt_tokens] * LAYERS, rel=1e-4)
+    assert found.passes.correction == 1
+    num_tokens = found.passes.draft + found.passes.correction
+    assert kept(cache).sum(dim=1).tolist() == pytest.approx([num_tokens] * LAYERS, rel=1e-4)
 
 
 @pytest.mark.parametrize("settings", [{"mode": "sparse"}, {"accept": "threshold"}, {"mode": "full"}, {"prior": False}], ids=str)

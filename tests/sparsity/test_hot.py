@@ -352,10 +352,10 @@ def test_the_prior_is_added_to_what_the_prompt_says_and_decays_with_it(num_seen:
 
 @pytest.mark.parametrize("num_hot", [1, 7, F - 1])
 @pytest.mark.parametrize("decay", [None, 0.7])
-def test_the_prior_learns_prompts_and_windows_and_nothing_else(decay: float | None, num_hot: int) -> None:
+def test_the_prior_learns_windows_that_are_corrected_and_nothing_else(decay: float | None, num_hot: int) -> None:
     prior = prior_of(torch.zeros(LAYERS, F))
     hot_set, source = prefilled(num_hot, decay, prior=prior)
-    seen = [tokens(9, 1)]
+    seen = []
     for seed in range(20, 24):
         run(hot_set, source, hot_set.correction, [tokens(5, seed)])
         seen.append(tokens(5, seed))
@@ -363,15 +363,14 @@ def test_the_prior_learns_prompts_and_windows_and_nothing_else(decay: float | No
             run(hot_set, source, feed_forward, [tokens(3, 99)])
     for layer in range(LAYERS):
         assert torch.allclose(prior.sums[layer], shares_of(z_of(source, layer, torch.cat(seen))), atol=1e-4)
-        assert float(prior.sums[layer].sum()) == pytest.approx(29, rel=1e-4)
+        assert float(prior.sums[layer].sum()) == pytest.approx(20, rel=1e-4)
 
 
 def test_an_answer_that_shall_not_depend_on_others_neither_hears_nor_teaches_the_prior() -> None:
     prior = prior_of(torch.rand(LAYERS, F) * 100)
     kept = prior.sums.clone()
     hot_set, source = prefilled(7, prior=prior)
-    assert not torch.equal(prior.sums, kept)
-    prior.sums.copy_(kept)
+    assert torch.equal(prior.sums, kept)
     hot_set.begin(7, None)
     run(hot_set, source, hot_set.prefill, tokens(9, 1).split(4))
     run(hot_set, source, hot_set.correction, [tokens(5, 2)])

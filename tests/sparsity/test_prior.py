@@ -20,6 +20,7 @@ from offload_sirius_loaders.checkpoint import Checkpoint
 SPEC = open_checkpoint("synthetic:tiny?ffn=12&layers=2").spec
 LAYERS, F = SPEC.num_layers, SPEC.ffn_width
 CPU = torch.device("cpu")
+ALL = torch.arange(F)
 
 
 class Lines(list[str]):
@@ -54,7 +55,7 @@ def test_a_model_that_nobody_ran_has_no_say(tmp_path: Path) -> None:
 @pytest.mark.parametrize("num_tokens", [1, PSEUDO_TOKENS - 1, PSEUDO_TOKENS, 1000])
 def test_it_counts_for_some_tokens_like_those_before_and_for_no_more_than_there_were(num_tokens: int, tmp_path: Path) -> None:
     prior, said = prior_in(tmp_path), shares(num_tokens)
-    prior.learn(1, said)
+    prior.learn(1, ALL, said)
     found = prior.pseudo_scores(1)
     assert torch.allclose(found, said / num_tokens * min(num_tokens, PSEUDO_TOKENS), rtol=1e-4)
     assert prior.pseudo_scores(0).tolist() == [0] * F
@@ -63,14 +64,14 @@ def test_it_counts_for_some_tokens_like_those_before_and_for_no_more_than_there_
 def test_what_neurons_say_by_their_places_is_learnt_by_their_numbers(tmp_path: Path) -> None:
     prior, said = prior_in(tmp_path), shares(5)
     places = torch.randperm(F, generator=torch.Generator().manual_seed(3))
-    prior.learn(0, said[places], places)
+    prior.learn(0, places, said[places])
     assert torch.equal(prior.sums[0], said)
 
 
 def test_what_was_learnt_is_there_in_the_next_run(tmp_path: Path) -> None:
     first = prior_in(tmp_path)
     for layer in range(LAYERS):
-        first.learn(layer, shares(40, layer))
+        first.learn(layer, ALL, shares(40, layer))
     first.keep()
     second = prior_in(tmp_path)
     assert torch.equal(second.sums, first.sums)
@@ -84,20 +85,20 @@ def test_it_stays_able_to_change(counts: list[int], tmp_path_factory: pytest.Tem
     expected = 0.0
     for seed, count in enumerate(counts):
         mean = shares(20, seed) / 20
-        prior.learn(0, mean * count)
+        prior.learn(0, ALL, mean * count)
         prior.keep()
         expected = min(expected + count, MOST_TOKENS)
         assert float(prior.sums[0].sum()) == pytest.approx(expected, rel=1e-3)
     new = torch.zeros(F)
     new[3] = MOST_TOKENS
-    prior.learn(0, new)
+    prior.learn(0, ALL, new)
     assert float(prior.pseudo_scores(0)[3]) > 0.45 * PSEUDO_TOKENS
 
 
 def test_what_broken_weights_say_is_forgotten(tmp_path: Path) -> None:
     prior = prior_in(tmp_path)
-    prior.learn(0, shares(5))
-    prior.learn(1, torch.full((F,), float("nan")))
+    prior.learn(0, ALL, shares(5))
+    prior.learn(1, ALL, torch.full((F,), float("nan")))
     prior.keep()
     assert float(prior.sums[0].sum()) == pytest.approx(5)
     assert prior.sums[1].tolist() == [0] * F
@@ -136,7 +137,7 @@ def test_a_file_that_holds_something_else_is_one_line_and_is_replaced(content: b
     prior = prior_in(tmp_path, lines)
     assert lines.one() == f"{file}: is ignored and will be replaced, it does not hold a prior of {SPEC.name}"
     assert prior.sums.tolist() == torch.zeros(LAYERS, F).tolist()
-    prior.learn(0, shares(3))
+    prior.learn(0, ALL, shares(3))
     prior.keep()
     assert torch.equal(prior_in(tmp_path).sums, prior.sums)
     assert list(file.parent.iterdir()) == [file]
@@ -150,7 +151,7 @@ def test_a_folder_that_cannot_be_made_is_one_line_before_anything_is_learnt(tmp_
         f"{tmp_path}/file/priors/tiny.safetensors: cannot be written: Not a directory; what this run learns of the model's "
         "neurons is not kept: set OFFLOAD_SIRIUS_CACHE to another folder, or give --no-prior"
     )
-    prior.learn(0, shares(3))
+    prior.learn(0, ALL, shares(3))
     prior.keep()
     assert len(lines) == 1
     assert float(prior.pseudo_scores(0).sum()) == pytest.approx(3), "it is of use to this run"
@@ -166,7 +167,7 @@ def test_a_folder_in_the_file_s_place_is_one_line(tmp_path: Path) -> None:
 def test_a_disk_that_fills_up_is_one_line_and_leaves_the_file_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lines = Lines()
     prior = prior_in(tmp_path, lines)
-    prior.learn(0, shares(3))
+    prior.learn(0, ALL, shares(3))
     prior.keep()
 
     def full(self: Path, content: bytes) -> int:
@@ -175,7 +176,7 @@ def test_a_disk_that_fills_up_is_one_line_and_leaves_the_file_as_it_was(tmp_path
     monkeypatch.setattr(Path, "write_bytes", full)
     kept = prior.sums.clone()
     for _ in range(2):
-        prior.learn(0, shares(3))
+        prior.learn(0, ALL, shares(3))
         prior.keep()
     assert "cannot be written: No space left on device; what this run learns" in lines.one()
     assert torch.equal(prior_in(tmp_path).sums, kept)
@@ -184,7 +185,7 @@ def test_a_disk_that_fills_up_is_one_line_and_leaves_the_file_as_it_was(tmp_path
 def test_processes_that_write_at_once_leave_the_file_of_one_of_them(tmp_path: Path) -> None:
     priors = [prior_in(tmp_path) for _ in range(4)]
     for number, prior in enumerate(priors):
-        prior.learn(0, shares(20, number))
+        prior.learn(0, ALL, shares(20, number))
 
     def write(prior: NeuronPrior) -> None:
         for _ in range(20):
