@@ -194,7 +194,10 @@ def explain(engine: Engine, num_prompt: int) -> None:
         f"{len(plan.disk_layers)} from disk, through {plan.num_slots} slots; {format_size(plan.pass_nbytes)} a pass"
     )
     if plan.hot is not None:
-        say(f"drafts: {plan.hot.num_hot} of {engine.spec.ffn_width} neurons of each layer and all attention blocks are resident")
+        num_neurons, num_hot = engine.spec.ffn_width, plan.hot.num_hot
+        num_drafted = engine.config.decoding.num_drafted(num_neurons, num_hot)
+        fewer = f", {num_drafted} are computed" if num_drafted < num_hot else ""
+        say(f"drafts: {num_hot} of {num_neurons} neurons of each layer and all attention blocks are resident{fewer}")
     for where, bill in (("device", plan.device_bill), ("host", plan.host_bill)):
         say(f"{where}: " + ", ".join(f"{purpose(what)} {format_size(nbytes)}" for what, nbytes in bill.items() if nbytes))
     say(predicted(engine.predict(num_prompt)))
