@@ -149,7 +149,7 @@ def first_prompts() -> list[str]:
 def device_budget(model: str) -> int:
     """See above: of the plan that has all its neurons, what is not slots, and two of those."""
     checkpoint = open_model(model).checkpoint
-    decoding = DecodingConfig(mode="sirius", draft="resident", keep=HOT_SHARE)
+    decoding = DecodingConfig(mode="sirius", draft="resident", keep=HOT_SHARE, prior=False)
     config = EngineConfig(model=model, dtype="float32", device="cpu", max_context=CONTEXT, decoding=decoding)
     plan, layout = place(checkpoint, config).plan, place(checkpoint, config).layout
     return plan.device_nbytes - plan.device_bill["slots"] + 2 * layout.records_nbytes

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, get_args
 
 from offload_sirius.errors import ConfigError
@@ -96,6 +96,16 @@ class DecodingConfig:
     )
     refresh: bool = _setting(True, "Let corrections change which neurons a resident draft keeps.")
     refresh_decay: float = _setting(0.7, "What earlier windows count for beside the last one, when it is decided which to keep.")
+    prior: bool | None = _setting(
+        None,
+        "Let earlier runs, kept in the cache folder, have a say in which neurons a resident draft keeps, this one in later ones. "
+        "Default: with --mode sirius and --accept exact, where only speed depends on it; elsewhere the text would.",
+    )
+    draft_keep: float | None = _setting(
+        None,
+        "Share of each layer's neurons that a resident draft computes, at most --keep: pays where drafts, not the link, take the "
+        "time. Default: all that are resident.",
+    )
     tree_width: int = _setting(1, "Branches that are drafted side by side and verified together.")
 
     def __post_init__(self) -> None:
@@ -114,6 +124,15 @@ class DecodingConfig:
         if self.draft == "resident" and self.sparsity != "griffin":
             raise ConfigError(
                 f"--draft resident keeps neurons for a whole answer, and --sparsity is {self.sparsity}; use griffin"
+            )
+        if self.draft_keep is not None:
+            _require(0 < self.draft_keep <= self.keep, "draft-keep", self.draft_keep, f"above 0 and at most --keep {self.keep:g}")
+            _require(self.keep < 1, "keep", self.keep, "below 1 with --draft-keep")
+            _require(
+                self.draft != "streamed" and self.sparsity == "griffin",
+                "draft-keep",
+                f"{self.draft_keep:g} with --draft {self.draft} and --sparsity {self.sparsity}",
+                "left out, or with --draft resident",
             )
         _require(self.tree_width >= 1, "tree-width", self.tree_width, "at least 1")
         _require(
@@ -151,9 +170,24 @@ class DecodingConfig:
         """Tokens of a window beside the longest branch: positions of the KV cache that a tree takes and gives back."""
         return self.max_nodes - self.max_window if self.mode == "sirius" else 0
 
+    @property
+    def with_prior(self) -> bool:
+        """Whether earlier runs have a say in which neurons a resident draft keeps."""
+        if self.prior is None:
+            return self.mode == "sirius" and self.accept == "exact"
+        return self.prior and self.drafts
+
     def num_kept(self, num_neurons: int) -> int:
         """N: neurons that a draft step keeps of that many."""
         return max(1, int(num_neurons * self.keep))
+
+    def num_drafted(self, num_neurons: int, num_hot: int) -> int:
+        """M: neurons of that many that a draft step computes where num_hot of them are resident."""
+        return num_hot if self.draft_keep is None else min(num_hot, max(1, int(num_neurons * self.draft_keep)))
+
+    def drafting_from(self, draft: Draft) -> DecodingConfig:
+        """The same with drafts there, and without what is of resident ones only."""
+        return replace(self, draft=draft, draft_keep=None if draft == "streamed" else self.draft_keep)
 
 
 def tree_nodes(window: int, tree_width: int) -> int:

@@ -97,8 +97,9 @@ def name_of(variant: DecodingConfig, forced_aal: Fraction | None = None) -> str:
     if not variant.drafts:
         return "full"
     place = "" if variant.draft == "auto" else f" {variant.draft}"
+    keep = f"{variant.keep:g}" if variant.draft_keep is None else f"{variant.draft_keep:g} of {variant.keep:g}"
     gates = "" if variant.cats_threshold is None else f" gates {variant.cats_threshold}"
-    name = f"{variant.sparsity} {variant.keep:g}{gates}{place} {variant.mode}"
+    name = f"{variant.sparsity} {keep}{gates}{place} {variant.mode}"
     if variant.mode == "sparse":
         return name
     accept = variant.accept if variant.accept == "exact" else f"threshold {variant.threshold:g}"

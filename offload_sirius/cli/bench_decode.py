@@ -85,6 +85,8 @@ def decode(
     draft: Annotated[str, _list("draft", "PLACES")] = _DECODING.draft,
     refresh: flags.Refresh = _DECODING.refresh,
     refresh_decay: flags.RefreshDecay = _DECODING.refresh_decay,
+    prior: flags.Prior = False,  # a row shall not depend on those before it, nor on earlier runs
+    draft_keep: flags.DraftKeep = _DECODING.draft_keep,
     tree_width: Annotated[str, _list("tree_width", "N")] = str(_DECODING.tree_width),
     force_aal: Annotated[
         float | None,
@@ -123,6 +125,8 @@ def decode(
         threshold=threshold,
         refresh=refresh,
         refresh_decay=refresh_decay,
+        prior=prior,
+        draft_keep=draft_keep,
     )
     variants = variants_of(
         shared,

@@ -52,6 +52,10 @@ Refresh = Annotated[
     bool, typer.Option("--refresh/--no-refresh", help=help_of(DecodingConfig, "refresh"), rich_help_panel=DECODING)
 ]
 RefreshDecay = Annotated[float, _option(DecodingConfig, "refresh_decay", DECODING, metavar="SHARE")]
+Prior = Annotated[
+    bool | None, typer.Option("--prior/--no-prior", help=help_of(DecodingConfig, "prior"), rich_help_panel=DECODING)
+]
+DraftKeep = Annotated[float | None, _option(DecodingConfig, "draft_keep", DECODING, metavar="SHARE")]
 TreeWidth = Annotated[int, _option(DecodingConfig, "tree_width", DECODING, metavar="N")]
 MaxNewTokens = Annotated[int, _option(GenerationConfig, "max_new_tokens", DECODING, metavar="N")]
 Stop = Annotated[list[str] | None, _option(GenerationConfig, "stop", DECODING, metavar="TEXT")]

@@ -39,6 +39,8 @@ def plan(
     keep: flags.Keep = _DECODING.keep,
     window: flags.Window = str(_DECODING.window),
     draft: flags.Draft = _DECODING.draft,
+    prior: flags.Prior = _DECODING.prior,
+    draft_keep: flags.DraftKeep = _DECODING.draft_keep,
     tree_width: flags.TreeWidth = _DECODING.tree_width,
     device: flags.Device = _ENGINE.device,
     device_memory: flags.DeviceMemory = _ENGINE.device_memory,
@@ -73,6 +75,8 @@ def plan(
         keep=keep,
         window=window,
         draft=draft,  # type: ignore[arg-type]
+        prior=prior,
+        draft_keep=draft_keep,
         tree_width=tree_width,
     )
     config = EngineConfig(

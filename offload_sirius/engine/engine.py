@@ -175,6 +175,8 @@ class Engine:
                 found, needed = getattr(asked, name), getattr(planned, name)
                 if found != needed:
                     raise ConfigError(f"the model was loaded with {name} {needed} and is asked for {found}; load it with that")
+            if asked.prior and not planned.with_prior:
+                raise ConfigError("the model was loaded without a prior and is asked for one; load it with prior")
             if asked.max_nodes > planned.max_nodes:
                 raise ConfigError(
                     f"the model was loaded for corrections of {planned.max_nodes} tokens and is asked for {asked.max_nodes}; "
@@ -185,7 +187,7 @@ class Engine:
     def _tokens(self, request: _Request) -> Tokens:
         # The reader threads compute with one thread each; torch keeps that number per thread, so ours is set here.
         torch.set_num_threads(self.config.threads or machine.physical_cores())
-        self._streamed.keep(0)
+        self._streamed.begin_answer(request.decoding)
         self._answering = request
         with memory_errors(self.plan), closing(self._decode(request)) as tokens:
             for token_id in tokens:
@@ -225,6 +227,7 @@ class Engine:
 
     def _finish(self, outcome: Outcome, counters: _Counters, request: _Request) -> Generation:
         assert outcome.finish_reason is not None
+        self._streamed.end_answer()
         last = outcome.last_token_at or outcome.began
         first = outcome.first_token_at or last
         stats, num_prompt = request.stats, len(request.prompt_ids)

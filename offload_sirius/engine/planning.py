@@ -186,8 +186,9 @@ class Planned:
 
     @property
     def records_drafts(self) -> bool:
-        """Drafts are lines that are resident: steps which a device can record."""
-        return self.plan.hot is not None and records_drafts(self.config)
+        """Drafts are lines that are resident in every layer: steps which a device can record."""
+        hot = self.plan.hot
+        return hot is not None and len(hot.layers) == self.spec.num_layers and records_drafts(self.config)
 
     @property
     def stored_nbytes(self) -> dict[Part, int]:
@@ -217,7 +218,7 @@ class Planned:
         if not decoding.drafts:
             return full
         num_leaves = decoding.tree_width if decoding.mode == "sirius" else 1
-        drafting = self._draft_work(prompt_tokens, num_leaves, sparsity_of(decoding, self.spec))
+        drafting = self._draft_work(prompt_tokens, num_leaves, decoding)
         draft = predict_draft(setting, drafting)
         if decoding.mode == "sparse":
             return replace(full, seconds_per_token=draft.seconds / self.batch, bound=draft.bill.bound, draft=draft)
@@ -250,13 +251,16 @@ class Planned:
             cargo="records" if self.plan.hot is None else "cold",
         )
 
-    def _draft_work(self, prompt_tokens: int, num_leaves: int, sparsity: Sparsity | None) -> Work:
+    def _draft_work(self, prompt_tokens: int, num_leaves: int, decoding: DecodingConfig) -> Work:
         """The same of a draft step. Sequences that are drafted together share a set of neurons, as the leaves of a tree do."""
-        num_neurons = self.spec.ffn_width
+        num_neurons, sparsity = self.spec.ffn_width, sparsity_of(decoding, self.spec)
+        step = self._step_work(prompt_tokens, num_leaves)
+        if self.plan.hot is not None:
+            return replace(step, cargo="hot", num_drafted=decoding.num_drafted(num_neurons, self.plan.hot.num_hot))
         num_needed = self.config.decoding.num_kept(num_neurons) if sparsity == "cats" else 0
         return replace(
-            self._step_work(prompt_tokens, num_leaves),
-            cargo=CARGO[sparsity] if self.plan.hot is None else "hot",
+            step,
+            cargo=CARGO[sparsity],
             num_fetched=num_fetched(num_needed, self.plan.num_cached_neurons, num_neurons),
         )
 
@@ -397,7 +401,7 @@ def alternatives(config: EngineConfig, spec: ModelSpec) -> list[EngineConfig]:
     dtypes = [usual]
     if config.auto and config.dtype == "auto":
         dtypes += [dtype for dtype in ELEMENT_NBYTES if dtype != usual]
-    decodings = [replace(config.decoding, draft=draft) for draft in _draft_places(config.decoding, spec)]
+    decodings = [config.decoding.drafting_from(draft) for draft in _draft_places(config.decoding, spec)]
     return [replace(config, dtype=dtype, decoding=decoding) for dtype in dtypes for decoding in decodings]
 
 

@@ -33,6 +33,9 @@ from offload_sirius.weights.streamer import Phase, Streamer
 EXCHANGED_AT_ONCE = 256
 """Neurons for which there is a copy on the device beside their two places."""
 
+SWAPPED_AT_ONCE = EXCHANGED_AT_ONCE // 2
+"""Pairs of neurons that change places at once: there is a copy of both."""
+
 
 @dataclass(frozen=True)
 class HotSlot:
@@ -146,6 +149,20 @@ class HotStreamer(Streamer):
         now = before.clone()
         now[hot_places.to("cpu")] = before[num_hot + cold_places.to("cpu")]
         now[num_hot:] = cold_ids
+        self._ids[layer] = now
+
+    def swap(self, layer: int, places: Tensor, other_places: Tensor) -> None:
+        """Have hot neurons of the layer in some places and in others, int64 [k] each, on the device, change places."""
+        if layer in self._layers:
+            hot = self._hot(layer)
+            # Copies of both: half as many at a time.
+            for some, others in zip(places.split(SWAPPED_AT_ONCE), other_places.split(SWAPPED_AT_ONCE), strict=True):
+                to, source = torch.cat((some, others)), torch.cat((others, some))
+                hot.gate.index_copy_(0, to, hot.gate.index_select(0, source))
+                hot.up_down.index_copy_(0, to, hot.up_down.index_select(0, source))
+        before, there, other = self._ids[layer], places.to("cpu"), other_places.to("cpu")
+        now = before.clone()
+        now[there], now[other] = before[other], before[there]
         self._ids[layer] = now
 
     def release(self, layer: int) -> None:

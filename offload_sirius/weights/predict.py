@@ -24,7 +24,7 @@ from __future__ import annotations
 import heapq
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Literal, get_args
 
@@ -63,6 +63,8 @@ class Work:
     """What the pass takes of layers of which slices can cross the link alone, or that are partly resident."""
     num_fetched: int = 0
     """Of `gate`: neurons of each such layer whose records are sent for."""
+    num_drafted: int | None = None
+    """Of `hot`: neurons of each layer that are computed; None: all that are resident."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -263,6 +265,7 @@ def load_seconds(setting: Setting) -> float | None:
 
 def pass_nbytes(setting: Setting, work: Work) -> int:
     """Bytes of layers that come into slots in a pass."""
+    work = replace(work, num_drafted=None)  # all hot neurons come, whether or not a draft computes them
     num_sliced = len(_sliced_layers(setting, work))
     num_whole = len(setting.plan.streamed_layers) - num_sliced
     whole_nbytes = sum(_step_nbytes(setting, work, sliced=False).values())
@@ -324,7 +327,7 @@ def _step_nbytes(setting: Setting, work: Work, *, sliced: bool) -> dict[Step, in
     """What is computed of a layer, one after the other, each with the bytes of its weights."""
     layout = setting.layout
     if work.cargo == "hot" or (sliced and setting.plan.hot is not None):
-        return _partly_resident_nbytes(setting.plan, layout, work.cargo)
+        return _partly_resident_nbytes(setting.plan, layout, work)
     if not sliced:
         return {part: layout.part_nbytes(part) for part in PARTS}
     part = slice_of(work.cargo)
@@ -336,17 +339,24 @@ def _step_nbytes(setting: Setting, work: Work, *, sliced: bool) -> dict[Step, in
     return steps
 
 
-def _partly_resident_nbytes(plan: Plan, layout: LayerLayout, cargo: Cargo) -> dict[Step, int]:
+def _partly_resident_nbytes(plan: Plan, layout: LayerLayout, work: Work) -> dict[Step, int]:
     """Of a layer whose attention block and hot neurons are on the device, or come for a draft step.
 
-    All neurons at once while the hot ones are chosen, else those and, where all are needed, the others.
+    All neurons at once while the hot ones are chosen, else those, or the best of them, and, where all are needed, the others.
     """
     assert plan.hot is not None
+    cargo = work.cargo
     steps: dict[Step, int] = {"attention": layout.part_nbytes("attention")}
     if cargo == "records":
         return steps | {"records": layout.part_nbytes("records")}
-    steps["hot"] = plan.device_bill["hot_neurons"] // len(plan.hot.layers)
+    steps["hot"] = _hot_nbytes(plan) * (work.num_drafted or plan.hot.num_hot) // plan.hot.num_hot
     return steps | {"cold": plan.hot.cold_nbytes} if cargo == "cold" else steps
+
+
+def _hot_nbytes(plan: Plan) -> int:
+    """Bytes of the hot neurons of a layer."""
+    assert plan.hot is not None
+    return plan.device_bill["hot_neurons"] // len(plan.hot.layers)
 
 
 def _slice_nbytes(setting: Setting, work: Work) -> int:
@@ -667,7 +677,7 @@ class _HotReplay(_Replay):
         layout, plan = self._setting.layout, self._setting.plan
         attention = self._bring_from_host(layout.part_nbytes("attention"))
         if cargo == "hot":
-            return {"attention": attention, "hot": self._bring_from_host(_partly_resident_nbytes(plan, layout, cargo)["hot"])}
+            return {"attention": attention, "hot": self._bring_from_host(_hot_nbytes(plan))}
         return {"attention": attention, "records": self._bring_from_host(layout.part_nbytes("records"))}
 
 

@@ -41,6 +41,12 @@ def test_the_small_table_has_one_sparse_and_one_corrected_row() -> None:
     assert names(modes=["full"]) == []
 
 
+def test_rows_say_how_many_of_the_resident_neurons_drafts_compute() -> None:
+    assert names(
+        DecodingConfig(keep=0.75, draft_keep=0.25, draft="resident"), keeps=[0.75], drafts=["resident"], modes=["sparse"]
+    ) == ["griffin 0.25 of 0.75 resident sparse"]
+
+
 def test_rows_are_a_cross_product_in_the_order_of_the_lists() -> None:
     assert names(sparsities=["griffin", "cats"], keeps=[0.5, 0.75], modes=["sirius"], tree_widths=[1, 2]) == [
         "griffin 0.5 sirius exact w4",

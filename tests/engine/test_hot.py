@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 import offload_sirius
 from offload_sirius.config import DecodingConfig
 from offload_sirius.decode.result import Generation
-from offload_sirius.engine import Engine
+from offload_sirius.engine import Engine, NoProgress
 from offload_sirius.errors import BudgetError, ConfigError
+from offload_sirius.sparsity.costs import draft_density
 from offload_sirius.sparsity.hot import HotSet
+from offload_sirius.sparsity.prior import prior_path
 from offload_sirius.weights.hotset import HotStreamer
+from offload_sirius_loaders import open_checkpoint
 
 from .conftest import CONTEXT, TINY, Budgets, Load, hot_budgets
 
@@ -459,3 +465,184 @@ def test_layers_that_share_host_buffers_may_have_a_hot_set(load: Load) -> None:
     engine = load(mode="sirius", draft="resident", shared_host_buffers=2)
     assert engine.plan.hot is not None
     assert engine.generate("hello", **ASKED).new_tokens == NUM_NEW
+
+
+# Drafts that compute fewer neurons than are resident.
+
+
+def assert_residents_are_those_that_are_said_to_be(loaded: Loaded) -> None:
+    """Each place holds the neuron that the hot set says, by the checkpoint."""
+    checkpoint = open_checkpoint(TINY)
+    for layer, buffer in loaded.streamer._layers.items():
+        ids = loaded.hot_set.hot_ids(layer)
+        gate, up, down = (torch.from_numpy(checkpoint.read(layer, role)) for role in ("gate", "up", "down"))
+        assert torch.equal(buffer.gate, gate[ids])
+        assert torch.equal(buffer.up, up[ids])
+        assert torch.equal(buffer.down, down.t()[ids])
+
+
+@pytest.mark.parametrize("tree_width", [1, 3])
+@pytest.mark.parametrize("draft_keep", [0.002, 0.25, 0.5])
+def test_exact_answers_do_not_depend_on_how_many_resident_neurons_a_draft_computes(
+    draft_keep: float, tree_width: int, hot: Any, plain: Engine
+) -> None:
+    loaded = hot(draft_keep=draft_keep, tree_width=tree_width, refresh_decay=0.0)
+    for sampling in (GREEDY, SAMPLED):
+        found = loaded.generate(**sampling)
+        assert found.token_ids == expected_of(plain, **sampling)
+        assert found.link.bytes.draft == 0
+        assert found.link.bytes.correction == found.passes.correction * LAYERS * loaded.cold_nbytes
+        assert_residents_are_those_that_are_said_to_be(loaded)
+
+
+def test_a_draft_of_fewer_neurons_is_that_of_those_alone_streamed(hot: Any, load: Load, budgets: Budgets) -> None:
+    loaded = hot(keep=0.5, mode="sparse")
+    answers = set()
+    for keep in (0.1, 0.3, 0.5):
+        decoding = DecodingConfig(mode="sparse", keep=keep, draft="streamed")
+        streamed = load(mode="sparse", decoding=decoding, **budgets("host", decoding=decoding))
+        answers.add(streamed.generate("hello", **ASKED).token_ids)
+        assert loaded.generate(draft_keep=keep).token_ids in answers
+        assert hot(keep=0.5, mode="sparse", draft_keep=keep).generate().token_ids in answers
+    assert len(answers) == 3
+
+
+def test_a_draft_never_computes_more_than_there_is_room_for(hot: Any, plain: Engine) -> None:
+    loaded = hot(keep=0.9, draft_keep=0.8, num_hot=44)
+    assert loaded.generate().token_ids == expected_of(plain)
+    assert loaded.hot_set.num_drafted == 44
+
+
+def test_density_and_prediction_are_of_the_neurons_that_a_draft_computes(hot: Any) -> None:
+    loaded = hot(keep=0.5)
+    spec, layout = loaded.engine.spec, loaded.engine._placement.layout
+    assert draft_density(spec, replace(loaded.decoding, draft_keep=0.25), loaded.num_hot) == draft_density(
+        spec, DecodingConfig(keep=0.25)
+    )
+    whole = loaded.engine._placement.predict(8)
+    for draft_keep in (0.25, 0.002, 0.5):
+        num_drafted = max(1, int(spec.ffn_width * draft_keep))
+        predicted = loaded.engine._placement.predict(8, replace(loaded.decoding, draft_keep=draft_keep))
+        nbytes = LAYERS * (layout.attention_nbytes + num_drafted * loaded.neuron_nbytes)
+        assert predicted.draft.bill.weights_nbytes == pytest.approx(nbytes, rel=0.01)
+        assert predicted.draft.nbytes == 0
+        assert predicted.windows[0].correction.nbytes == whole.windows[0].correction.nbytes
+        assert (predicted.draft.seconds < whole.draft.seconds) == (draft_keep < 0.5)
+
+
+# What earlier runs say.
+
+
+class Warned(NoProgress):
+    """Writes down what it was warned of."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def warn(self, line: str) -> None:
+        self.lines.append(line)
+
+
+def kept(cache: Path) -> torch.Tensor:
+    """What is kept of the one model there."""
+    [file] = (cache / "priors").iterdir()
+    return load_file(file)["sums"]
+
+
+def keep_absurd(cache: Path, seed: int) -> torch.Tensor:
+    """Have the prior say that half of the neurons are all that matters. Returns its sums."""
+    checkpoint = open_checkpoint(TINY)
+    sums = torch.rand(LAYERS, checkpoint.spec.ffn_width, generator=torch.Generator().manual_seed(seed))
+    sums = (sums > sums.median(dim=1, keepdim=True).values) * 1e30
+    (cache / "priors").mkdir(parents=True, exist_ok=True)
+    save_file({"sums": sums}, prior_path(cache, checkpoint))
+    return sums
+
+
+@pytest.mark.parametrize("refresh", [True, False])
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_exact_answers_do_not_depend_on_what_the_prior_holds(
+    seed: int, refresh: bool, hot: Any, plain: Engine, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("offload_sirius.sparsity.prior.PSEUDO_TOKENS", 10**6)
+    sums = keep_absurd(cache, seed)
+    loaded = hot(refresh=refresh)
+    for sampling in (GREEDY, SAMPLED):
+        stream = loaded.engine.stream("hello", **ASKED | sampling)
+        next(stream)
+        for layer in range(LAYERS):
+            assert loaded.hot_set.hot_ids(layer).tolist() == sums[layer].nonzero().flatten().tolist()
+        list(stream)
+        assert stream.result.token_ids == expected_of(plain, **sampling)
+
+
+def test_an_answer_teaches_the_next_run_what_was_corrected(hot: Any, cache: Path) -> None:
+    total = 0
+    for _ in range(2):
+        found = hot().generate()
+        total += found.passes.draft + found.passes.correction
+        assert kept(cache).sum(dim=1).tolist() == pytest.approx([total] * LAYERS, rel=1e-4)
+
+
+def test_an_interrupted_answer_teaches_as_far_as_it_came(hot: Any, cache: Path) -> None:
+    stream = hot().engine.stream("hello", **ASKED)
+    next(stream)
+    next(stream)
+    found = stream.interrupt()
+    assert found.passes.correction == 1
+    num_tokens = found.passes.draft + found.passes.correction
+    assert kept(cache).sum(dim=1).tolist() == pytest.approx([num_tokens] * LAYERS, rel=1e-4)
+
+
+@pytest.mark.parametrize("settings", [{"mode": "sparse"}, {"accept": "threshold"}, {"mode": "full"}, {"prior": False}], ids=str)
+def test_answers_that_would_depend_on_it_do_not_know_the_prior(settings: dict[str, Any], hot: Any, cache: Path) -> None:
+    loaded = hot()
+    expected = hot(prior=False).generate(**settings).token_ids
+    assert not (cache / "priors").exists() or not list((cache / "priors").iterdir())
+    keep_absurd(cache, 1)
+    before = kept(cache)
+    for each in (loaded, hot(), hot(**settings) if settings != {"mode": "full"} else hot()):
+        assert each.generate(**settings).token_ids == expected
+    assert torch.equal(kept(cache), before)
+
+
+def test_where_it_is_asked_for_a_lossy_answer_depends_on_the_prior(
+    hot: Any, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("offload_sirius.sparsity.prior.PSEUDO_TOKENS", 10**6)
+    answers = set()
+    for seed in range(3):
+        keep_absurd(cache, seed)
+        answers.add(hot(mode="sparse", prior=True).generate().token_ids)
+    assert len(answers) > 1
+
+
+@pytest.mark.parametrize("broken", ["file", "folder"])
+def test_a_prior_that_cannot_be_used_is_one_line_and_stops_no_answer(broken: str, hot: Any, cache: Path, plain: Engine) -> None:
+    if broken == "file":
+        keep_absurd(cache, 1)
+        prior_path(cache, open_checkpoint(TINY)).write_bytes(b"nonsense")
+    else:
+        (cache / "priors").touch()
+    warned = Warned()
+    loaded = hot(more={"progress": warned})
+    for _ in range(2):
+        assert loaded.generate().token_ids == expected_of(plain)
+    [line] = warned.lines
+    assert str(cache / "priors") in line
+
+
+@pytest.mark.parametrize("prior", [True, False])
+def test_what_choosing_neurons_takes_is_on_the_bill(prior: bool, hot: Any) -> None:
+    loaded = hot(prior=prior)
+    hot_set = loaded.hot_set
+    loaded.generate()
+    assert (hot_set.prior is not None) == prior
+    nbytes = hot_set.squared_scores.nbytes + hot_set.ids.nbytes + (hot_set.prior.sums.nbytes if hot_set.prior else 0)
+    assert loaded.engine.plan.device_bill["sparsity"] == nbytes
+
+
+def test_a_prior_that_was_not_loaded_is_one_clear_line(hot: Any) -> None:
+    with pytest.raises(ConfigError) as caught:
+        hot(prior=False).engine.generate("hello", prior=True)
+    assert str(caught.value) == "the model was loaded without a prior and is asked for one; load it with prior"

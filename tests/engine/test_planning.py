@@ -85,6 +85,7 @@ def test_what_was_asked_for_is_not_chosen_anew() -> None:
     [
         ({}, ["streamed", "resident"]),
         ({"mode": "sparse"}, ["streamed", "resident"]),
+        ({"draft_keep": 0.25}, ["streamed", "resident"]),
         ({"draft": "resident"}, ["resident"]),
         ({"draft": "streamed"}, ["streamed"]),
         ({"sparsity": "cats"}, ["streamed"]),

@@ -164,8 +164,18 @@ class Model:
             assert names(self.streamer.neurons(layer), layer) == self.hot[layer].tolist()
             self.streamer.release(layer)
 
-    def correct(self, num_exchanged: int, pick: Callable[[int], int], num_layers: int = NUM_LAYERS, half: bool = False) -> None:
-        """num_exchanged: neurons that change places in each layer. half: given up behind the hot neurons of the next layer."""
+    def correct(
+        self,
+        num_exchanged: int,
+        pick: Callable[[int], int],
+        num_layers: int = NUM_LAYERS,
+        half: bool = False,
+        num_swapped: int = 0,
+    ) -> None:
+        """num_exchanged: neurons that change places in each layer. half: given up behind the hot neurons of the next layer.
+
+        num_swapped: hot neurons that change places with other hot ones.
+        """
         self.streamer.begin("correction", "cold", following="hot")
         for layer in range(min(num_layers + half, NUM_LAYERS)):
             self.attention(layer)
@@ -178,6 +188,8 @@ class Model:
             assert sorted(names(hot, layer) + names(cold, layer)) == list(range(F))
             if num_exchanged:
                 self.exchange(layer, num_exchanged, pick)
+            if num_swapped:
+                self.swap(layer, num_swapped, pick)
             self.streamer.release(layer)
 
     def full(self) -> None:
@@ -195,6 +207,14 @@ class Model:
         hot[hot_places], cold[cold_places] = cold[cold_places], hot[hot_places]
         self.hot[layer], self.cold[layer] = hot, cold.sort().values
         self.streamer.exchange(layer, hot_places, cold_places, self.cold[layer])
+
+    def swap(self, layer: int, count: int, pick: Callable[[int], int]) -> None:
+        """Among hot neurons."""
+        hot, places = self.hot[layer].clone(), torch.tensor(shuffled(pick, N))
+        some, others = places[:count], places[count : 2 * count]
+        hot[some], hot[others] = hot[others], hot[some]
+        self.hot[layer] = hot
+        self.streamer.swap(layer, some, others)
 
     def attention(self, layer: int) -> None:
         assert (self.streamer.attention(layer).parts["attention"] == layer).all()
@@ -309,7 +329,7 @@ def test_hot_and_cold_neurons_are_exactly_a_layer_s_whatever_passes_follow_each_
             model.draft(num_layers)
             num_drafted += len(set(range(num_layers)) - set(hot))
         elif kind == "correct":
-            model.correct(num_exchanged, draw, num_layers, half)
+            model.correct(num_exchanged, draw, num_layers, half, num_swapped=draw(N // 2 + 1))
         elif kind == "full":
             model.full()
         else:
@@ -377,6 +397,17 @@ def test_many_neurons_change_places_a_few_at_a_time(monkeypatch: pytest.MonkeyPa
     model.prefill(last)
     for num_exchanged in (N, 5, 4, 1, 0):
         model.correct(num_exchanged, last)
+
+
+def test_many_hot_neurons_change_places_a_few_at_a_time_without_the_link(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("offload_sirius.weights.hotset.SWAPPED_AT_ONCE", 2)
+    model, other = make(), make()
+    for each, num_swapped in ((model, N // 2), (other, 0)):
+        each.prefill(last)
+        each.correct(0, lambda below: below // 2, num_swapped=num_swapped)
+        each.draft()
+    assert model.hot[0].tolist() != other.hot[0].tolist()
+    assert model.streamer.copied_nbytes == other.streamer.copied_nbytes
 
 
 def test_the_link_fills_the_slots_while_the_first_draft_computes() -> None:
