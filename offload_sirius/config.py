@@ -106,6 +106,9 @@ class DecodingConfig:
         "Share of each layer's neurons that a resident draft computes, at most --keep: pays where drafts, not the link, take the "
         "time. Default: all that are resident.",
     )
+    overlap: bool = _setting(
+        True, "Let the link fetch for the coming correction while a resident draft computes; off to see what that is worth."
+    )
     tree_width: int = _setting(1, "Branches that are drafted side by side and verified together.")
 
     def __post_init__(self) -> None:

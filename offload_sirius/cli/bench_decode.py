@@ -85,6 +85,7 @@ def decode(
     draft: Annotated[str, _list("draft", "PLACES")] = _DECODING.draft,
     refresh: flags.Refresh = _DECODING.refresh,
     refresh_decay: flags.RefreshDecay = _DECODING.refresh_decay,
+    overlap: flags.Overlap = _DECODING.overlap,
     prior: flags.Prior = False,  # a row shall not depend on those before it, nor on earlier runs
     draft_keep: flags.DraftKeep = _DECODING.draft_keep,
     tree_width: Annotated[str, _list("tree_width", "N")] = str(_DECODING.tree_width),
@@ -125,6 +126,7 @@ def decode(
         threshold=threshold,
         refresh=refresh,
         refresh_decay=refresh_decay,
+        overlap=overlap,
         prior=prior,
         draft_keep=draft_keep,
     )

@@ -51,6 +51,9 @@ Draft = Annotated[str, _option(DecodingConfig, "draft", DECODING, metavar="PLACE
 Refresh = Annotated[
     bool, typer.Option("--refresh/--no-refresh", help=help_of(DecodingConfig, "refresh"), rich_help_panel=DECODING)
 ]
+Overlap = Annotated[
+    bool, typer.Option("--overlap/--no-overlap", help=help_of(DecodingConfig, "overlap"), rich_help_panel=DECODING)
+]
 RefreshDecay = Annotated[float, _option(DecodingConfig, "refresh_decay", DECODING, metavar="SHARE")]
 Prior = Annotated[
     bool | None, typer.Option("--prior/--no-prior", help=help_of(DecodingConfig, "prior"), rich_help_panel=DECODING)

@@ -55,6 +55,7 @@ def generate(
     draft: flags.Draft = _DECODING.draft,
     refresh: flags.Refresh = _DECODING.refresh,
     refresh_decay: flags.RefreshDecay = _DECODING.refresh_decay,
+    overlap: flags.Overlap = _DECODING.overlap,
     prior: flags.Prior = _DECODING.prior,
     draft_keep: flags.DraftKeep = _DECODING.draft_keep,
     tree_width: flags.TreeWidth = _DECODING.tree_width,
@@ -93,6 +94,7 @@ def generate(
         draft=draft,  # type: ignore[arg-type]
         refresh=refresh,
         refresh_decay=refresh_decay,
+        overlap=overlap,
         prior=prior,
         draft_keep=draft_keep,
         tree_width=tree_width,

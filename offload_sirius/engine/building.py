@@ -130,6 +130,7 @@ def _streamer(
             embedding=embedding,
             final_norm=final_norm,
             head=head,
+            overlap=placement.planned.config.decoding.overlap,
             tracer=tracer,
         )
     return WeightStreamer(

@@ -206,6 +206,7 @@ class Planned:
             own_memory=self.hardware.own_memory,
             paced_bytes_per_second=_per_second(emulated, 1e9),
             rates=rates,
+            overlap=self.config.decoding.overlap,
         )
 
     def predict(self, rates: Rates, prompt_tokens: int, decoding: DecodingConfig | None = None) -> Prediction:

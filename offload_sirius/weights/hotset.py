@@ -71,11 +71,12 @@ class HotStreamer(Streamer):
         embedding: Embedding,
         final_norm: Tensor,
         head: Tensor,
+        overlap: bool = True,
         tracer: Tracer | None = None,
     ) -> None:
         """layers: each hot layer's attention block and room for its hot neurons; streamed_layers: those of which nothing is
-        resident. slots: for passes that bring `records` and `cold`, and for `hot` where there are streamed layers. Nothing is
-        copied before it is asked for.
+        resident. slots: for passes that bring `records` and `cold`, and for `hot` where there are streamed layers. overlap: fetch
+        for a pass before it begins. Nothing is copied before it is asked for.
         """
         super().__init__(copier=copier, embedding=embedding, final_norm=final_norm, head=head, tracer=tracer)
         self._layers = layers
@@ -88,7 +89,8 @@ class HotStreamer(Streamer):
         if streamed_layers:
             passing["hot"] = sorted(streamed_layers)
         self._passing = {cargo: frozenset(each) for cargo, each in passing.items()}
-        self._ring = Ring(passing, slots, self._send)
+        self._overlap = overlap
+        self._ring = Ring(passing, slots, self._send, wraps=overlap)
         self._cargo: Cargo = "records"
         self._front: Flight[HotSlot] | None = None
 
@@ -99,7 +101,7 @@ class HotStreamer(Streamer):
         """
         self._phase, self._cargo = phase, cargo
         self._ring.begin(self._moving(cargo), self._moving(following))
-        if cargo == "hot":
+        if cargo == "hot" and self._overlap:
             self._ring.fill()  # the link works while the draft computes
 
     def attention(self, layer: int) -> LayerBuffer:

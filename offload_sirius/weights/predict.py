@@ -82,6 +82,8 @@ class Setting:
     paced_bytes_per_second: float | None
     """The rate of an emulated link, which paces real copies."""
     rates: Rates
+    overlap: bool = True
+    """Where layers are partly resident: the link fetches for a pass before it begins."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -637,7 +639,7 @@ class _HotReplay(_Replay):
         cargo = self._moving(seconds.cargo)
         self._following = self._moving((following or seconds).cargo)
         self._starting = cargo if self._next else self._following
-        if not self._ring:
+        if not self._ring and (self._setting.overlap or cargo == seconds.cargo):
             self._starting, self._next = cargo, 0
             for _ in range(min(self._num_slots[cargo], len(self._passing[cargo]))):
                 self._start()
@@ -650,7 +652,7 @@ class _HotReplay(_Replay):
                 self._now = self._thread.compute(computing)
             if passes:
                 self._ring.popleft()
-                if self._same_slots or self._starting == cargo:
+                if (self._same_slots or self._starting == cargo) and (self._setting.overlap or self._next):
                     self._start()
         self._now = self._thread.compute(seconds.behind_layers)
         return self._now

@@ -44,9 +44,17 @@ Send = Callable[[int, Cargo, SlotT], Flight[SlotT]]
 class Ring(Generic[SlotT]):
     """Flights under way and arrived, the first of them being computed on."""
 
-    def __init__(self, layers: Mapping[Cargo, Sequence[int]], slots: Mapping[Cargo, Sequence[SlotT]], send: Send[SlotT]) -> None:
+    def __init__(
+        self,
+        layers: Mapping[Cargo, Sequence[int]],
+        slots: Mapping[Cargo, Sequence[SlotT]],
+        send: Send[SlotT],
+        *,
+        wraps: bool = True,
+    ) -> None:
         """layers: cargo -> those of which it takes anything, in order; of two cargoes the one takes none that the other does not.
         slots: cargo -> slots for it, two or more; cargoes with the same list share their slots.
+        wraps: behind the last layer comes the first one of the next pass; else nothing, until that pass asks for it.
 
         No more slots are used than the shortest cycle has layers: so a layer is never sent for a pass before the one ahead of it
         has computed on that layer. Nothing is sent before the first layer is asked for.
@@ -58,6 +66,7 @@ class Ring(Generic[SlotT]):
         self._slots = slots
         self._send = send
         self._flights: deque[Flight[SlotT]] = deque()
+        self._wraps = wraps
         self._next = 0
         self._broken_off = False
         self._cargo: Cargo = "records"
@@ -95,7 +104,7 @@ class Ring(Generic[SlotT]):
     def advance(self) -> Flight[SlotT]:
         """The first layer has been computed on: its slot goes to the next one that is not under way."""
         flight = self._flights.popleft()
-        if self._slots[self._sending] is self._slots[flight.cargo]:
+        if self._may_send_into(self._slots[flight.cargo]):
             self._start(flight.slot)
         return flight
 
@@ -117,8 +126,12 @@ class Ring(Generic[SlotT]):
         self._sending = self._cargo
         slots = self._slots[self._cargo]
         for slot in slots[: self._most_slots]:
-            if self._slots[self._sending] is slots:
+            if self._may_send_into(slots) or not self._flights:
                 self._start(slot)
+
+    def _may_send_into(self, slots: Sequence[SlotT]) -> bool:
+        """Whether the next layer has its place among these, and is to be sent before it is asked for."""
+        return self._slots[self._sending] is slots and (self._wraps or self._next != 0)
 
     def _start(self, slot: SlotT) -> None:
         layers, cargo = self._layers[self._sending], self._sending

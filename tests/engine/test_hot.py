@@ -170,7 +170,11 @@ def test_exact_answers_do_not_depend_on_how_much_is_on_the_device(share: float, 
     loaded.assert_sums_up()
 
 
-@pytest.mark.parametrize("settings", [{"keep": 0.002}, {"keep": 0.999}, {"refresh_decay": 0.0}, {"refresh_decay": 0.99}], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [{"keep": 0.002}, {"keep": 0.999}, {"refresh_decay": 0.0}, {"refresh_decay": 0.99}, {"overlap": False}],
+    ids=str,
+)
 def test_exact_answers_do_not_depend_on_the_settings_of_the_set(settings: dict[str, Any], hot: Any, plain: Engine) -> None:
     loaded = hot(**settings)
     for _ in range(2):
@@ -360,6 +364,14 @@ def test_nothing_is_fetched_in_vain_but_what_waits_for_a_correction_when_the_ans
     assert loaded.generate().link.bytes.discarded == 0
     waiting = sum(flight.nbytes for flight in loaded.streamer._ring)
     assert loaded.generate().link.bytes.discarded == waiting > 0
+
+
+def test_without_overlap_nothing_is_fetched_before_a_correction_asks_for_it(hot: Any) -> None:
+    loaded = hot(overlap=False)
+    found = loaded.generate()
+    assert (found.link.bytes.draft, found.link.bytes.discarded) == (0, 0)
+    assert list(loaded.streamer._ring) == []
+    assert loaded.streamer.copied_nbytes == sum(loaded.streamer.pass_nbytes.values())
 
 
 def test_phases_and_what_was_discarded_add_up_to_what_was_copied_whatever_follows_what(hot: Any) -> None:

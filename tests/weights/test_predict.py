@@ -456,6 +456,13 @@ def test_where_all_layers_are_hot_a_draft_brings_nothing_and_the_link_works_for_
     assert correction.seconds + 4 * draft.seconds == pytest.approx(correction.nbytes / LINK), "and never idles"
 
 
+def test_without_overlap_a_correction_takes_all_of_its_bytes_time_behind_the_drafts() -> None:
+    given = hot(100, overlap=False)
+    draft = predict_draft(given, HOT)
+    correction = predict_correction(given, COLD_CORRECTION, HOT, draft.seconds)
+    assert correction.nbytes / LINK <= correction.seconds <= 1.05 * correction.nbytes / LINK
+
+
 def test_a_byte_of_a_hot_layer_saves_more_of_a_draft_than_one_of_a_resident_layer() -> None:
     whole, partly = keeping(24, 160), hot(24)
     kept, in_part = predict_draft(whole, KEPT), predict_draft(partly, HOT)

@@ -99,9 +99,9 @@ class Memory:
         return sum(NBYTES[cargo] for _, cargo in self.sent)
 
 
-def make(slots: Mapping[Cargo, Sequence[Slot]], memory: Memory | None = None) -> tuple[Ring[Slot], Memory]:
+def make(slots: Mapping[Cargo, Sequence[Slot]], memory: Memory | None = None, *, wraps: bool = True) -> tuple[Ring[Slot], Memory]:
     memory = memory or Memory()
-    return Ring({cargo: cycle(cargo) for cargo in slots}, slots, memory.send), memory
+    return Ring({cargo: cycle(cargo) for cargo in slots}, slots, memory.send, wraps=wraps), memory
 
 
 def run_pass(ring: Ring[Slot], memory: Memory, cargo: Cargo, following: Cargo, num_layers: int = len(LAYERS)) -> int:
@@ -161,7 +161,7 @@ def passes(slots: Mapping[Cargo, Sequence[Slot]]) -> st.SearchStrategy[list[Pass
 def test_whatever_passes_follow_each_other_every_layer_is_computed_on_its_own_bytes_and_every_byte_is_counted_once(
     slots: Mapping[Cargo, Sequence[Slot]], data: st.DataObject
 ) -> None:
-    ring, memory = make(slots, Memory(pick=lambda below: data.draw(st.integers(0, below - 1))))
+    ring, memory = make(slots, Memory(pick=lambda below: data.draw(st.integers(0, below - 1))), wraps=data.draw(st.booleans()))
     computed = 0
     for this in data.draw(passes(slots)):
         if this.fills:
@@ -225,6 +225,18 @@ def test_where_the_following_pass_has_other_slots_the_ring_drains_at_the_end_of_
     ring.begin("cold", "cold")
     ring.fill()
     assert memory.sent[len(LAYERS) :] == [(layer, "cold") for layer in LAYERS], "six slots, but no more than five layers"
+    assert ring.discarded_nbytes == 0
+
+
+@ANY_SLOTS
+def test_a_ring_that_does_not_wrap_sends_nothing_for_a_pass_before_it_asks(slots: Mapping[Cargo, Sequence[Slot]]) -> None:
+    ring, memory = make(slots, wraps=False)
+    wanted = []
+    for cargo in [*sorted(slots)] * 2:
+        run_pass(ring, memory, cargo, cargo)
+        wanted += [(layer, cargo) for layer in cycle(cargo)]
+        assert list(ring) == []
+        assert memory.sent == wanted
     assert ring.discarded_nbytes == 0
 
 
