@@ -47,6 +47,7 @@ def main() -> None:
             refresh=DecodingConfig().refresh,
             refresh_decay=DecodingConfig().refresh_decay,
             tree_widths=[1, 4],
+            lookup=DecodingConfig().lookup,
         ),
         generation=GenerationConfig(max_new_tokens=options.max_new_tokens),
     )

@@ -85,6 +85,7 @@ def decode(
     refresh: flags.Refresh = _DECODING.refresh,
     refresh_decay: flags.RefreshDecay = _DECODING.refresh_decay,
     tree_width: Annotated[str, _list("tree_width", "N")] = str(_DECODING.tree_width),
+    lookup: flags.Lookup = None,
     force_aal: Annotated[
         float | None,
         typer.Option(
@@ -123,6 +124,7 @@ def decode(
         refresh=refresh,
         refresh_decay=refresh_decay,
         tree_widths=_values("--tree-width", tree_width, int),
+        lookup=lookup,
     )
     generation = GenerationConfig(
         sampling=SamplingConfig(temperature=temperature, top_p=top_p, seed=seed),

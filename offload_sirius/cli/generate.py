@@ -56,6 +56,7 @@ def generate(
     refresh: flags.Refresh = _DECODING.refresh,
     refresh_decay: flags.RefreshDecay = _DECODING.refresh_decay,
     tree_width: flags.TreeWidth = _DECODING.tree_width,
+    lookup: flags.Lookup = None,
     device: flags.Device = _ENGINE.device,
     device_memory: flags.DeviceMemory = _ENGINE.device_memory,
     host_memory: flags.HostMemory = _ENGINE.host_memory,
@@ -91,6 +92,7 @@ def generate(
         refresh=refresh,
         refresh_decay=refresh_decay,
         tree_width=tree_width,
+        lookup=lookup,
     )
     engine_config = EngineConfig(
         model=model,

@@ -40,6 +40,7 @@ def plan(
     window: flags.Window = str(_DECODING.window),
     draft: flags.Draft = _DECODING.draft,
     tree_width: flags.TreeWidth = _DECODING.tree_width,
+    lookup: flags.Lookup = None,
     device: flags.Device = _ENGINE.device,
     device_memory: flags.DeviceMemory = _ENGINE.device_memory,
     host_memory: flags.HostMemory = _ENGINE.host_memory,
@@ -73,6 +74,7 @@ def plan(
         window=window,
         draft=draft,  # type: ignore[arg-type]
         tree_width=tree_width,
+        lookup=lookup,
     )
     config = EngineConfig(
         model=model,

@@ -175,11 +175,18 @@ class Engine:
                 found, needed = getattr(asked, name), getattr(planned, name)
                 if found != needed:
                     raise ConfigError(f"the model was loaded with {name} {needed} and is asked for {found}; load it with that")
-            if asked.max_nodes > planned.max_nodes:
+            if asked.max_drafted_nodes > planned.max_drafted_nodes:
                 raise ConfigError(
-                    f"the model was loaded for corrections of {planned.max_nodes} tokens and is asked for {asked.max_nodes}; "
-                    "load it with mode sirius and that window and tree_width"
+                    f"the model was loaded for corrections of {planned.max_drafted_nodes} tokens and is asked for "
+                    f"{asked.max_drafted_nodes}; load it with mode sirius and that window and tree_width"
                 )
+            if asked.max_nodes > planned.max_nodes:
+                if asked.lookup:
+                    raise ConfigError(
+                        f"the model was loaded for corrections of {planned.max_nodes} tokens and is asked for {asked.max_nodes} "
+                        "with lookup; load it with lookup"
+                    )
+                return replace(asked, lookup=False)
         return asked
 
     def _tokens(self, request: _Request) -> Tokens:

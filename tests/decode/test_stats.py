@@ -10,7 +10,13 @@ from offload_sirius.decode.stats import DecodeStats
 
 
 def window(num_tokens: int, num_accepted: int, num_tried: int) -> Acceptance:
-    return Acceptance(token_ids=(1,) * num_tokens, nodes=tuple(range(num_tokens)), num_accepted=num_accepted, num_tried=num_tried)
+    return Acceptance(
+        token_ids=(1,) * num_tokens,
+        nodes=tuple(range(num_tokens)),
+        num_drafted=num_accepted,
+        num_accepted=num_accepted,
+        num_tried=num_tried,
+    )
 
 
 def test_without_windows_there_are_no_figures_of_them() -> None:
