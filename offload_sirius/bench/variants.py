@@ -138,7 +138,7 @@ def _require_forcible(aal: Fraction, variants: Sequence[DecodingConfig], max_new
         if variant.accept != "exact":
             raise ConfigError(f"--force-aal decides what is accepted, and --accept is {variant.accept}; leave --accept out")
         if variant.lookup:
-            raise ConfigError("--force-aal decides what is accepted, of drafted tokens only; leave --lookup out")
+            raise ConfigError("--force-aal decides what is accepted, of drafted tokens alone; leave --lookup out")
     if num_forced_windows(aal, max_new_tokens - 1) < 1:
         least = 1 + forced_tokens(aal, 1)
         raise ConfigError(

@@ -16,10 +16,14 @@ from offload_sirius.decode.accept import Acceptance
 from offload_sirius.decode.ngrams import LENGTHS, Ngrams
 from offload_sirius.decode.tree import DraftTree
 
-PRIOR_STOOD, PRIOR_TRIED = 1.0, 2.0
+PRIOR_STOOD, PRIOR_TRIED = 0.75, 1.0
 """As if so many tokens that were looked up had stood of so many, for each length of match."""
-DECAY = 0.9
-"""What a window counts for when one more has come. So what did not pay is forgotten after some windows, and tried again."""
+DECAY = 0.98
+"""What a window counts for when one more has come: about the last fifty decide. What did not pay is forgotten and tried again.
+
+Tokens that never stand are tried at most (1 - DECAY) * PRIOR_STOOD / price times a window, for each length of match: whatever the
+price is, that costs (1 - DECAY) * PRIOR_STOOD = 0.015 tokens a window.
+"""
 
 
 @dataclass(order=True, frozen=True, slots=True)
@@ -71,8 +75,10 @@ class Lookup:
             node, length = tree.graft(best.parent, token_id), -best.negative_length
             self._lengths[node] = length
             if token_id not in self._end_token_ids:
-                worth = -best.negative_worth * self.hit_share(length)
-                heapq.heappush(queue, _Proposal(-worth, -length, node, best.place + 1))
+                # Were it right, so many tokens and that one would match.
+                longer = min(length + 1, LENGTHS[0])
+                worth = -best.negative_worth * self.hit_share(longer)
+                heapq.heappush(queue, _Proposal(-worth, -longer, node, best.place + 1))
 
     def learn(self, tree: DraftTree, acceptance: Acceptance) -> None:
         """What became of the tree."""

@@ -41,6 +41,7 @@ def bench_of(*, forced_aal: str | None = None, max_new_tokens: int = 12, tempera
         "drafts": ["streamed"],
         "refresh": True,
         "refresh_decay": 0.7,
+        "lookup": None,
     }
     return DecodeBench(
         prompts=PROMPTS,

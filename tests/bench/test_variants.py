@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from offload_sirius.bench.variants import FULL, DecodeBench, name_of, roomiest, variants_of
-from offload_sirius.config import DecodingConfig, GenerationConfig, SamplingConfig
+from offload_sirius.config import MAX_LOOKUP_NODES, DecodingConfig, GenerationConfig, SamplingConfig
 from offload_sirius.errors import ConfigError
 
 PLAIN: dict[str, Any] = {
@@ -22,6 +22,7 @@ PLAIN: dict[str, Any] = {
     "drafts": ["auto"],
     "refresh": True,
     "refresh_decay": 0.7,
+    "lookup": None,
 }
 
 
@@ -82,7 +83,15 @@ def test_each_kind_of_neurons_is_a_load_of_its_own_with_room_for_the_largest_tre
     assert first == (FULL,)
     assert [(load[0].sparsity, len(load)) for load in others] == [("griffin", 5), ("cats", 5)]
     assert [(roomiest(load).window, roomiest(load).tree_width) for load in others] == [(9, 4), (9, 4)]
-    assert bench(variants).num_ahead == 8 * 4 + 1 - 9
+    assert bench(variants).num_ahead == 8 * 4 + 1 + MAX_LOOKUP_NODES - 9
+
+
+def test_rows_say_whether_tokens_are_looked_up_where_that_was_asked_for() -> None:
+    assert names(modes=["sirius"], tree_widths=[1, 2], lookup=False) == [
+        "griffin 0.5 sirius exact w4 no lookup",
+        "griffin 0.5 sirius exact w4 t2 no lookup",
+    ]
+    assert names(accepts=["threshold"], lookup=True) == ["griffin 0.5 sparse", "griffin 0.5 sirius threshold 0.1 w4 lookup"]
 
 
 def test_forced_answers_are_whole_windows_behind_a_first_token() -> None:
@@ -108,6 +117,7 @@ def test_forced_answers_are_whole_windows_behind_a_first_token() -> None:
             "2",
             "--force-aal decides what is accepted, and --accept is threshold; leave --accept out",
         ),
+        ({"lookup": True}, "2", "--force-aal decides what is accepted, of drafted tokens alone; leave --lookup out"),
         ({"windows": ["16"]}, "9.5", "--max-new-tokens is 9; a first token and one window of --force-aal 9.5 take 10"),
     ],
 )

@@ -52,7 +52,7 @@ CONTRACT: dict[str, Any] = {
     "windows": int,
     "draft_seconds": None,
     "correction_seconds": None,
-    "tokens_by_origin": {"full": int, "draft": int},
+    "tokens_by_origin": {"full": int, "draft": int, "lookup": int},
     "flips": None,
     "memory": {"device_plan_bytes": int, "device_peak_bytes": int, "host_plan_bytes": int, "host_peak_bytes": int},
     "plan": {"resident_layers": list, "host_layers": list, "disk_layers": list, "num_slots": int},
@@ -194,7 +194,7 @@ CORRECTED: dict[str, Any] = {
     "windows": int,
     "draft_seconds": float,
     "correction_seconds": float,
-    "tokens_by_origin": {"full": int, "draft": int},
+    "tokens_by_origin": {"full": int, "draft": int, "lookup": int},
     "link": {"bytes": {"discarded": int}},
 }
 
