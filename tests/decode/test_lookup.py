@@ -12,6 +12,8 @@ from offload_sirius.decode.accept import Acceptance
 from offload_sirius.decode.lookup import DECAY, PRIOR_STOOD, PRIOR_TRIED, Lookup
 from offload_sirius.decode.tree import Branch, DraftTree
 
+from .trees import trees
+
 NO_END: frozenset[int] = frozenset()
 
 
@@ -134,32 +136,21 @@ def test_what_did_not_pay_is_forgotten_and_tried_again() -> None:
     assert grafts == [1, *[0] * 69, 1, *[0] * 29]
 
 
-@st.composite
-def drafted_trees(draw: st.DrawFn, root: int) -> DraftTree:
-    tree = DraftTree(root)
-    for _ in range(draw(st.integers(0, 4))):
-        places = st.tuples(st.sampled_from(tree.last_level), st.integers(0, 3))
-        level = draw(st.lists(places, min_size=1, max_size=3, unique=True))
-        tree.grow([Branch(parent=parent, token_id=token_id, score=0.0) for parent, token_id in level])
-    return tree
-
-
 @given(
-    data=st.data(),
-    sequence=st.lists(st.integers(0, 3), min_size=1, max_size=30),
+    tree=trees(),
+    before=st.lists(st.integers(0, 3), max_size=30),
     num_levels=st.integers(0, 8),
     num_nodes=st.integers(0, 20),
     ends=st.frozensets(st.integers(0, 3), max_size=2),
 )
 def test_grafts_keep_within_their_limits(
-    data: st.DataObject, sequence: list[int], num_levels: int, num_nodes: int, ends: frozenset[int]
+    tree: DraftTree, before: list[int], num_levels: int, num_nodes: int, ends: frozenset[int]
 ) -> None:
-    tree = data.draw(drafted_trees(sequence[-1]))
-    before = list(zip(tree.token_ids, tree.parents, strict=True))
-    graft(tree, sequence, Lookup(ends), num_levels=num_levels, num_nodes=num_nodes)
-    assert list(zip(tree.token_ids, tree.parents, strict=True))[: len(before)] == before
-    assert len(tree) - len(before) <= num_nodes
-    for node in range(len(before), len(tree)):
+    drafted = list(zip(tree.token_ids, tree.parents, strict=True))
+    graft(tree, [*before, tree.token_ids[0]], Lookup(ends), num_levels=num_levels, num_nodes=num_nodes)
+    assert list(zip(tree.token_ids, tree.parents, strict=True))[: len(drafted)] == drafted
+    assert len(tree) - len(drafted) <= num_nodes
+    for node in range(len(drafted), len(tree)):
         parent = tree.parents[node]
         assert tree.depths[node] <= num_levels
         assert parent == 0 or tree.token_ids[parent] not in ends

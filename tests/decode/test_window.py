@@ -122,6 +122,31 @@ def test_acceptance_begins_with_the_prior_and_forgets_slowly() -> None:
         assert chooser.acceptance == pytest.approx(expected)
 
 
+def test_a_node_costs_what_windows_give_in_its_time() -> None:
+    """Corrections take a second and half a second a node; windows give a token in four seconds."""
+    chooser = chooser_of(window=4)
+    assert chooser.node_price == 0
+    for num_nodes, num_tokens, draft in ((4, 2, 1.0), (8, 1, 4.0)):
+        assert chooser.node_price == 0  # of one kind of correction nothing is known of a node
+        chooser.learn(
+            num_tokens=num_tokens,
+            num_accepted=num_tokens - 1,
+            num_tried=num_tokens,
+            draft_seconds=[draft],
+            num_nodes=num_nodes,
+            correction_seconds=1.0 + num_nodes / 2,
+        )
+    # 1 + 3 and 4 + 5 seconds, 3 tokens.
+    assert chooser.node_price == pytest.approx(0.5 * 3 / 13)
+
+
+def test_a_clock_that_stands_still_makes_nodes_free() -> None:
+    chooser = chooser_of(window=4)
+    for num_nodes in (4, 8):
+        chooser.learn(num_tokens=1, num_accepted=0, num_tried=1, draft_seconds=[0.0], num_nodes=num_nodes, correction_seconds=0.0)
+    assert chooser.node_price == 0
+
+
 @given(windows=st.lists(st.tuples(st.integers(0, 20), st.booleans(), st.floats(0, 9), st.floats(0, 9)), max_size=30))
 def test_whatever_was_seen_a_window_is_in_range(windows: list[tuple[int, bool, float, float]]) -> None:
     chooser = chooser_of(window="auto", tree_width=3)
