@@ -103,8 +103,8 @@ class DecodingConfig:
     lookup: bool | None = _setting(
         None,
         "Have corrections also verify what followed the last tokens when they stood in prompt or answer before, where that pays; "
-        "it is not drafted and moves no bytes. Default: with --accept exact. A threshold takes the longest likely path, so that "
-        "more of them change the answer.",
+        "it takes no draft step and moves no bytes. Default: with --accept exact; a threshold takes the longest likely path, so "
+        "that more paths change the answer.",
     )
 
     def __post_init__(self) -> None:
@@ -151,17 +151,17 @@ class DecodingConfig:
         return max(MIN_WINDOW, min(MAX_AUTO_WINDOW, 1 + (MAX_TREE_NODES // 2 - 1) // self.tree_width))
 
     @property
+    def max_drafted_nodes(self) -> int:
+        """Most tokens of one pass behind the prompt that are drafted, with the one that they follow."""
+        return tree_nodes(self.max_window, self.tree_width) if self.mode == "sirius" else 1
+
+    @property
     def num_lookup_nodes(self) -> int:
-        """Most tokens of a window that are looked up and not drafted."""
+        """Most tokens beside those that are looked up."""
         looks_up = self.accept == "exact" if self.lookup is None else self.lookup
         if self.mode != "sirius" or not looks_up:
             return 0
         return min(MAX_LOOKUP_NODES, MAX_TREE_NODES - self.max_drafted_nodes)
-
-    @property
-    def max_drafted_nodes(self) -> int:
-        """Most tokens of a window without those."""
-        return tree_nodes(self.max_window, self.tree_width) if self.mode == "sirius" else 1
 
     @property
     def max_nodes(self) -> int:

@@ -2,7 +2,7 @@
 
     full     prefill, choose, emit, step
     sparse   the same with sparse steps
-    sirius   prefill, choose, emit; then windows: draft, correct, emit
+    sirius   prefill, choose, emit; then windows: draft, look up, correct, emit
 
 All are lazy: a token is yielded before the pass that would follow it is begun, so that nothing is computed for a token nobody
 wants.
