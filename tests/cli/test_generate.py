@@ -159,6 +159,13 @@ def test_ignore_eos_and_no_chat_reach_the_settings(tiny: Run) -> None:
     assert (settings["ignore_eos"], settings["chat"]) == (True, False)
 
 
+@pytest.mark.parametrize(("given", "lookup"), [((), None), (("--lookup",), True), (("--no-lookup",), False)])
+def test_lookup_is_left_to_the_rule_of_acceptance_unless_a_flag_says_otherwise(
+    given: tuple[str, ...], lookup: bool | None, tiny: Run
+) -> None:
+    assert figures(tiny("--prompt", "hi", "--json", *given))["settings"]["decoding"]["lookup"] is lookup
+
+
 @pytest.mark.parametrize("size", ["880KiB", "0.86MiB", "901120", "880 kib", "901KB", "0.9MB"])
 def test_a_size_is_written_in_any_of_these_forms(size: str, tiny: Run) -> None:
     found = figures(tiny("--prompt", "hi", "--json", "--device-memory", size))
