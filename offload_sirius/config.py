@@ -31,6 +31,9 @@ MIN_WINDOW, MAX_AUTO_WINDOW = 2, 64
 MAX_TREE_NODES = 512
 """Tokens that one correction verifies at most: logits of all of them are computed at once."""
 
+MAX_LOOKUP_NODES = 16
+"""Of them tokens at most that were looked up and not drafted."""
+
 Dtype = Literal["auto", "bfloat16", "float32"]
 DTYPES: tuple[Dtype, ...] = get_args(Dtype)
 
@@ -110,6 +113,12 @@ class DecodingConfig:
         True, "Let the link fetch for the coming correction while a resident draft computes; off to see what that is worth."
     )
     tree_width: int = _setting(1, "Branches that are drafted side by side and verified together.")
+    lookup: bool | None = _setting(
+        None,
+        "Have corrections also verify what followed the last tokens when they stood in prompt or answer before, where that pays; "
+        "it takes no draft step and moves no bytes. Default: with --accept exact; a threshold takes the longest likely path, so "
+        "that more paths change the answer.",
+    )
 
     def __post_init__(self) -> None:
         _require(self.mode in MODES, "mode", self.mode, "one of " + ", ".join(MODES))
@@ -164,13 +173,26 @@ class DecodingConfig:
         return max(MIN_WINDOW, min(MAX_AUTO_WINDOW, 1 + (MAX_TREE_NODES // 2 - 1) // self.tree_width))
 
     @property
-    def max_nodes(self) -> int:
-        """Most tokens of one pass behind the prompt."""
+    def max_drafted_nodes(self) -> int:
+        """Most tokens of one pass behind the prompt that are drafted, with the one that they follow."""
         return tree_nodes(self.max_window, self.tree_width) if self.mode == "sirius" else 1
 
     @property
+    def num_lookup_nodes(self) -> int:
+        """Most tokens beside those that are looked up."""
+        looks_up = self.accept == "exact" if self.lookup is None else self.lookup
+        if self.mode != "sirius" or not looks_up:
+            return 0
+        return min(MAX_LOOKUP_NODES, MAX_TREE_NODES - self.max_drafted_nodes)
+
+    @property
+    def max_nodes(self) -> int:
+        """Most tokens of one pass behind the prompt."""
+        return self.max_drafted_nodes + self.num_lookup_nodes
+
+    @property
     def num_side_nodes(self) -> int:
-        """Tokens of a window beside the longest branch: positions of the KV cache that a tree takes and gives back."""
+        """Tokens of a window beside the longest branch: positions of the KV cache that are taken and given back."""
         return self.max_nodes - self.max_window if self.mode == "sirius" else 0
 
     @property

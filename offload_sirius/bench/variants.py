@@ -104,7 +104,9 @@ def name_of(variant: DecodingConfig, forced_aal: Fraction | None = None) -> str:
         return name
     accept = variant.accept if variant.accept == "exact" else f"threshold {variant.threshold:g}"
     rule = accept if forced_aal is None else f"forced {float(forced_aal):g}"
-    return f"{name} {rule} w{variant.window}" + ("" if variant.tree_width == 1 else f" t{variant.tree_width}")
+    tree = "" if variant.tree_width == 1 else f" t{variant.tree_width}"
+    lookup = {None: "", True: " lookup", False: " no lookup"}[variant.lookup]
+    return f"{name} {rule} w{variant.window}{tree}{lookup}"
 
 
 def roomiest(variants: Sequence[DecodingConfig]) -> DecodingConfig:
@@ -136,6 +138,8 @@ def _require_forcible(aal: Fraction, variants: Sequence[DecodingConfig], max_new
             raise ConfigError(f"--force-aal is {float(aal):g}; it must be between 1 and --window {variant.window}")
         if variant.accept != "exact":
             raise ConfigError(f"--force-aal decides what is accepted, and --accept is {variant.accept}; leave --accept out")
+        if variant.lookup:
+            raise ConfigError("--force-aal decides what is accepted, of drafted tokens alone; leave --lookup out")
     if num_forced_windows(aal, max_new_tokens - 1) < 1:
         least = 1 + forced_tokens(aal, 1)
         raise ConfigError(

@@ -89,6 +89,7 @@ def decode(
     prior: flags.Prior = False,  # a row shall not depend on those before it, nor on earlier runs
     draft_keep: flags.DraftKeep = _DECODING.draft_keep,
     tree_width: Annotated[str, _list("tree_width", "N")] = str(_DECODING.tree_width),
+    lookup: flags.Lookup = None,
     force_aal: Annotated[
         float | None,
         typer.Option(
@@ -129,6 +130,7 @@ def decode(
         overlap=overlap,
         prior=prior,
         draft_keep=draft_keep,
+        lookup=lookup,
     )
     variants = variants_of(
         shared,

@@ -60,6 +60,9 @@ Prior = Annotated[
 ]
 DraftKeep = Annotated[float | None, _option(DecodingConfig, "draft_keep", DECODING, metavar="SHARE")]
 TreeWidth = Annotated[int, _option(DecodingConfig, "tree_width", DECODING, metavar="N")]
+Lookup = Annotated[
+    bool | None, typer.Option("--lookup/--no-lookup", help=help_of(DecodingConfig, "lookup"), rich_help_panel=DECODING)
+]
 MaxNewTokens = Annotated[int, _option(GenerationConfig, "max_new_tokens", DECODING, metavar="N")]
 Stop = Annotated[list[str] | None, _option(GenerationConfig, "stop", DECODING, metavar="TEXT")]
 IgnoreEos = Annotated[bool, typer.Option("--ignore-eos", help=help_of(GenerationConfig, "ignore_eos"), rich_help_panel=DECODING)]

@@ -59,6 +59,7 @@ def generate(
     prior: flags.Prior = _DECODING.prior,
     draft_keep: flags.DraftKeep = _DECODING.draft_keep,
     tree_width: flags.TreeWidth = _DECODING.tree_width,
+    lookup: flags.Lookup = None,
     device: flags.Device = _ENGINE.device,
     device_memory: flags.DeviceMemory = _ENGINE.device_memory,
     host_memory: flags.HostMemory = _ENGINE.host_memory,
@@ -98,6 +99,7 @@ def generate(
         prior=prior,
         draft_keep=draft_keep,
         tree_width=tree_width,
+        lookup=lookup,
     )
     engine_config = EngineConfig(
         model=model,

@@ -177,11 +177,18 @@ class Engine:
                     raise ConfigError(f"the model was loaded with {name} {needed} and is asked for {found}; load it with that")
             if asked.prior and not planned.with_prior:
                 raise ConfigError("the model was loaded without a prior and is asked for one; load it with prior")
-            if asked.max_nodes > planned.max_nodes:
+            if asked.max_drafted_nodes > planned.max_drafted_nodes:
                 raise ConfigError(
-                    f"the model was loaded for corrections of {planned.max_nodes} tokens and is asked for {asked.max_nodes}; "
-                    "load it with mode sirius and that window and tree_width"
+                    f"the model was loaded for corrections of {planned.max_drafted_nodes} tokens and is asked for "
+                    f"{asked.max_drafted_nodes}; load it with mode sirius and that window and tree_width"
                 )
+            if asked.max_nodes > planned.max_nodes:
+                if asked.lookup:
+                    raise ConfigError(
+                        f"the model was loaded for corrections of {planned.max_nodes} tokens and is asked for {asked.max_nodes} "
+                        "with lookup; load it with lookup"
+                    )
+                return replace(asked, lookup=False)
         return asked
 
     def _tokens(self, request: _Request) -> Tokens:
