@@ -20,6 +20,9 @@ SPARSITIES: tuple[Sparsity, ...] = get_args(Sparsity)
 Draft = Literal["auto", "resident", "streamed"]
 DRAFTS: tuple[Draft, ...] = get_args(Draft)
 
+ResidentFirst = Literal["auto", "neurons", "layers"]
+RESIDENT_FIRSTS: tuple[ResidentFirst, ...] = get_args(ResidentFirst)
+
 Accept = Literal["exact", "threshold"]
 ACCEPTS: tuple[Accept, ...] = get_args(Accept)
 
@@ -97,6 +100,11 @@ class DecodingConfig:
         "resident: each layer's kept neurons stay on the device, or those of as many layers as fit; drafts bring nothing of such "
         "layers and corrections only the rest (griffin). streamed: drafts bring them. auto: what is predicted to be faster.",
     )
+    resident_first: ResidentFirst = _setting(
+        "auto",
+        "What comes first where the device has no room for all that a resident draft keeps. neurons: some of every layer. "
+        "layers: all of them, of some layers. auto: what is predicted to be faster.",
+    )
     refresh: bool = _setting(True, "Let corrections change which neurons a resident draft keeps.")
     refresh_decay: float = _setting(0.7, "What earlier windows count for beside the last one, when it is decided which to keep.")
     prior: bool | None = _setting(
@@ -132,6 +140,8 @@ class DecodingConfig:
         _require(self.accept in ACCEPTS, "accept", self.accept, "one of " + ", ".join(ACCEPTS))
         _require(0 < self.threshold <= 1, "threshold", self.threshold, "above 0 and at most 1")
         _require(self.draft in DRAFTS, "draft", self.draft, "one of " + ", ".join(DRAFTS))
+        firsts = "one of " + ", ".join(RESIDENT_FIRSTS)
+        _require(self.resident_first in RESIDENT_FIRSTS, "resident-first", self.resident_first, firsts)
         _require(0 <= self.refresh_decay < 1, "refresh-decay", self.refresh_decay, "at least 0 and below 1")
         if self.draft == "resident" and self.sparsity != "griffin":
             raise ConfigError(

@@ -83,6 +83,7 @@ def decode(
     accept: Annotated[str, _list("accept", "RULES")] = _DECODING.accept,
     threshold: flags.Threshold = _DECODING.threshold,
     draft: Annotated[str, _list("draft", "PLACES")] = _DECODING.draft,
+    resident_first: flags.ResidentFirst = _DECODING.resident_first,
     refresh: flags.Refresh = _DECODING.refresh,
     refresh_decay: flags.RefreshDecay = _DECODING.refresh_decay,
     overlap: flags.Overlap = _DECODING.overlap,
@@ -125,6 +126,7 @@ def decode(
         sparsity=_DECODING.sparsity if cats_threshold is None else "cats",
         cats_threshold=cats_threshold,
         threshold=threshold,
+        resident_first=resident_first,  # type: ignore[arg-type]  # checked by DecodingConfig
         refresh=refresh,
         refresh_decay=refresh_decay,
         overlap=overlap,

@@ -53,6 +53,7 @@ def generate(
     accept: flags.Accept = _DECODING.accept,
     threshold: flags.Threshold = _DECODING.threshold,
     draft: flags.Draft = _DECODING.draft,
+    resident_first: flags.ResidentFirst = _DECODING.resident_first,
     refresh: flags.Refresh = _DECODING.refresh,
     refresh_decay: flags.RefreshDecay = _DECODING.refresh_decay,
     overlap: flags.Overlap = _DECODING.overlap,
@@ -93,6 +94,7 @@ def generate(
         accept=accept,  # type: ignore[arg-type]
         threshold=threshold,
         draft=draft,  # type: ignore[arg-type]
+        resident_first=resident_first,  # type: ignore[arg-type]
         refresh=refresh,
         refresh_decay=refresh_decay,
         overlap=overlap,

@@ -39,6 +39,7 @@ def plan(
     keep: flags.Keep = _DECODING.keep,
     window: flags.Window = str(_DECODING.window),
     draft: flags.Draft = _DECODING.draft,
+    resident_first: flags.ResidentFirst = _DECODING.resident_first,
     prior: flags.Prior = _DECODING.prior,
     draft_keep: flags.DraftKeep = _DECODING.draft_keep,
     tree_width: flags.TreeWidth = _DECODING.tree_width,
@@ -76,6 +77,7 @@ def plan(
         keep=keep,
         window=window,
         draft=draft,  # type: ignore[arg-type]
+        resident_first=resident_first,  # type: ignore[arg-type]
         prior=prior,
         draft_keep=draft_keep,
         tree_width=tree_width,

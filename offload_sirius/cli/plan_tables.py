@@ -229,7 +229,7 @@ def _load(report: Report) -> tuple[str, str]:
 def _window_rows(windows: Sequence[WindowSpeed]) -> list[tuple[str, ...]]:
     return [
         (
-            str(each.acceptance),
+            f"{each.acceptance:.2g}",
             str(each.window),
             _number(each.num_tokens),
             _number(each.seconds_per_token),

@@ -171,7 +171,7 @@ class Engine:
                 raise ConfigError(
                     f"the model was loaded with mode full and is asked for mode {asked.mode}; load it with that mode"
                 )
-            for name in ("sparsity", "keep", "cats_threshold", "draft", "refresh", "refresh_decay", "overlap"):
+            for name in ("sparsity", "keep", "cats_threshold", "draft", "resident_first", "refresh", "refresh_decay", "overlap"):
                 found, needed = getattr(asked, name), getattr(planned, name)
                 if found != needed:
                     raise ConfigError(f"the model was loaded with {name} {needed} and is asked for {found}; load it with that")

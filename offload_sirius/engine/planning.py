@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from offload_sirius import machine
-from offload_sirius.config import DecodingConfig, Draft, EngineConfig, PlanConfig, Sparsity, tree_nodes
+from offload_sirius.config import DecodingConfig, Draft, EngineConfig, PlanConfig, ResidentFirst, Sparsity, tree_nodes
 from offload_sirius.engine.windows import window_speeds
 from offload_sirius.errors import BudgetError, ConfigError
 from offload_sirius.model.costs import (
@@ -229,7 +229,7 @@ class Planned:
             num_drafts = DRAFTS_OF_A_WINDOW if self.plan.hot is None else window - 1
             return predict_correction(setting, correcting, drafting, draft.seconds, num_drafts)
 
-        windows = window_speeds(decoding, draft.seconds, correction, self.batch)
+        windows = window_speeds(decoding, draft.seconds, correction, self.batch, self._kept_share(decoding))
         assumed = windows[0]
         return replace(
             full,
@@ -238,6 +238,13 @@ class Planned:
             draft=draft,
             windows=windows,
         )
+
+    def _kept_share(self, decoding: DecodingConfig) -> float:
+        """Neurons that a draft computes, of those that were to be kept."""
+        if self.plan.hot is None:
+            return 1.0
+        num_neurons = self.spec.ffn_width
+        return decoding.num_drafted(num_neurons, self.plan.hot.num_hot) / decoding.num_kept(num_neurons)
 
     def _step_work(self, prompt_tokens: int, num_tokens: int) -> Work:
         """So many tokens of each sequence at once, in the middle of the answer."""
@@ -307,6 +314,7 @@ def plan_model(
         sparsity_nbytes=sparsity_nbytes(spec, decoding, element_nbytes),
         num_cached_neurons=num_kept if sparse == "cats" else 0,
         num_hot=num_kept if resident_draft else 0,
+        hot_layers_first=decoding.resident_first == "layers",
     )
     budgets = _budgets(spec, layout, demand, config, hardware)
     plan = plan_for(spec, layout, demand, budgets)
@@ -380,10 +388,16 @@ Consider = Callable[[EngineConfig], Candidate]
 def candidates(config: EngineConfig, spec: ModelSpec, consider: Consider) -> list[Candidate]:
     """What --auto chooses from, the fastest first; without it the one thing that was asked for.
 
-    Those for which the memory is too small are left out; where it is so for all, raises the BudgetError of the first.
+    Those for which the memory is too small are left out; where it is so for all, raises the BudgetError of the first. Left out
+    are also those whose plan is another one's: nothing comes first where everything fits.
     """
     considered = [_consider(each, consider) for each in alternatives(config, spec)]
-    found = [each for each in considered if isinstance(each, Candidate)]
+    plans = list[tuple[DtypeName, Plan]]()
+    found = list[Candidate]()
+    for each in considered:
+        if isinstance(each, Candidate) and (each.planned.dtype, each.planned.plan) not in plans:
+            plans.append((each.planned.dtype, each.planned.plan))
+            found.append(each)
     if not found:
         raise next(each for each in considered if isinstance(each, BudgetError))
     return sorted(found, key=lambda candidate: candidate.prediction.seconds_per_token)
@@ -402,14 +416,21 @@ def alternatives(config: EngineConfig, spec: ModelSpec) -> list[EngineConfig]:
     dtypes = [usual]
     if config.auto and config.dtype == "auto":
         dtypes += [dtype for dtype in ELEMENT_NBYTES if dtype != usual]
-    decodings = [config.decoding.drafting_from(draft) for draft in _draft_places(config.decoding, spec)]
+    decodings = _ways_to_draft(config.decoding, spec)
     return [replace(config, dtype=dtype, decoding=decoding) for dtype in dtypes for decoding in decodings]
 
 
-def _draft_places(decoding: DecodingConfig, spec: ModelSpec) -> list[Draft]:
-    if decoding.draft != "auto":
-        return [decoding.draft]
-    return ["streamed", "resident"] if sparsity_of(decoding, spec) == "griffin" else ["streamed"]
+def _ways_to_draft(decoding: DecodingConfig, spec: ModelSpec) -> list[DecodingConfig]:
+    """Where drafts may live, and, on the device, what may come first."""
+    drafts: list[Draft] = [decoding.draft]
+    if decoding.draft == "auto":
+        drafts = ["streamed", "resident"] if sparsity_of(decoding, spec) == "griffin" else ["streamed"]
+    firsts: list[ResidentFirst] = ["neurons", "layers"] if decoding.resident_first == "auto" else [decoding.resident_first]
+    return [
+        replace(decoding.drafting_from(draft), resident_first=first)
+        for draft in drafts
+        for first in (firsts if draft == "resident" else firsts[:1])
+    ]
 
 
 def plan_figures(planned: Planned) -> dict[str, Any]:

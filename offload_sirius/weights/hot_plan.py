@@ -4,9 +4,10 @@ The device holds head, final norm, KV cache and activations, then all attention 
 equal number of all, as are asked for or fit. What is left beyond two slots of a whole layer's neurons goes to slots, too: they
 hold what the link brings while a draft computes.
 
-Where not even some neurons of every layer fit, as many layers as fit are hot, with the neurons that are asked for, and stand
-evenly between the others, which pass through slots of a whole layer. A byte of a hot layer saves all of itself in every pass; one
-of a layer that is resident as a whole saves in a draft step only what that brings of it, 0.6 where half of the neurons are kept.
+Where not even some neurons of every layer fit, or layers are to come first, as many layers as fit are hot, with the neurons that
+are asked for, and stand evenly between the others, which pass through slots of a whole layer. A byte of a hot layer saves all of
+itself in every pass; one of a layer that is resident as a whole saves in a draft step only what that brings of it, 0.6 where half
+of the neurons are kept.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ def make_hot_plan(spec: ModelSpec, layout: LayerLayout, demand: Demand, budgets:
     """
     fixed = fixed_device_bill(spec, layout, demand)
     left_nbytes = budgets.device_nbytes - sum(fixed.values())
-    device = _split_all(spec, layout, demand.num_hot, left_nbytes) or _split_some(spec, layout, demand.num_hot, left_nbytes)
+    device = _split(spec, layout, demand, left_nbytes)
     if device is None:
         needed = sum(fixed.values()) + _least_nbytes(spec, layout, demand.num_hot)
         raise BudgetError(
@@ -111,6 +112,14 @@ class _DeviceSplit:
     hot: HotPlan
     num_slots: int
     slots_nbytes: int
+
+
+def _split(spec: ModelSpec, layout: LayerLayout, demand: Demand, left_nbytes: int) -> _DeviceSplit | None:
+    """What the device holds; None where it has too little room."""
+    every = _split_all(spec, layout, demand.num_hot, left_nbytes)
+    if every is not None and (every.hot.num_hot == demand.num_hot or not demand.hot_layers_first):
+        return every
+    return _split_some(spec, layout, demand.num_hot, left_nbytes) or every
 
 
 def _split_all(spec: ModelSpec, layout: LayerLayout, most_hot: int, left_nbytes: int) -> _DeviceSplit | None:

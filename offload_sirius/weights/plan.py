@@ -73,6 +73,8 @@ class Demand:
     """Device bytes that choosing neurons takes."""
     num_hot: int = 0
     """Neurons of each layer that are wanted on the device for good, where layers are to be partly resident."""
+    hot_layers_first: bool = False
+    """Where not all of that fits: all of those neurons of some layers rather than fewer of every layer."""
     num_cached_neurons: int = 0
     """Neurons of each streamed layer whose up and down records are wanted on the device, beside its slots; 0 for none."""
 

@@ -111,6 +111,24 @@ def test_where_not_all_layers_can_have_hot_neurons_some_have_all_that_are_asked_
     assert (made.host_layers, made.resident_layers, made.disk_layers) == (tuple(range(LAYERS)), (), ())
 
 
+def test_where_layers_come_first_some_have_all_that_are_asked_for_though_every_layer_could_have_fewer() -> None:
+    budget = FIXED + LAYERS * (ATTENTION + 5296 * NEURON) + 2 * RECORDS
+    neurons, layers = plan(budget), plan(budget, hot_layers_first=True)
+    assert neurons.hot is not None
+    assert layers.hot is not None
+    assert (len(neurons.hot.layers), neurons.hot.num_hot) == (LAYERS, 5296)
+    num_layers = (budget - FIXED - 2 * LAYER) // HOT_LAYER
+    assert (len(layers.hot.layers), layers.hot.num_hot) == (num_layers, KEEP_HALF)
+    assert num_layers < LAYERS - 2
+
+
+@pytest.mark.parametrize("hot_layers_first", [True, False])
+def test_where_all_that_is_asked_for_fits_nothing_comes_first(hot_layers_first: bool) -> None:
+    made = plan(FIXED + LAYERS * HOT_LAYER + 2 * RECORDS, hot_layers_first=hot_layers_first)
+    assert made.hot is not None
+    assert (len(made.hot.layers), made.hot.num_hot) == (LAYERS, KEEP_HALF)
+
+
 def test_hot_layers_stand_evenly_between_the_others() -> None:
     made = plan(FIXED + 20 * HOT_LAYER + 2 * LAYER)
     assert made.hot is not None
