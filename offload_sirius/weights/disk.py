@@ -57,9 +57,9 @@ class Fill:
     def __init__(self, num_pieces: int, on_bytes: Callable[[int], None] | None = None) -> None:
         self._left = num_pieces
         self._lock = threading.Lock()
-        self._over = num_pieces == 0
+        self._over = self._told = num_pieces == 0
         self._latch = threading.Lock()
-        """Held until the fill is over. Not an Event: where Ctrl-C reaches one between two of its steps, its lock stays held."""
+        """Held until all is told. Not an Event: where Ctrl-C reaches one between two of its steps, its lock stays held."""
         self._error: BaseException | None = None
         self._on_bytes = on_bytes
         self._when_over: list[Callable[[], None]] = []
@@ -70,8 +70,9 @@ class Fill:
             self._latch.acquire()
 
     def wait(self) -> None:
-        """Block until everything is in place. Raises WeightReadError (or what else a reader met)."""
-        if not self._over:
+        """Block until everything is in place and all calls of `when_over` are done. Raises WeightReadError (or what else a reader
+        met)."""
+        if not self._told:
             self._latch.acquire()
             self._latch.release()
         if self._error is not None:
@@ -112,9 +113,10 @@ class Fill:
         with self._lock:
             calls, self._when_over = self._when_over, []
             self._over = True
-            self._latch.release()
         for call in calls:
             call()
+        self._told = True
+        self._latch.release()
 
 
 class DirectFile:

@@ -343,3 +343,28 @@ def test_a_trace_that_cannot_be_written_is_refused_before_the_model_is_opened(
     assert ran.err == (
         f"error: --trace {path}: cannot be written: No such file or directory; name a file in a folder that can be written to\n"
     )
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [((), ""), (("--draft-keep", "0.25"), ", of which a draft computes 44"), (("--draft-keep", "0.5"), "")],
+    ids=str,
+)
+def test_verbose_tells_how_many_of_the_resident_neurons_a_draft_computes(flags: tuple[str, ...], said: str, tiny: Run) -> None:
+    shown = tiny("--prompt", "hi", "--draft", "resident", "--verbose", *flags)
+    assert shown.code == 0
+    line = next(line for line in shown.err.splitlines() if line.startswith("drafts: "))
+    assert line == f"drafts: attention block and 88 of 176 neurons of 4 of 4 layers are resident{said}"
+
+
+def test_a_cache_folder_that_cannot_be_written_is_one_warning_and_the_answer_is_the_same(
+    tiny: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = tiny("--prompt", "hi", "--draft", "resident")
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("OFFLOAD_SIRIUS_CACHE", str(tmp_path / "file" / "cache"))
+    found = tiny("--prompt", "hi", "--draft", "resident")
+    assert (found.code, found.out) == (expected.code, expected.out)
+    [line] = [line for line in found.err.splitlines() if "--no-prior" in line]
+    assert line.startswith(f"warning: {tmp_path}/file/cache/priors/synthetic_tiny")
+    assert "--no-prior" not in tiny("--prompt", "hi", "--draft", "resident", "--no-prior").err
