@@ -12,7 +12,7 @@ first row with a hot set has everything on; others leave one thing out each, but
 it learns from prompt to prompt. Answers are compared with mode full's, all of it resident and without a link.
 
 Beside each row stands what the planner says of it, with rates measured in the same run before anything else: the seconds of a
-window, over the tokens that a window then gave.
+window, beside those of as many draft steps and a correction as they were measured.
 """
 
 from __future__ import annotations
@@ -68,8 +68,10 @@ class RowResult:
     link_share: float
     """Bytes of a token over the link's rate, as a share of the seconds it took."""
     busy_share: float
-    predicted_seconds_per_token: float | None
-    """None where the window was not a fixed one."""
+    window_seconds: float | None
+    """Of W - 1 draft steps and a correction, by their medians; in mode full of a token. None where the window was not fixed."""
+    predicted_window_seconds: float | None
+    """The same as the planner has it."""
     aal: float | None
     acceptance: float | None
     draft_seconds: float | None
@@ -176,16 +178,25 @@ def measure(row: Row, config: EngineConfig, prompts: Sequence[str]) -> list[Gene
 
 
 def predicted_seconds(row: Row, config: EngineConfig, rates: Rates, answers: Sequence[Generation]) -> float | None:
-    """Seconds of a token by the planner, for as many tokens a window as there were."""
+    """Seconds of a window, or in mode full of a token, by the planner; None where windows differ."""
     prompt_tokens = int(median(answer.prompt_tokens for answer in answers))
     predicted = plan_model(open_model(config.model).checkpoint, config, host_hardware()).predict(rates, prompt_tokens)
     if not row.decoding.drafts:
         return predicted.seconds_per_token
-    aal = mean([answer.aal for answer in answers])
-    if not isinstance(row.decoding.window, int) or aal is None:
+    if not isinstance(row.decoding.window, int):
         return None
     assert predicted.draft is not None
-    return ((row.decoding.window - 1) * predicted.draft.seconds + predicted.windows[0].correction.seconds) / aal
+    return (row.decoding.window - 1) * predicted.draft.seconds + predicted.windows[0].correction.seconds
+
+
+def window_seconds(row: Row, answers: Sequence[Generation], seconds_per_token: float) -> float | None:
+    """See RowResult."""
+    if not row.decoding.drafts:
+        return seconds_per_token
+    draft, correction = (middle([getattr(each, name) for each in answers]) for name in ("draft_seconds", "correction_seconds"))
+    if not isinstance(row.decoding.window, int) or draft is None or correction is None:
+        return None
+    return (row.decoding.window - 1) * draft + correction
 
 
 def result_of(
@@ -208,7 +219,8 @@ def result_of(
         ratio_to_full=median(theirs / ours for ours, theirs in zip(seconds, full_seconds, strict=True)),
         link_share=median(shares),
         busy_share=median(answer.link.busy_share or 0.0 for answer in answers),
-        predicted_seconds_per_token=predicted,
+        window_seconds=window_seconds(row, answers, median(seconds)),
+        predicted_window_seconds=predicted,
         aal=mean([answer.aal for answer in answers]),
         acceptance=mean([answer.acceptance for answer in answers]),
         draft_seconds=middle([answer.draft_seconds for answer in answers]),
@@ -240,14 +252,12 @@ def mean(values: Sequence[float | None]) -> float | None:
 
 def line_of(result: RowResult) -> str:
     aal = f"{result.aal:5.2f}" if result.aal else "    -"
-    draft, correction, predicted = (
-        f"{each:.3f}" if each else "  -  "
-        for each in (result.draft_seconds, result.correction_seconds, result.predicted_seconds_per_token)
-    )
+    passes = (result.draft_seconds, result.correction_seconds, result.window_seconds, result.predicted_window_seconds)
+    draft, correction, window, predicted = (f"{each:.3f}" if each else "  -  " for each in passes)
     return (
-        f"{result.name:26} {result.seconds_per_token:6.3f} s/token (predicted {predicted})  x{result.ratio_to_full:5.2f}  "
-        f"AAL {aal}  draft {draft} s  "
-        f"correction {correction} s  {result.nbytes_per_token / 1e6:6.1f} MB/token  link {result.link_share:.0%} used, "
+        f"{result.name:26} {result.seconds_per_token:6.3f} s/token  x{result.ratio_to_full:5.2f}  AAL {aal}  draft {draft} s  "
+        f"correction {correction} s  window {window} s (predicted {predicted})  "
+        f"{result.nbytes_per_token / 1e6:6.1f} MB/token  link {result.link_share:.0%} used, "
         f"{result.busy_share:.0%} busy, {result.num_equal} of {result.num_prompts} equal"
     )
 
