@@ -57,9 +57,9 @@ class HotSet:
     """Statistic, places, and the feed-forward blocks of the four kinds of passes."""
 
     def __init__(self, spec: ModelSpec, source: HotSource, num_hot: int, *, decay: float | None, device: torch.device) -> None:
-        """num_hot: N of each layer, below F. decay: of the statistic from window to window; None leaves the set as the prompt
+        """num_hot: N of each layer. decay: of the statistic from window to window; None leaves the set as the prompt
         chose it. Allocates what `sparsity_nbytes` says, but for the prior."""
-        assert 0 < num_hot < spec.ffn_width, (num_hot, spec.ffn_width)
+        assert 0 <= num_hot <= spec.ffn_width, (num_hot, spec.ffn_width)
         self.num_hot = num_hot
         self.num_drafted = num_hot
         """M: neurons that a draft computes, at most N."""

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional
@@ -153,12 +153,14 @@ def test_hot_and_cold_neurons_together_are_the_full_model(num_hot: int, decay: f
 
 
 @settings(deadline=None, max_examples=40)
-@given(data=st.data(), num_hot=st.integers(1, F - 1))
-def test_hot_and_cold_neurons_of_any_set_are_the_full_model(data: st.DataObject, num_hot: int) -> None:
+@example(data=None, num_hot=0)
+@example(data=None, num_hot=F)
+@given(data=st.data(), num_hot=st.integers(0, F))
+def test_hot_and_cold_neurons_of_any_set_are_the_full_model(data: st.DataObject | None, num_hot: int) -> None:
     source = Source()
     hot_set = HotSet(SPEC, source, num_hot, decay=0.5, device=CPU)
     for layer in range(LAYERS):
-        ids = torch.tensor(data.draw(st.permutations(range(F))))
+        ids = torch.arange(F) if data is None else torch.tensor(data.draw(st.permutations(range(F))))
         hot_set.ids[layer] = torch.cat((ids[:num_hot], ids[num_hot:].sort().values))
         source.choose(layer, hot_set.hot_ids(layer), hot_set.cold_ids(layer))
     for seed in range(3):
