@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from offload_sirius.errors import PromptError
+from offload_sirius.kernels.matrix import project
 from offload_sirius.model.costs import CHUNK_SIZE
 from offload_sirius.model.feed_forward import DenseFeedForward, FeedForward
 from offload_sirius.model.kv_cache import KVCache
@@ -185,7 +186,7 @@ class Transformer:
     def _attend(self, layer: int, window: int | None, weights: AttentionWeights, chunk: Chunk) -> None:
         """Attention block: the chunk's tokens see the slots before them, and enter their own keys and values."""
         normed = rms_norm(chunk.hidden, weights.input_norm, self.spec.norm_eps)
-        projected = functional.linear(normed, weights.qkv, weights.qkv_bias)  # [C, D] -> [C, (H + 2K)E]
+        projected = project(normed, weights.qkv, weights.qkv_bias)  # [C, D] -> [C, (H + 2K)E]
         heads = projected.view(1, -1, self._num_turned + self.spec.num_kv_heads, self.spec.head_dim)  # -> [B, C, H + 2K, E]
         turning, values = heads.split_with_sizes((self._num_turned, self.spec.num_kv_heads), dim=2)
         self._norm_heads(turning, weights)
@@ -195,7 +196,7 @@ class Transformer:
         first, mask = chunk.visible(window)
         keys, values = self.cache.read(layer, first, chunk.stop)  # [B, K, T - first, E]
         mixed = grouped_attention(queries, keys, values, mask)  # [B, C, H, E] -> [C, HE]
-        chunk.hidden.add_(functional.linear(mixed, weights.output, weights.output_bias))  # [C, HE] -> [C, D]
+        chunk.hidden.add_(project(mixed, weights.output, weights.output_bias))  # [C, HE] -> [C, D]
 
     def _norm_heads(self, heads: Tensor, weights: AttentionWeights) -> None:
         """qwen3 norms each query and key head before it is turned: [B, C, H + K, E], in place."""
