@@ -82,7 +82,7 @@ def _join(
 
     progress.begin(f"loading {spec.name}", load_nbytes(checkpoint, plan))
     try:
-        loader = Loader(checkpoint, readers, progress.advance)
+        loader = Loader(checkpoint, readers, progress.advance, quantise_from=None if layout.format is None else dtype)
         loader.load_device(device, arenas.on_the_way)
         loader.load_host_layers(arenas.layers, plan.host_layers[: plan.num_host_buffers])
         embedding = _embedding(placement, loader, readers, device)

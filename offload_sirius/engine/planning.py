@@ -27,7 +27,7 @@ from offload_sirius.sparsity.costs import num_fetched, sparsity_nbytes
 from offload_sirius.units import MIB, Size, format_size
 from offload_sirius.weights.hot_plan import make_hot_plan
 from offload_sirius.weights.layout import PARTS, LayerLayout, Part, Slice, layer_layout
-from offload_sirius.weights.pieces import load_nbytes, reader_nbytes, stored_part_nbytes
+from offload_sirius.weights.pieces import load_nbytes, quantising_nbytes, reader_nbytes, stored_part_nbytes
 from offload_sirius.weights.plan import MAX_READERS, Budgets, Demand, Plan, as_flag, make_plan
 from offload_sirius.weights.predict import (
     DRAFTS_OF_A_WINDOW,
@@ -280,7 +280,8 @@ def plan_model(
     sparse = sparsity_of(decoding, spec)
     num_kept = decoding.num_kept(spec.ffn_width)
     resident_draft = sparse is not None and decoding.draft == "resident"
-    layout = layer_layout(spec, element_nbytes, num_kept if sparse == "griffin" and not resident_draft else 0)
+    num_gathered = num_kept if sparse == "griffin" and not resident_draft else 0
+    layout = layer_layout(spec, element_nbytes, num_gathered, config.weight_format)
     demand = Demand(
         kv_cache_nbytes=kv_cache_nbytes(spec, batch=batch, capacity=context, element_nbytes=element_nbytes),
         position_tables_nbytes=position_tables_nbytes(spec, context, element_nbytes),
@@ -290,6 +291,7 @@ def plan_model(
         reader_nbytes=reader_nbytes(checkpoint),
         embedding_on_device=spec.tied_head,
         staged=hardware.own_memory,
+        quantising_nbytes=quantising_nbytes(spec, element_nbytes) if layout.format else 0,
         num_shared_buffers=config.shared_host_buffers,
         sparsity_nbytes=sparsity_nbytes(spec, decoding, element_nbytes),
         num_cached_neurons=num_kept if sparse == "cats" else 0,

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 
 from offload_sirius.weights.layout import Part, align, part_of
 from offload_sirius.weights.mapping import HUGE_PAGE_NBYTES
-from offload_sirius.weights.plan import Plan
+from offload_sirius.weights.plan import NUM_QUANTISING, Plan
 from offload_sirius_loaders.checkpoint import Checkpoint, TensorInfo
-from offload_sirius_loaders.spec import Role
+from offload_sirius_loaders.spec import ModelSpec, Role
 
 BLOCK_NBYTES = 4096
 """O_DIRECT wants offset, length and address as multiples of the logical block size, which is at most this."""
@@ -60,6 +61,16 @@ def reader_nbytes(checkpoint: Checkpoint) -> int:
 def largest_piece_nbytes(checkpoint: Checkpoint) -> int:
     """Stored bytes of the largest piece of any tensor."""
     return max(max(piece.nbytes for piece in pieces_of(info)) for info in checkpoint.tensors.values())
+
+
+def largest_matrix_nbytes(spec: ModelSpec, element_nbytes: int) -> int:
+    """Bytes of the largest matrix of a layer before it is quantised."""
+    return element_nbytes * max(prod(shape) for shape in spec.layer_roles().values())
+
+
+def quantising_nbytes(spec: ModelSpec, element_nbytes: int) -> int:
+    """Host memory of matrices that are read before they are quantised."""
+    return NUM_QUANTISING * largest_matrix_nbytes(spec, element_nbytes)
 
 
 def load_nbytes(checkpoint: Checkpoint, plan: Plan) -> int:
