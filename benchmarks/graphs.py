@@ -4,7 +4,8 @@
 
 All layers are resident. A step through them is timed with the host launching every kernel, and as the replay of a graph captured
 at the same position (which a real step could not use as it is: its cache grows). What a graph saves is the difference; where
-layers are streamed it is hidden behind the link as long as a layer's launches take less than its bytes. Needs a CUDA device.
+layers are streamed it is hidden behind the link as long as a layer's launches take less than its bytes. Resident draft steps are
+recorded in a way that they can use; what that brings hot_passes.py measures. Needs a CUDA device.
 """
 
 from __future__ import annotations

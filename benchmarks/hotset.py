@@ -1,25 +1,33 @@
 """What is a hot set worth? Drafts from resident neurons beside the best plain streaming with the same device memory.
 
-    python benchmarks/hotset.py                        # 12 prompts, one of each category; half an hour on two cores
+    python benchmarks/hotset.py                        # 12 prompts over the categories; half an hour on two cores
     python benchmarks/hotset.py --num-prompts 2 --out sample.json
 
 SmolLM2-135M in float32. The device has room for what every plan has (head, KV cache, activations), all attention blocks, 75 % of
 all neurons, and two slots of a layer's neurons. The emulated link is as slow beside computing as PCIe 4 is for a 70B model in 4
 bits on a card of 24 GB. Mode full with that budget keeps as many whole layers resident as fit. The ceiling of a row is the link:
 the bytes that it moved for a token over the link's rate. A full answer is timed over its first tokens only, as each takes as long
-as the next. Rows are loads of their own, prompts the same in all; medians over the prompts.
+as the next. Rows are loads of their own, prompts the same in all; medians over the prompts. The first row with a hot set has
+everything on; those behind it leave one thing out each, but for the prior, which is on in its own row only: it learns from prompt
+to prompt. Answers are compared with mode full's, all of it resident and without a link.
+
+Beside each row stands what the planner says of it, with rates measured in the same run before anything else: the seconds of a
+window, over the tokens that a window then gave.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+from rates_now import measured_rates
 from report import finish, machine_facts
 
 import offload_sirius
@@ -27,11 +35,14 @@ from offload_sirius.config import DecodingConfig, EngineConfig
 from offload_sirius.decode.result import Generation
 from offload_sirius.engine import open_model
 from offload_sirius.engine.placement import place
+from offload_sirius.engine.planning import host_hardware, plan_model
+from offload_sirius.rates import Rates
 
 PROMPTS = Path(__file__).parents[1] / "data" / "prompts.jsonl"
 CONTEXT = 1024
 NUM_FULL_TOKENS = 8
 HOT_SHARE = 0.75
+FULL = DecodingConfig(mode="full")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,44 +65,66 @@ class RowResult:
     link_share: float
     """Bytes of a token over the link's rate, as a share of the seconds it took."""
     busy_share: float
+    predicted_seconds_per_token: float | None
+    """None where the window was not a fixed one."""
     aal: float | None
     acceptance: float | None
     draft_seconds: float | None
     correction_seconds: float | None
     nbytes_per_token: float
     num_equal: int
-    """Answers that begin as mode full's do, as far as that went."""
+    """Answers that are mode full's, as long as they are."""
+    churn: float | None
+    num_looked_up: int
+    """Tokens that came from the text before."""
     device_plan_nbytes: int
     all_seconds_per_token: list[float]
 
 
 def rows(num_tokens: int) -> list[Row]:
     """The table."""
-    hot = {"mode": "sirius", "draft": "resident", "keep": HOT_SHARE, "window": 8}
+    hot = {"mode": "sirius", "draft": "resident", "keep": HOT_SHARE, "window": 8, "prior": False}
 
     def row(name: str, **settings: Any) -> Row:
         return Row(name=name, decoding=DecodingConfig(**hot | settings), num_tokens=num_tokens)
 
     return [
-        Row(name="full", decoding=DecodingConfig(mode="full"), num_tokens=NUM_FULL_TOKENS),
-        row("hot set, exact"),
-        row("hot set, exact, window auto", window="auto"),
-        row("hot set, threshold 0.1", accept="threshold"),
-        row("hot set, exact, no refresh", refresh=False),
-        row("hot set, exact, keep 0.5", keep=0.5),
+        Row(name="full", decoding=FULL, num_tokens=NUM_FULL_TOKENS),
+        row("exact"),
+        row("threshold 0.1", accept="threshold"),
+        row("exact, keep 0.5", keep=0.5),
+        row("exact, no refresh", refresh=False),
+        row("exact, no lookup", lookup=False),
+        row("exact, no overlap", overlap=False),
+        row("exact, prior", prior=True),
+        row("exact, window 16", window=16),
+        row("exact, window auto", window="auto"),
+        row("threshold 0.1, window 16", accept="threshold", window=16),
     ]
 
 
 def main() -> None:
-    options, facts = arguments(), machine_facts()
+    options = arguments()
+    with tempfile.TemporaryDirectory() as folder:  # a prior of earlier runs would be a better one
+        os.environ["OFFLOAD_SIRIUS_CACHE"] = folder
+        compare(options)
+
+
+def compare(options: argparse.Namespace) -> None:
+    facts = machine_facts()
     prompts = first_prompts()[: options.num_prompts]
-    budget = device_budget(options.model)
+    budget, rates = device_budget(options.model), measured_rates("float32")
+    resident = EngineConfig(model=options.model, dtype="float32", device="cpu", max_context=CONTEXT, decoding=FULL)
+    reference = measure(Row(name="reference", decoding=FULL, num_tokens=options.max_new_tokens), resident, prompts)
     results: list[RowResult] = []
-    reference: list[Generation] = []
+    full: list[Generation] = []
     for row in rows(options.max_new_tokens):
-        answers = measure(row, options, budget, prompts)
-        reference = reference or answers
-        results.append(result_of(row, answers, reference, options.link_gbps))
+        config = config_of(row, options, budget)
+        answers = measure(row, config, prompts)
+        full = full or answers
+        results.append(
+            result_of(row, answers, full, reference, predicted_seconds(row, config, rates, answers), options.link_gbps)
+        )
         print(line_of(results[-1]), flush=True)
     finish("hotset", report(results, options, budget, len(prompts)) | facts, options.out)
 
@@ -122,40 +155,66 @@ def device_budget(model: str) -> int:
     return plan.device_nbytes - plan.device_bill["slots"] + 2 * layout.records_nbytes
 
 
-def measure(row: Row, options: argparse.Namespace, budget: int, prompts: Sequence[str]) -> list[Generation]:
-    """Load once, answer every prompt; a first answer warms up."""
-    settings = {name: getattr(row.decoding, name) for name in vars(row.decoding)}
-    with offload_sirius.load(
-        options.model,
+def config_of(row: Row, options: argparse.Namespace, budget: int) -> EngineConfig:
+    return EngineConfig(
+        model=options.model,
         dtype="float32",
         device="cpu",
         max_context=CONTEXT,
         device_memory=str(budget),
         link_gbps=options.link_gbps,
-        **settings,
-    ) as engine:
+        decoding=row.decoding,
+    )
+
+
+def measure(row: Row, config: EngineConfig, prompts: Sequence[str]) -> list[Generation]:
+    """Load once, answer every prompt; a first answer warms up."""
+    with offload_sirius.load(**vars(config)) as engine:
         engine.generate(prompts[0], max_new_tokens=2)
         return [engine.generate(prompt, max_new_tokens=row.num_tokens, ignore_eos=True) for prompt in prompts]
 
 
-def result_of(row: Row, answers: Sequence[Generation], full: Sequence[Generation], link_gbps: float) -> RowResult:
+def predicted_seconds(row: Row, config: EngineConfig, rates: Rates, answers: Sequence[Generation]) -> float | None:
+    """Seconds of a token by the planner, for as many tokens a window as there were."""
+    prompt_tokens = int(median(answer.prompt_tokens for answer in answers))
+    predicted = plan_model(open_model(config.model).checkpoint, config, host_hardware()).predict(rates, prompt_tokens)
+    if not row.decoding.drafts:
+        return predicted.seconds_per_token
+    aal = mean([answer.aal for answer in answers])
+    if not isinstance(row.decoding.window, int) or aal is None:
+        return None
+    assert predicted.draft is not None
+    return ((row.decoding.window - 1) * predicted.draft.seconds + predicted.windows[0].correction.seconds) / aal
+
+
+def result_of(
+    row: Row,
+    answers: Sequence[Generation],
+    full: Sequence[Generation],
+    reference: Sequence[Generation],
+    predicted: float | None,
+    link_gbps: float,
+) -> RowResult:
     seconds = [answer.decode_seconds / (answer.new_tokens - 1) for answer in answers]
     full_seconds = [answer.decode_seconds / (answer.new_tokens - 1) for answer in full]
     nbytes = [moved_nbytes(answer) / (answer.new_tokens - 1) for answer in answers]
     shares = [each / (link_gbps * 1e9) / spent for each, spent in zip(nbytes, seconds, strict=True)]
-    begins = zip(answers, full, strict=True)
+    both = zip(answers, reference, strict=True)
     return RowResult(
         name=row.name,
         seconds_per_token=median(seconds),
         ratio_to_full=median(theirs / ours for ours, theirs in zip(seconds, full_seconds, strict=True)),
         link_share=median(shares),
         busy_share=median(answer.link.busy_share or 0.0 for answer in answers),
+        predicted_seconds_per_token=predicted,
         aal=mean([answer.aal for answer in answers]),
         acceptance=mean([answer.acceptance for answer in answers]),
         draft_seconds=middle([answer.draft_seconds for answer in answers]),
         correction_seconds=middle([answer.correction_seconds for answer in answers]),
         nbytes_per_token=median(nbytes),
-        num_equal=sum(ours.token_ids[:NUM_FULL_TOKENS] == theirs.token_ids[:NUM_FULL_TOKENS] for ours, theirs in begins),
+        num_equal=sum(ours.token_ids == theirs.token_ids[: ours.new_tokens] for ours, theirs in both),
+        churn=mean([answer.churn for answer in answers]),
+        num_looked_up=sum(answer.tokens_by_origin.lookup for answer in answers),
         device_plan_nbytes=answers[0].memory.device_plan_bytes,
         all_seconds_per_token=seconds,
     )
@@ -179,9 +238,13 @@ def mean(values: Sequence[float | None]) -> float | None:
 
 def line_of(result: RowResult) -> str:
     aal = f"{result.aal:5.2f}" if result.aal else "    -"
-    draft, correction = (f"{each:.3f}" if each else "  -  " for each in (result.draft_seconds, result.correction_seconds))
+    draft, correction, predicted = (
+        f"{each:.3f}" if each else "  -  "
+        for each in (result.draft_seconds, result.correction_seconds, result.predicted_seconds_per_token)
+    )
     return (
-        f"{result.name:30} {result.seconds_per_token:6.3f} s/token  x{result.ratio_to_full:5.2f}  AAL {aal}  draft {draft} s  "
+        f"{result.name:26} {result.seconds_per_token:6.3f} s/token (predicted {predicted})  x{result.ratio_to_full:5.2f}  "
+        f"AAL {aal}  draft {draft} s  "
         f"correction {correction} s  {result.nbytes_per_token / 1e6:6.1f} MB/token  link {result.link_share:.0%} used, "
         f"{result.busy_share:.0%} busy, {result.num_equal} equal"
     )

@@ -20,22 +20,18 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-import tempfile
 from dataclasses import dataclass, replace
 from itertools import pairwise, product
 from pathlib import Path
 
-import torch
+from rates_now import measured_rates
 from report import finish, machine_facts
 
 import offload_sirius
-from offload_sirius.bench.rates import measure_rates
-from offload_sirius.cache import cache_folder
 from offload_sirius.config import SPARSITIES, DecodingConfig, EngineConfig, Sparsity
 from offload_sirius.decode.result import Generation
 from offload_sirius.engine import Engine
-from offload_sirius.engine.placement import DTYPES
-from offload_sirius.engine.planning import Planned, assumed_rates, dtype_of, host_hardware, plan_model
+from offload_sirius.engine.planning import Planned, dtype_of, host_hardware, plan_model
 from offload_sirius.rates import NAMES, Rates
 from offload_sirius.weights.predict import Bound
 from offload_sirius_loaders import open_checkpoint
@@ -94,7 +90,7 @@ def main() -> int:
     shapes = SHAPES if options.shape is None else SHAPES[options.shape : options.shape + 1]
     rows: list[Row] = []
     for model, share in product(shapes, RESIDENT_SHARES):
-        rates = measured_rates(model, options.disk)
+        rates = rates_for(model, options.disk)
         for link_gbps in LINKS_GBPS:
             rows.append(steady_row(model, share, link_gbps, rates, options))
             show(rows[-1])
@@ -124,17 +120,9 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def measured_rates(model: str, disk: Path | None) -> Rates:
+def rates_for(model: str, disk: Path | None) -> Rates:
     """Rates of this machine, now, in the type that the model computes in."""
-    dtype = dtype_of(EngineConfig(), open_checkpoint(model).spec)
-    assumed = assumed_rates(host_hardware())
-    with tempfile.TemporaryDirectory(dir=existing(cache_folder())) as folder:
-        return measure_rates(torch.device("cpu"), DTYPES[dtype], disk or Path(folder), assumed, "measured now")
-
-
-def existing(folder: Path) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+    return measured_rates(dtype_of(EngineConfig(), open_checkpoint(model).spec), disk)
 
 
 def steady_row(model: str, share: float, link_gbps: float, rates: Rates, options: argparse.Namespace) -> Row:
@@ -143,7 +131,7 @@ def steady_row(model: str, share: float, link_gbps: float, rates: Rates, options
         found = replace(row(model, share, link_gbps, rates, options.passes), num_disturbed=num_disturbed)
         if max(found.all_seconds) <= STEADY * min(found.all_seconds):
             break
-        rates = measured_rates(model, options.disk)
+        rates = rates_for(model, options.disk)
     return found
 
 
@@ -174,7 +162,7 @@ def row(model: str, share: float, link_gbps: float, rates: Rates, num_passes: in
 def steady_draft_rows(model: str, sparsity: Sparsity, options: argparse.Namespace) -> list[Row]:
     """As steady_row, of the passes of a window."""
     for num_disturbed in range(MOST_ATTEMPTS):
-        rates = measured_rates(model, options.disk)
+        rates = rates_for(model, options.disk)
         found = [replace(each, num_disturbed=num_disturbed) for each in draft_rows(model, sparsity, rates)]
         if all(max(each.all_seconds) <= STEADY * min(each.all_seconds) for each in found):
             break

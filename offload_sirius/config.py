@@ -212,7 +212,9 @@ class EngineConfig:
     threads: int | None = _setting(
         None, "CPU threads to compute with. Default: the physical cores, less one while layers come from disk."
     )
-
+    cuda_graphs: bool = _setting(
+        True, "Launch the kernels of a resident draft step together, as a CUDA graph. Has no effect on a CPU, nor on trees."
+    )
     shared_host_buffers: int | None = _setting(
         None, "Let all streamed layers share this many host buffers: timing of synthetic shapes that exceed host memory."
     )

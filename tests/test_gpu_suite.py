@@ -16,6 +16,7 @@ import typer
 from offload_sirius.cli.app import app
 
 ROOT = Path(__file__).parents[1]
+RESIDENT = "resident drafts, 70B int8-sized, 24 GiB"
 
 
 @pytest.fixture(scope="module")
@@ -69,11 +70,11 @@ def test_the_files_with_gpu_tests_are_those_it_names(suite: ModuleType) -> None:
         ("import time; time.sleep(60)", "did not end within 1 s"),
     ],
 )
-def test_a_part_that_fails_is_a_row_that_says_so(suite: ModuleType, program: str, found: str) -> None:
+def test_a_part_that_fails_is_a_row_that_says_so(suite: ModuleType, program: str, found: str, tmp_path: Path) -> None:
     part = suite.Part(
         name="part", command=(sys.executable, "-c", program), judge=suite.judge_ratio(most=1), needs_cuda=False, limit_seconds=1.0
     )
-    outcome = suite.run_part(part, has_cuda=False, seconds_left=100.0)
+    outcome = suite.run_part(part, has_cuda=False, seconds_left=100.0, folder=tmp_path)
     assert outcome.held is False
     assert found in outcome.found
 
@@ -86,6 +87,36 @@ def test_what_falls_short_does_not_hold(suite: ModuleType) -> None:
     assert not suite.judge_stream(0.95, most_pinned=1.02)(figures | {"pageable_nbytes": 1})[0]
 
 
+def test_resident_passes_that_take_longer_than_their_bytes_do_not_hold(suite: ModuleType) -> None:
+    figures = {"is_recorded": True, "draft_ratio": 1.3, "launched_ratio": 2.0, "correction_ratio": 1.04}
+    assert suite.judge_hot_passes(figures)[0]
+    for worse in ({"is_recorded": False}, {"draft_ratio": 1.36}, {"correction_ratio": 1.06}):
+        assert not suite.judge_hot_passes(figures | worse)[0]
+
+
+def test_the_part_of_resident_passes_measures_a_small_shape_without_a_gpu_and_leaves_its_trace(
+    suite: ModuleType, tmp_path: Path
+) -> None:
+    [part] = [part for part in suite.PARTS if part.judge is suite.judge_hot_passes]
+    small = {f"{suite.SEVENTY}?layers=40": "synthetic:small?dtype=F32", "24GiB": "60MiB"}
+    command = (*(small.get(word, word) for word in part.command), "--device", "cpu", "--link-gbps", "0.5")
+    figures = suite.figures_of(command, 120.0, tmp_path)
+    neurons = json.loads((tmp_path / "gpu-suite-resident-drafts.trace.json").read_text())["traceEvents"]
+    assert any("cold neurons" in event["name"] for event in neurons)
+    assert figures["is_recorded"] is False
+    assert figures["cold_nbytes"] == 8 * 344 * 3 * 256 * 4
+    held, found = suite.judge_hot_passes(figures)
+    assert not held, "on a CPU nothing is recorded"
+    assert found.startswith("a draft takes ")
+
+
+def test_resident_passes_without_a_gpu_and_without_a_link_are_one_line(suite: ModuleType) -> None:
+    command = [*suite.script("hot_passes")[:2], "--device", "cpu"]
+    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert ran.returncode == 2
+    assert ran.stderr == "error: no CUDA device: give --link-gbps, and a small --model, to emulate the link of one\n"
+
+
 def test_an_answer_that_is_not_mode_full_s_does_not_hold(suite: ModuleType) -> None:
     rows = [{"name": "full", "accept": None, "num_identical": 2}, {"name": "griffin", "accept": "exact", "num_identical": 2}]
     assert suite.judge_exact({"num_prompts": 2, "rows": rows})[0]
@@ -94,7 +125,7 @@ def test_an_answer_that_is_not_mode_full_s_does_not_hold(suite: ModuleType) -> N
 
 
 def test_without_a_gpu_its_parts_are_left_out_and_the_others_run(tmp_path: Path) -> None:
-    command = [sys.executable, str(ROOT / "tools" / "gpu_suite.py"), "--out", str(tmp_path), "--only", "graphs", "stream 8B"]
+    command = [sys.executable, str(ROOT / "tools" / "gpu_suite.py"), "--out", str(tmp_path), "--only", "graphs", RESIDENT]
     ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env={"CUDA_VISIBLE_DEVICES": ""})
     assert ran.returncode == 0, ran.stderr
     [file] = tmp_path.iterdir()

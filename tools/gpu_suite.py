@@ -1,4 +1,4 @@
-"""Everything that needs a GPU, in one command of at most eight minutes: tests, rates, passes, and what they are compared with.
+"""Everything that needs a GPU, in one command of less than ten minutes: tests, rates, passes, and what they are compared with.
 
     PYTHONPATH=.:loaders python3 tools/gpu_suite.py --out FOLDER
     PYTHONPATH=.:loaders python3 tools/gpu_suite.py --only "link" "stream 70B int8-sized"
@@ -32,9 +32,12 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 from report import machine_facts  # noqa: E402  beside the scripts, as they import it
 
-TOTAL_SECONDS = 8 * 60
+TOTAL_SECONDS = 9.5 * 60
 GPU_TESTS = ("tests/weights/test_cuda.py", "tests/kernels/test_gather.py")
 """Files with tests that need a GPU, by name: others import packages that a machine for them need not have."""
+
+MOST_DRAFT_RATIO, MOST_CORRECTION_RATIO = 1.35, 1.05
+"""Seconds of resident passes beside those of their bytes, at most."""
 
 Figures = dict[str, Any]
 Verdict = tuple[bool, str]
@@ -110,6 +113,16 @@ def judge_exact(figures: Figures) -> Verdict:
     return bool(exact) and not wrong, f"{len(exact) - len(wrong)} of {len(exact)} ways to draft give mode full's tokens"
 
 
+def judge_hot_passes(figures: Figures) -> Verdict:
+    """A draft step must be recorded, and take little more than its bytes in device memory; a correction its own over the link."""
+    draft, correction = figures["draft_ratio"], figures["correction_ratio"]
+    found = (
+        f"a draft takes {draft:.2f} of its bytes (at most {MOST_DRAFT_RATIO}), launched {figures['launched_ratio']:.2f}; "
+        f"a correction {correction:.3f} of its own (at most {MOST_CORRECTION_RATIO})"
+    )
+    return figures["is_recorded"] and draft <= MOST_DRAFT_RATIO and correction <= MOST_CORRECTION_RATIO, found
+
+
 def judge_graphs(figures: Figures) -> Verdict:
     saved = (figures["launched_seconds"] - figures["graph_seconds"]) / figures["num_layers"]
     return True, f"a graph saves {saved * 1e6:.0f} us a layer"
@@ -117,6 +130,8 @@ def judge_graphs(figures: Figures) -> Verdict:
 
 SEVENTY = "synthetic:llama-3-70b"
 SHARED = ("--shared-host-buffers", "8")
+TRACE = "{folder}/gpu-suite-resident-drafts.trace.json"
+"""Stays beside the result file."""
 
 PARTS = (
     Part(name="link", command=offload_sirius("bench", "link"), judge=judge_link, needs_cuda=False),
@@ -135,6 +150,12 @@ PARTS = (
         limit_seconds=180,
     ),
     Part(name="stream 70B bf16, shared buffers", command=stream(SEVENTY, *SHARED), judge=judge_stream(0.97), limit_seconds=150),
+    Part(
+        name="resident drafts, 70B int8-sized, 24 GiB",
+        command=script("hot_passes", "--model", f"{SEVENTY}?layers=40", *SHARED, "--device-memory", "24GiB", "--trace", TRACE),
+        judge=judge_hot_passes,
+        limit_seconds=150,
+    ),
     Part(
         name="first token of 1000, 70B, shared buffers",
         command=script("first_token", "--model", SEVENTY, *SHARED, "--prompt-tokens", "1000"),
@@ -171,7 +192,7 @@ def main() -> int:
     for part in PARTS:
         if options.only and part.name not in options.only:
             continue
-        outcomes.append(run_part(part, has_cuda, TOTAL_SECONDS - (time.perf_counter() - began)))
+        outcomes.append(run_part(part, has_cuda, TOTAL_SECONDS - (time.perf_counter() - began), options.out))
         print(line(outcomes[-1]), flush=True)
         keep(path, outcomes, time.perf_counter() - began)
     print(f"{path}: {sum(outcome.held is False for outcome in outcomes)} of {len(outcomes)} parts did not hold")
@@ -208,8 +229,8 @@ def run_tests(has_cuda: bool) -> Outcome:
     return Outcome(name="tests", held=held, found=last, seconds=time.perf_counter() - began, figures={"output": tail})
 
 
-def run_part(part: Part, has_cuda: bool, seconds_left: float) -> Outcome:
-    """One command, held to its limit and to what is left of the suite's."""
+def run_part(part: Part, has_cuda: bool, seconds_left: float, folder: Path) -> Outcome:
+    """One command, held to its limit and to what is left of the suite's. folder: where what it writes beside figures stays."""
     if part.needs_cuda and not has_cuda:
         return Outcome(name=part.name, held=None, found="left out: no CUDA device", seconds=0.0, figures=None)
     limit = min(part.limit_seconds, seconds_left)
@@ -218,7 +239,7 @@ def run_part(part: Part, has_cuda: bool, seconds_left: float) -> Outcome:
     began = time.perf_counter()
     held, found, figures = False, "", None
     try:
-        figures = figures_of(part.command, limit)
+        figures = figures_of(part.command, limit, folder)
         held, found = part.judge(figures)
     except subprocess.TimeoutExpired:
         found = f"did not end within {limit:.0f} s"
@@ -231,10 +252,11 @@ class PartError(Exception):
     """A command that failed, or did not end with JSON."""
 
 
-def figures_of(command: tuple[str, ...], limit_seconds: float) -> Figures:
+def figures_of(command: tuple[str, ...], limit_seconds: float, folder: Path) -> Figures:
     """Run a command; the JSON of its last line. Raises PartError, subprocess.TimeoutExpired."""
     with tempfile.TemporaryDirectory() as scratch:
-        words = [word.format(scratch=f"{scratch}/result.json") if word == "{scratch}" else word for word in command]
+        places = {"{scratch}": f"{scratch}/result.json", TRACE: TRACE.format(folder=folder.resolve())}
+        words = [places.get(word, word) for word in command]
         ran = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False, timeout=limit_seconds)
     lines = ran.stdout.strip().splitlines()
     if ran.returncode != 0 or not lines:

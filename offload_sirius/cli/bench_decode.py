@@ -109,6 +109,7 @@ def decode(
     link_gbps: flags.LinkGbps = _ENGINE.link_gbps,
     dtype: flags.Dtype = _ENGINE.dtype,
     threads: flags.Threads = _ENGINE.threads,
+    cuda_graphs: flags.CudaGraphs = _ENGINE.cuda_graphs,
     shared_host_buffers: flags.SharedHostBuffers = _ENGINE.shared_host_buffers,
     plot: flags.Plot = None,
     trace: flags.Trace = None,
@@ -149,6 +150,7 @@ def decode(
         link_gbps=link_gbps,
         dtype=dtype,  # type: ignore[arg-type]  # checked by EngineConfig
         threads=threads,
+        cuda_graphs=cuda_graphs,
         shared_host_buffers=shared_host_buffers,
     )
     texts = BUILT_IN if prompts is None else read_prompts(Path(prompts))

@@ -35,6 +35,9 @@ Dtype = Annotated[str, _option(EngineConfig, "dtype", PLACE, metavar="DTYPE")]
 MaxContext = Annotated[int | None, _option(EngineConfig, "max_context", PLACE, metavar="N")]
 Auto = Annotated[bool, typer.Option("--auto", help=help_of(EngineConfig, "auto"), rich_help_panel=PLACE)]
 Threads = Annotated[int | None, _option(EngineConfig, "threads", PLACE, metavar="N")]
+CudaGraphs = Annotated[
+    bool, typer.Option("--cuda-graphs/--no-cuda-graphs", help=help_of(EngineConfig, "cuda_graphs"), rich_help_panel=PLACE)
+]
 SharedHostBuffers = Annotated[int | None, _option(EngineConfig, "shared_host_buffers", PLACE, metavar="N")]
 
 Mode = Annotated[str, _option(DecodingConfig, "mode", DECODING, metavar="MODE")]

@@ -64,6 +64,7 @@ def generate(
     max_context: flags.MaxContext = _ENGINE.max_context,
     auto: flags.Auto = _ENGINE.auto,
     threads: flags.Threads = _ENGINE.threads,
+    cuda_graphs: flags.CudaGraphs = _ENGINE.cuda_graphs,
     shared_host_buffers: flags.SharedHostBuffers = _ENGINE.shared_host_buffers,
     max_new_tokens: flags.MaxNewTokens = _GENERATION.max_new_tokens,
     stop: flags.Stop = None,
@@ -102,6 +103,7 @@ def generate(
         max_context=max_context,
         auto=auto,
         threads=threads,
+        cuda_graphs=cuda_graphs,
         shared_host_buffers=shared_host_buffers,
         decoding=decoding,
     )

@@ -47,6 +47,7 @@ def plan(
     dtype: flags.Dtype = _ENGINE.dtype,
     max_context: flags.MaxContext = _ENGINE.max_context,
     auto: flags.Auto = _ENGINE.auto,
+    cuda_graphs: flags.CudaGraphs = _ENGINE.cuda_graphs,
     device_tflops: flags.DeviceTflops = _PLAN.device_tflops,
     device_gbps: flags.DeviceGbps = _PLAN.device_gbps,
     disk_gbps: flags.DiskGbps = _PLAN.disk_gbps,
@@ -83,6 +84,7 @@ def plan(
         dtype=dtype,  # type: ignore[arg-type]  # checked by EngineConfig
         max_context=max_context,
         auto=auto,
+        cuda_graphs=cuda_graphs,
         decoding=decoding,
     )
     asked = PlanConfig(

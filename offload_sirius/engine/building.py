@@ -8,6 +8,7 @@ from pathlib import Path
 
 from offload_sirius.cache import cache_folder
 from offload_sirius.config import EngineConfig
+from offload_sirius.engine.captured import CapturedStep, ResidentLayers, recorder_on
 from offload_sirius.engine.engine import Engine
 from offload_sirius.engine.link import Arenas, Origins, make_arenas, make_link, uplink_to
 from offload_sirius.engine.opened import Model
@@ -99,7 +100,8 @@ def _join(
     stores.callback(streamer.close)
     cache = KVCache(spec, capacity=placement.context, dtype=dtype, device=placement.device)
     transformer = Transformer(spec, streamer, cache, tracer=tracer)
-    streamed = _decoded(device, placement, transformer, streamer)
+    captured = _captured(device, placement, transformer, streamer, progress, tracer)
+    streamed = _decoded(device, placement, transformer, streamer, captured)
     nbytes = device.nbytes + cache.nbytes + transformer.nbytes + plan.device_bill["sparsity"]
     return streamer, transformer, streamed, readers, nbytes, arenas.report()
 
@@ -143,14 +145,35 @@ def _streamer(
     )
 
 
+def _captured(
+    device: DeviceStore | HotDeviceStore,
+    placement: Placement,
+    transformer: Transformer,
+    streamer: WeightStreamer | HotStreamer,
+    progress: Progress,
+    tracer: Tracer | None,
+) -> CapturedStep | None:
+    """The draft step that the device records; None where it differs from step to step, or the device records none."""
+    recorder = recorder_on(placement.device) if placement.planned.records_drafts else None
+    if recorder is None:
+        return None
+    assert isinstance(device, HotDeviceStore)
+    step = transformer.fixed_step(ResidentLayers(device.layers, streamer))
+    return CapturedStep(step, recorder, progress.warn, tracer)
+
+
 def _decoded(
-    device: DeviceStore | HotDeviceStore, placement: Placement, transformer: Transformer, streamer: WeightStreamer | HotStreamer
+    device: DeviceStore | HotDeviceStore,
+    placement: Placement,
+    transformer: Transformer,
+    streamer: WeightStreamer | HotStreamer,
+    captured: CapturedStep | None,
 ) -> StreamedModel:
     """The model as decoding sees it."""
     decoding = placement.planned.config.decoding
     if isinstance(streamer, HotStreamer):
         assert placement.plan.hot is not None
-        return hot_model(transformer, streamer, placement.plan.hot.num_hot, decoding)
+        return hot_model(transformer, streamer, placement.plan.hot.num_hot, decoding, captured)
     assert isinstance(device, DeviceStore)
     return streamed_model(transformer, streamer, device.caches, decoding)
 

@@ -21,6 +21,7 @@ from offload_sirius.model.costs import (
     kv_cache_nbytes,
     mixing_flops,
     position_tables_nbytes,
+    recorded_steps_nbytes,
 )
 from offload_sirius.rates import DtypeName, Rates, Stored, assumed_cpu_rates, assumed_gpu_rates
 from offload_sirius.sparsity.costs import num_fetched, sparsity_nbytes
@@ -184,6 +185,11 @@ class Planned:
         return replace(self, budgets=budgets, plan=plan_for(self.spec, self.layout, self.demand, budgets))
 
     @property
+    def records_drafts(self) -> bool:
+        """Drafts are lines that are resident: steps which a device can record."""
+        return self.plan.hot is not None and records_drafts(self.config)
+
+    @property
     def stored_nbytes(self) -> dict[Part, int]:
         """Bytes of each part of a layer as its files have them."""
         return {part: stored_part_nbytes(self.checkpoint, 0, part) for part in PARTS}
@@ -280,6 +286,7 @@ def plan_model(
     sparse = sparsity_of(decoding, spec)
     num_kept = decoding.num_kept(spec.ffn_width)
     resident_draft = sparse is not None and decoding.draft == "resident"
+    recorded = resident_draft and hardware.own_memory and records_drafts(config)
     num_gathered = num_kept if sparse == "griffin" and not resident_draft else 0
     layout = layer_layout(spec, element_nbytes, num_gathered, config.weight_format)
     demand = Demand(
@@ -287,7 +294,8 @@ def plan_model(
         position_tables_nbytes=position_tables_nbytes(spec, context, element_nbytes),
         activation_nbytes=activation_nbytes(
             spec, context, element_nbytes, batch=batch, step_rows=decoding.max_nodes, observed=sparse is not None
-        ),
+        )
+        + (recorded_steps_nbytes(spec, context, element_nbytes) if recorded else 0),
         reader_nbytes=reader_nbytes(checkpoint),
         embedding_on_device=spec.tied_head,
         staged=hardware.own_memory,
@@ -324,6 +332,11 @@ def sparsity_of(decoding: DecodingConfig, spec: ModelSpec) -> Sparsity | None:
     """How draft steps of that model are sparse; None where there are none, or they keep all neurons."""
     keeps_all = decoding.num_kept(spec.ffn_width) == spec.ffn_width
     return decoding.sparsity if decoding.drafts and not keeps_all else None
+
+
+def records_drafts(config: EngineConfig) -> bool:
+    """Whether draft steps that move nothing are recorded where the device can. Those of a tree have ever other shapes."""
+    return config.cuda_graphs and config.decoding.tree_width == 1
 
 
 def dtype_of(config: EngineConfig, spec: ModelSpec) -> DtypeName:

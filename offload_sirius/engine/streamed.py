@@ -14,6 +14,7 @@ from torch import Tensor
 
 from offload_sirius.config import AUTO, DecodingConfig
 from offload_sirius.decode.model import Pass
+from offload_sirius.engine.captured import CapturedStep
 from offload_sirius.engine.planning import CARGO, sparsity_of
 from offload_sirius.model.feed_forward import FeedForward
 from offload_sirius.model.transformer import TokenTree, Transformer
@@ -53,13 +54,22 @@ class StreamedModel:
     """Satisfies decode.model.Model."""
 
     def __init__(
-        self, transformer: Transformer, source: Source, ways: Mapping[Pass, Way], sparsity: Griffin | Cats | HotSet | None = None
+        self,
+        transformer: Transformer,
+        source: Source,
+        ways: Mapping[Pass, Way],
+        sparsity: Griffin | Cats | HotSet | None = None,
+        captured: CapturedStep | None = None,
     ) -> None:
-        """sparsity: whose feed-forwards are among the ways; None where they compute all neurons."""
+        """sparsity: whose feed-forwards are among the ways; None where they compute all neurons.
+
+        captured: takes draft steps of a single token that compute what `ways` says; None: there are none.
+        """
         self.sparsity = sparsity
         self._transformer = transformer
         self._source = source
         self._ways = ways
+        self._captured = captured
 
     @property
     def length(self) -> int:
@@ -86,7 +96,9 @@ class StreamedModel:
 
     def draft(self, token_ids: Tensor, tree: TokenTree | None = None, *, following: Pass) -> Tensor:
         """See Model."""
-        return self._transformer.step(token_ids, tree, self._begin("draft", following))
+        feed_forward = self._begin("draft", following)
+        captured = self._captured.step(token_ids) if self._captured is not None and tree is None else None
+        return self._transformer.step(token_ids, tree, feed_forward) if captured is None else captured
 
     def correct(self, token_ids: Tensor, tree: TokenTree | None = None, *, following: Pass) -> Tensor:
         """See Model."""
@@ -123,8 +135,14 @@ def streamed_model(
     )
 
 
-def hot_model(transformer: Transformer, streamer: HotStreamer, num_hot: int, decoding: DecodingConfig) -> StreamedModel:
-    """The model whose drafts are on the device."""
+def hot_model(
+    transformer: Transformer,
+    streamer: HotStreamer,
+    num_hot: int,
+    decoding: DecodingConfig,
+    captured: CapturedStep | None = None,
+) -> StreamedModel:
+    """The model whose drafts are on the device. captured: the draft step of a single token, recorded; None: it is not."""
     decay = decoding.refresh_decay if decoding.refresh else None
     hot_set = HotSet(transformer.spec, streamer, num_hot, decay=decay, device=transformer.cache.device)
     ways: dict[Pass, Way] = {
@@ -133,7 +151,7 @@ def hot_model(transformer: Transformer, streamer: HotStreamer, num_hot: int, dec
         "correction": Way(cargo="cold", feed_forward=hot_set.correction),
         "full": Way(cargo="cold", feed_forward=hot_set.full),
     }
-    return StreamedModel(transformer, streamer, ways, hot_set)
+    return StreamedModel(transformer, streamer, ways, hot_set, captured)
 
 
 def _thresholds(decoding: DecodingConfig, spec: ModelSpec, device: torch.device) -> Tensor | None:

@@ -11,6 +11,18 @@ CHUNK_SIZE = 512
 """Tokens of a prompt that are computed at once: enough to keep the arithmetic units busy, few enough for small activations."""
 
 
+LEAST_EXTENT = 256
+"""Slots of the cache that a step of fixed extent looks at, at least. Others are twice as many, and so on up to the whole cache:
+never more than twice what is needed, and few steps to record."""
+
+GRAPH_POOL_NBYTES = 22 << 20
+"""What torch takes for a pool of memory beyond what is used of it: one piece of each size, 2 and 20 MiB."""
+
+GRAPH_KERNELS, GRAPH_KERNEL_NBYTES = 48, 2048
+"""Kernels of a layer in a recorded step, where torch has no kernel for a whole norm, and what the driver keeps of each on the
+device. The second is assumed, as nobody has measured it."""
+
+
 def kv_cache_nbytes(spec: ModelSpec, batch: int, capacity: int, element_nbytes: int) -> int:
     """Bytes of a cache for that many sequences of `capacity` positions."""
     return (
@@ -63,6 +75,39 @@ def activation_nbytes(
 def position_tables_nbytes(spec: ModelSpec, num_positions: int, element_nbytes: int) -> int:
     """Device bytes that a model keeps for that many positions beside the cache: rotations, and their numbers as int64."""
     return rotary_nbytes(spec, num_positions, element_nbytes) + 8 * num_positions
+
+
+def extents(capacity: int) -> tuple[int, ...]:
+    """All extents of a cache of that many positions, ascending."""
+    found = [LEAST_EXTENT]
+    while found[-1] < capacity:
+        found.append(2 * found[-1])
+    return (*found[:-1], capacity)
+
+
+def extent_of(position: int, capacity: int) -> int:
+    """The least extent in which a position lies."""
+    return next(extent for extent in extents(capacity) if position < extent)
+
+
+def fixed_step_nbytes(spec: ModelSpec, element_nbytes: int) -> int:
+    """Device bytes of what goes into a step of fixed places, and what comes out."""
+    return (
+        element_nbytes * spec.width  # the embedded token
+        + 8  # its position
+        + 4 * spec.vocab_size  # logits
+    )
+
+
+def recorded_steps_nbytes(spec: ModelSpec, capacity: int, element_nbytes: int) -> int:
+    """Upper bound of the device bytes of such steps, recorded for every extent. They compute in one pool of memory."""
+    return (
+        fixed_step_nbytes(spec, element_nbytes)
+        + GRAPH_POOL_NBYTES
+        + activation_nbytes(spec, 1, element_nbytes)
+        + capacity * len(set(spec.layer_windows)) * (3 + element_nbytes)  # what a layer sees, as flags and as numbers
+        + len(extents(capacity)) * spec.num_layers * GRAPH_KERNELS * GRAPH_KERNEL_NBYTES
+    )
 
 
 def _norm_nbytes(spec: ModelSpec, num_rows: int, element_nbytes: int) -> int:

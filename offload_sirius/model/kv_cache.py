@@ -23,8 +23,9 @@ class KVCache:
         self, spec: ModelSpec, capacity: int, *, dtype: torch.dtype, device: torch.device | str = "cpu", batch: int = 1
     ) -> None:
         shape = (spec.num_layers, batch, spec.num_kv_heads, capacity, spec.head_dim)
-        self.keys = torch.empty(shape, dtype=dtype, device=device)  # [L, B, K, T, E]
-        self.values = torch.empty_like(self.keys)
+        # Zeros, as a step of fixed extent reads slots that nobody has written: their weight is 0, and 0 times no number is none.
+        self.keys = torch.zeros(shape, dtype=dtype, device=device)  # [L, B, K, T, E]
+        self.values = torch.zeros_like(self.keys)
         self.capacity = capacity
         self.length = 0
         # Taking a layer out of the big tensor costs as much as writing a token; do it once.
@@ -60,6 +61,12 @@ class KVCache:
         num_tokens = keys.shape[2]
         cached_keys.narrow(2, start, num_tokens).copy_(keys)
         cached_values.narrow(2, start, num_tokens).copy_(values)
+
+    def write_at(self, layer: int, positions: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Put keys and values [B, K, S, E] at these positions of the layer, int64 [S] on the device."""
+        cached_keys, cached_values = self._layers[layer]
+        cached_keys.index_copy_(2, positions, keys)
+        cached_values.index_copy_(2, positions, values)
 
     def read(self, layer: int, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """Keys and values of positions start, ..., stop - 1 of the layer, [B, K, stop - start, E] each: views, no copies."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
@@ -72,8 +73,15 @@ def window_mask(query_positions: Tensor, key_positions: Tensor, window: int) -> 
     return key_positions > query_positions[:, None] - window
 
 
+def added_mask(seen: Tensor, dtype: torch.dtype) -> Tensor:
+    """A mask as numbers to be added to scores: 0 where the key is seen, minus infinity where not."""
+    return torch.zeros_like(seen, dtype=dtype).masked_fill_(~seen, -torch.inf)
+
+
 def grouped_attention(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
-    """Attention where G query heads share a key and value head. mask: bool [S, T], true is seen; None sees everything.
+    """Attention where G query heads share a key and value head.
+
+    mask: [S, T], bool, true is seen, or numbers as of `added_mask`; None sees everything.
 
     queries [B, S, H, E], keys and values [B, K, T, E] -> [S, HE] (B = 1)
 
@@ -84,7 +92,7 @@ def grouped_attention(queries: Tensor, keys: Tensor, values: Tensor, mask: Tenso
     num_kv_heads = keys.shape[1]
     groups = queries.view(batch, num_tokens, num_kv_heads, -1, head_dim)  # [B, S, H, E] -> [B, S, K, G, E]
     rows = groups.transpose(1, 2).flatten(2, 3)  # -> [B, K, SG, E]
-    if mask is not None:
+    if mask is not None and num_tokens > 1:  # that of a single token serves all heads of the group as it is
         mask = mask.repeat_interleave(num_heads // num_kv_heads, dim=0)  # [S, T] -> [SG, T]
     mixed = functional.scaled_dot_product_attention(rows, keys, values, attn_mask=mask)
     groups = mixed.view(batch, num_kv_heads, num_tokens, -1, head_dim).transpose(1, 2)  # -> [B, S, K, G, E]

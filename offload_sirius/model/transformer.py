@@ -15,21 +15,16 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from offload_sirius.errors import PromptError
-from offload_sirius.kernels.matrix import project
 from offload_sirius.model.costs import CHUNK_SIZE
 from offload_sirius.model.feed_forward import DenseFeedForward, FeedForward
+from offload_sirius.model.fixed_step import FixedStep
 from offload_sirius.model.kv_cache import KVCache
-from offload_sirius.model.ops import (
-    causal_mask,
-    grouped_attention,
-    rms_norm,
-    window_mask,
-)
-from offload_sirius.model.rope import RotaryTable, Rotation, rotate
-from offload_sirius.model.source import AttentionWeights, WeightSource
+from offload_sirius.model.layers import head_logits, run_layers
+from offload_sirius.model.ops import causal_mask, window_mask
+from offload_sirius.model.rope import RotaryTable, Rotation
+from offload_sirius.model.source import WeightSource
 from offload_sirius.trace import Tracer, during
 from offload_sirius_loaders.spec import ModelSpec
 
@@ -51,7 +46,7 @@ class TokenTree:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Chunk:
-    """Tokens in neighbouring slots of the cache that go through a layer together."""
+    """Tokens in neighbouring slots of the cache. See Rows."""
 
     hidden: Tensor
     """[C, D]: rows of the hidden states of the pass. Layers add to them in place."""
@@ -67,17 +62,23 @@ class Chunk:
     mask: Tensor | None
     """bool [C, T]: which slots each token sees; None where it is all up to its own."""
 
-    def visible(self, window: int | None) -> tuple[int, Tensor | None]:
-        """The first slot that any token sees, and a mask bool [C, T - first] of the slots from there on.
+    def write(self, cache: KVCache, layer: int, keys: Tensor, values: Tensor) -> None:
+        """See Rows."""
+        cache.write(layer, self.start, keys, values)
 
-        The window counts a token's own position. A single token sees all slots that are left and needs no mask.
-        """
+    def read(self, cache: KVCache, layer: int, window: int | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """See Rows. A single token sees all slots from the first one in its window on, and needs no mask."""
         first = 0 if window is None else max(0, self.least_position - window + 1)
+        keys, values = cache.read(layer, first, self.stop)
+        return keys, values, self._mask(first, window)
+
+    def _mask(self, first: int, window: int | None) -> Tensor | None:
+        """bool [C, T - first]: what each token sees of the slots from the first one on."""
         if self.mask is None and self.hidden.shape[0] == 1:
-            return first, None
+            return None
         queries, keys = self.key_positions[self.start :], self.key_positions[first:]
         mask = causal_mask(queries, keys) if self.mask is None else self.mask[:, first:]
-        return first, mask if window is None else mask & window_mask(queries, keys, window)
+        return mask if window is None else mask & window_mask(queries, keys, window)
 
 
 class Transformer:
@@ -102,7 +103,6 @@ class Transformer:
         self._dense = DenseFeedForward(source, spec.activation)
         self._rotary = RotaryTable(spec, num_positions=cache.capacity, dtype=cache.dtype, device=cache.device)
         self._slots = torch.arange(cache.capacity, device=cache.device)
-        self._num_turned = spec.num_heads + spec.num_kv_heads
 
     @property
     def nbytes(self) -> int:
@@ -141,6 +141,10 @@ class Transformer:
         self.cache.advance(len(token_ids))
         return self._logits(hidden)
 
+    def fixed_step(self, source: WeightSource) -> FixedStep:
+        """Steps of one token, in the same cache, that a device can record. source: where all weights stay at their places."""
+        return FixedStep(self.spec, source, self.cache, self._rotary, self._slots)
+
     def _line(self, hidden: Tensor, start: int) -> Chunk:
         """Tokens that follow each other: a token's slot is its position."""
         stop = start + hidden.shape[0]
@@ -171,43 +175,10 @@ class Transformer:
         )
 
     def _pass(self, chunks: list[Chunk], feed_forward: FeedForward) -> None:
-        """Take every chunk through every layer. A layer is asked for once; its neurons may arrive while attention computes."""
-        for layer, window in enumerate(self.spec.layer_windows):
-            attention = self._source.attention(layer)
-            for chunk in chunks:
-                self._attend(layer, window, attention, chunk)
-            neurons = feed_forward.open(layer)
-            for chunk in chunks:
-                normed = rms_norm(chunk.hidden, attention.post_norm, self.spec.norm_eps)  # [C, D]
-                chunk.hidden.add_(neurons(normed))
-            feed_forward.close(layer)
-            self._source.release(layer)
-
-    def _attend(self, layer: int, window: int | None, weights: AttentionWeights, chunk: Chunk) -> None:
-        """Attention block: the chunk's tokens see the slots before them, and enter their own keys and values."""
-        normed = rms_norm(chunk.hidden, weights.input_norm, self.spec.norm_eps)
-        projected = project(normed, weights.qkv, weights.qkv_bias)  # [C, D] -> [C, (H + 2K)E]
-        heads = projected.view(1, -1, self._num_turned + self.spec.num_kv_heads, self.spec.head_dim)  # -> [B, C, H + 2K, E]
-        turning, values = heads.split_with_sizes((self._num_turned, self.spec.num_kv_heads), dim=2)
-        self._norm_heads(turning, weights)
-        # Queries and keys lie beside each other and turn alike: one rotation for both.
-        queries, keys = rotate(turning, chunk.rotation).split_with_sizes((self.spec.num_heads, self.spec.num_kv_heads), dim=2)
-        self.cache.write(layer, chunk.start, keys.transpose(1, 2), values.transpose(1, 2))  # [B, C, K, E] -> [B, K, C, E]
-        first, mask = chunk.visible(window)
-        keys, values = self.cache.read(layer, first, chunk.stop)  # [B, K, T - first, E]
-        mixed = grouped_attention(queries, keys, values, mask)  # [B, C, H, E] -> [C, HE]
-        chunk.hidden.add_(project(mixed, weights.output, weights.output_bias))  # [C, HE] -> [C, D]
-
-    def _norm_heads(self, heads: Tensor, weights: AttentionWeights) -> None:
-        """qwen3 norms each query and key head before it is turned: [B, C, H + K, E], in place."""
-        if weights.q_norm is None or weights.k_norm is None:
-            return
-        queries, keys = heads.split_with_sizes((self.spec.num_heads, self.spec.num_kv_heads), dim=2)
-        queries.copy_(rms_norm(queries, weights.q_norm, self.spec.norm_eps))
-        keys.copy_(rms_norm(keys, weights.k_norm, self.spec.norm_eps))
+        """Take every chunk through every layer."""
+        run_layers(self.spec, self._source, self.cache, chunks, feed_forward)
 
     def _logits(self, hidden: Tensor) -> Tensor:
         """[S, D] -> float32 [S, V]"""
         with during(self._tracer, "compute", "head"):
-            normed = rms_norm(hidden, self._source.final_norm, self.spec.norm_eps)
-            return functional.linear(normed, self._source.head).float()
+            return head_logits(self.spec, self._source, hidden)

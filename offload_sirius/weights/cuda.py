@@ -19,6 +19,9 @@ from offload_sirius.weights.uploads import Event
 
 PCI_DEVICES = Path("/sys/bus/pci/devices")
 
+NUM_GRAPH_WARMUPS = 3
+"""As torch's documentation of graphs has it."""
+
 
 @dataclass(frozen=True)
 class CudaEvent:
@@ -60,6 +63,40 @@ class CudaClock:
         event = torch.cuda.Event(enable_timing=True)
         event.record(torch.cuda.current_stream(self._device))
         return event
+
+
+class CudaGraphs:
+    """Work of one device, recorded as graphs, each of which is one launch.
+
+    All graphs compute in one pool of memory, in any order, as none of them keeps anything there from one launch to the next.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device)
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def record(self, work: Callable[[], None]) -> Callable[[], None]:
+        """Do the work a few times, and return what launches all of it again, on the same tensors: those that were there before
+        have its results. Waits for the device. Raises RuntimeError where something in it cannot be captured."""
+        compute = torch.cuda.current_stream(self._device)
+        # Given back by this block, as a capture that fails leaves its own stream the current one.
+        with torch.cuda.device(self._device), torch.cuda.stream(compute):
+            self._warm_up(work, compute)
+            graph = torch.cuda.CUDAGraph()
+            # Other threads may copy meanwhile, and ask whether their copies are done: that is no error of this capture.
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+                work()
+        replay: Callable[[], None] = graph.replay
+        return replay
+
+    def _warm_up(self, work: Callable[[], None], compute: torch.cuda.Stream) -> None:
+        """Libraries set themselves up at their first calls, on the stream of the capture and not within it."""
+        self._stream.wait_stream(compute)  # it reads what was computed before
+        with torch.cuda.stream(self._stream):
+            for _ in range(NUM_GRAPH_WARMUPS):
+                work()
+        compute.wait_stream(self._stream)  # and writes what is read behind it
 
 
 @dataclass(frozen=True)

@@ -25,11 +25,11 @@ DOCUMENTED = {
         "--refresh-decay --tree-width --device --device-memory --host-memory --link-gbps --dtype --max-context --auto "
         "--threads --temperature --top-k --top-p --min-p --repetition-penalty --seed "
         "--stop --max-new-tokens --prompt --prompt-file --chat --ignore-eos "
-        "--shared-host-buffers --trace --json --verbose"
+        "--cuda-graphs --shared-host-buffers --trace --json --verbose"
     ),
     "plan": (
         "--model --mode --sparsity --keep --window --draft --tree-width --device --device-memory --host-memory --link-gbps "
-        "--dtype --max-context --auto --device-tflops "
+        "--dtype --max-context --auto --cuda-graphs --device-tflops "
         "--device-gbps --disk-gbps --prompt-tokens --batch --json --verbose"
     ),
     "doctor": "--path --measure --json",
@@ -39,7 +39,7 @@ DOCUMENTED = {
         "--model --prompts --limit --chat --modes --sparsity --keep --cats-threshold --window --accept --threshold "
         "--draft --refresh --refresh-decay --tree-width --force-aal "
         "--max-new-tokens --ignore-eos --temperature --top-k --top-p --min-p --repetition-penalty --seed "
-        "--device --device-memory --host-memory --link-gbps --dtype --threads --shared-host-buffers "
+        "--device --device-memory --host-memory --link-gbps --dtype --threads --cuda-graphs --shared-host-buffers "
         "--plot --trace --json --verbose"
     ),
     "bench stream": (
@@ -50,7 +50,10 @@ DOCUMENTED = {
 SETTINGS = [
     (config, name)
     for config, names in (
-        (EngineConfig, "model device device_memory host_memory link_gbps dtype max_context auto threads shared_host_buffers"),
+        (
+            EngineConfig,
+            "model device device_memory host_memory link_gbps dtype max_context auto threads shared_host_buffers cuda_graphs",
+        ),
         (DecodingConfig, "mode sparsity keep cats_threshold window accept threshold draft refresh refresh_decay tree_width"),
         (GenerationConfig, "max_new_tokens ignore_eos chat"),
         (SamplingConfig, "temperature top_k top_p min_p repetition_penalty seed"),

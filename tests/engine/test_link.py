@@ -23,6 +23,7 @@ from offload_sirius.units import MIB
 from offload_sirius.weights.plan import CHUNK_NBYTES, NUM_CHUNKS, as_flag
 from offload_sirius.weights.uploads import ChunkRoute, DiskRoute, PinnedRoute
 
+from ..model.recording import TapeRecorder
 from ..weights.simulated import SimulatedUplink
 from .conftest import Budgets, Load, hot_budgets
 
@@ -211,10 +212,13 @@ def test_corrected_drafts_are_the_full_model_s_answers_by_every_route(
     assert answer(load(progress=Warned(), **settings)) == expected
 
 
+@pytest.mark.parametrize("recorded", [True, False])
 @pytest.mark.parametrize("refresh", [True, False])
 def test_drafts_on_the_device_are_corrected_to_the_full_model_s_answers_whether_or_not_memory_can_be_pinned(
-    refresh: bool, load: Load, budgets: Budgets, with_uplink: WithUplink
+    refresh: bool, recorded: bool, load: Load, budgets: Budgets, with_uplink: WithUplink, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    recorder = TapeRecorder()
+    monkeypatch.setattr("offload_sirius.engine.building.recorder_on", lambda device: recorder if recorded else None)
     expected = answer(load(dtype="float32", **budgets("resident")))
     decoding = DecodingConfig(keep=0.4, window=4, draft="resident", refresh=refresh)
     settings = {"mode": "sirius", "draft": "resident", "decoding": decoding, **hot_budgets(decoding, num_slots=3)}
@@ -224,6 +228,7 @@ def test_drafts_on_the_device_are_corrected_to_the_full_model_s_answers_whether_
     found = engine.generate(PROMPT, max_new_tokens=12, ignore_eos=True)
     assert (found.link.bytes.draft, found.link.bytes.correction) == (0, found.passes.correction * engine.plan.pass_nbytes)
     assert engine._streamer.copied_nbytes >= sum(engine._streamer.pass_nbytes.values())
+    assert (recorder.num_played >= found.passes.draft) == recorded
     assert uplink.from_pageable_nbytes == 0
     engine.close()
     assert uplink.pinned == {}

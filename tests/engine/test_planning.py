@@ -28,6 +28,7 @@ from offload_sirius.engine.planning import (
     rates_of,
 )
 from offload_sirius.errors import BudgetError, ConfigError
+from offload_sirius.model.costs import recorded_steps_nbytes
 from offload_sirius.rates import NAMES, Stored, assumed_cpu_rates, rates_file, rates_from, write_rates
 from offload_sirius.sparsity.costs import num_fetched
 from offload_sirius.weights.pieces import load_nbytes
@@ -296,3 +297,31 @@ def test_a_broken_rates_file_is_told_and_used_no_further(load: Load, cache: Path
     cache.mkdir()
     rates_file(cache).write_text("{")
     assert load().rates_problem.startswith(f"{cache}/rates.json: is ignored, it does not hold rates; ")
+
+
+GPU = replace(HERE, own_memory=True, free_device_nbytes=4 << 30)
+
+
+@pytest.mark.parametrize(
+    ("hardware", "decoding", "billed"),
+    [
+        (GPU, DecodingConfig(draft="resident"), True),
+        (DESCRIBED, DecodingConfig(draft="resident"), True),
+        (GPU, DecodingConfig(draft="resident", mode="sparse"), True),
+        (HERE, DecodingConfig(draft="resident"), False),
+        (GPU, DecodingConfig(draft="resident", tree_width=2), False),
+        (GPU, DecodingConfig(draft="resident", keep=1), False),
+        (GPU, DecodingConfig(draft="streamed"), False),
+        (GPU, DecodingConfig(mode="full"), False),
+    ],
+    ids=str,
+)
+def test_a_plan_has_room_for_recorded_draft_steps_where_a_device_records_them(
+    hardware: Hardware, decoding: DecodingConfig, billed: bool
+) -> None:
+    config = EngineConfig(model="synthetic:small?dtype=F32", device_memory="1GiB", host_memory="1GiB", decoding=decoding)
+    with_graphs, without = (plan_model(SMALL, replace(config, cuda_graphs=each), hardware) for each in (True, False))
+    more = with_graphs.plan.device_bill["activations"] - without.plan.device_bill["activations"]
+    assert more == (recorded_steps_nbytes(SMALL.spec, with_graphs.context, 4) if billed else 0)
+    assert not without.records_drafts
+    assert with_graphs.records_drafts or not billed

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from offload_sirius.model.costs import activation_nbytes, attended_pairs, mixing_flops
+from offload_sirius.model.costs import activation_nbytes, attended_pairs, extents, mixing_flops, recorded_steps_nbytes
 from offload_sirius_loaders import open_checkpoint
 
 LLAMA_70B = open_checkpoint("synthetic:llama-3-70b").spec
@@ -25,3 +25,15 @@ def test_attention_of_a_pair_is_a_product_for_the_score_and_one_for_the_value() 
 def test_further_sequences_add_their_hidden_states_while_their_logits_are_smaller_than_a_chunk() -> None:
     one, three = (activation_nbytes(LLAMA_70B, 1024, 2, batch=batch) for batch in (1, 3))
     assert three - one == 2 * 1024 * 8192 * 2
+
+
+def test_extents_double_up_to_the_whole_cache() -> None:
+    assert extents(4096) == (256, 512, 1024, 2048, 4096)
+    assert extents(1000) == (256, 512, 1000)
+    assert extents(256) == (256,)
+    assert extents(40) == (40,)
+
+
+def test_steps_recorded_for_every_extent_share_what_they_compute_in() -> None:
+    one, five = (recorded_steps_nbytes(LLAMA_70B, capacity, 2) for capacity in (256, 4096))
+    assert five - one == (4096 - 256) * (3 + 2) + 4 * 80 * 48 * 2048

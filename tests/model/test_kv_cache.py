@@ -112,6 +112,14 @@ def test_writing_does_not_make_the_cache_longer_until_the_pass_advances_it() -> 
     assert cache.length == 3
 
 
+def test_writing_at_a_position_of_the_device_is_writing_there() -> None:
+    told, numbered = (KVCache(SPEC, 8, dtype=torch.float32) for _ in range(2))
+    told.write(1, 5, entries(3.0, 2), -entries(3.0, 2))
+    numbered.write_at(1, torch.tensor([5, 6]), entries(3.0, 2), -entries(3.0, 2))
+    assert torch.equal(numbered.keys, told.keys)
+    assert torch.equal(numbered.values, told.values)
+
+
 def test_reading_from_the_middle_gives_those_positions_as_views() -> None:
     cache = KVCache(SPEC, CAPACITY, dtype=torch.float32)
     append(cache, 0, 8)

@@ -9,6 +9,7 @@ from offload_sirius.errors import ConfigError
 from offload_sirius.model.dense import DenseNeurons
 from offload_sirius.model.ops import (
     activation_named,
+    added_mask,
     causal_mask,
     gated_activations,
     grouped_attention,
@@ -101,3 +102,11 @@ def test_attention_is_that_of_each_head_with_the_keys_of_its_group(num_kv_heads:
     expected = torch.cat(heads, dim=-1)  # [S, HE]
 
     assert (grouped_attention(queries, keys, values, mask) - expected).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("num_tokens", [1, 3])
+def test_a_mask_of_numbers_is_the_mask_of_flags(num_tokens: int) -> None:
+    queries, keys, values = normal(1, num_tokens, 6, 8), normal(1, 2, 7, 8), normal(1, 2, 7, 8)
+    seen = causal_mask(torch.arange(3, 3 + num_tokens), torch.arange(7))
+    found = grouped_attention(queries, keys, values, added_mask(seen, torch.float32))
+    assert torch.allclose(found, grouped_attention(queries, keys, values, seen), atol=1e-6)

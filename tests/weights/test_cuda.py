@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import random
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +14,7 @@ import torch
 import offload_sirius
 from offload_sirius.engine import NoProgress
 from offload_sirius.weights.buffers import LayerBuffer
-from offload_sirius.weights.cuda import CudaClock, CudaUplink, numa_node_at
+from offload_sirius.weights.cuda import CudaClock, CudaGraphs, CudaUplink, numa_node_at
 from offload_sirius.weights.host import HostStore
 from offload_sirius.weights.layout import PAGE_NBYTES, align, layer_layout
 from offload_sirius.weights.plan import MIN_READERS
@@ -174,3 +177,69 @@ def test_moments_of_the_device_come_in_order_on_the_host_clock(device: torch.dev
     torch.cuda._sleep(BUSY_CYCLES)
     second = clock.mark()
     assert first() < second()
+
+
+@pytest.mark.gpu
+def test_a_graph_computes_on_what_is_in_its_tensors_when_it_is_launched(device: torch.device) -> None:
+    graphs = CudaGraphs(device)
+    given, doubled, squared = (torch.ones(1000, device=device) for _ in range(3))
+    double = graphs.record(lambda: doubled.copy_(2 * given))
+    square = graphs.record(lambda: squared.copy_(given * given))
+    for value in (3.0, 5.0):
+        given.fill_(value)
+        square()
+        double()
+        assert doubled.unique().tolist() == [2 * value]
+        assert squared.unique().tolist() == [value * value]
+
+
+@pytest.mark.gpu
+def test_what_cannot_be_captured_is_an_error_and_the_stream_is_the_one_it_was(device: torch.device) -> None:
+    graphs, number = CudaGraphs(device), torch.ones((), device=device)
+    before = torch.cuda.current_stream(device)
+    with pytest.raises(RuntimeError):
+        graphs.record(lambda: number.add_(number.item()))
+    assert torch.cuda.current_stream(device) == before
+    assert float(number + 1) > 1, "the device works on"
+
+
+@pytest.mark.gpu
+def test_a_graph_may_be_captured_while_another_thread_copies(device: torch.device) -> None:
+    uplink, graphs = CudaUplink(device), CudaGraphs(device)
+    store, place = numbered(uplink), slot(device)
+    number, stop = torch.zeros((), device=device), threading.Event()
+
+    def copy() -> None:
+        while not stop.is_set():
+            uplink.upload(store.layer(0).storage, place.storage, last_use=uplink.mark(), name="layer 0").synchronize()
+
+    with ThreadPoolExecutor(1) as executor:
+        copying = executor.submit(copy)
+        add = graphs.record(lambda: number.add_(1))
+        stop.set()
+        copying.result()
+    before = float(number)
+    add()
+    assert float(number) == before + 1
+    uplink.close()
+    store.close()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("window", [2, 5, 16])
+def test_recorded_draft_steps_draft_what_launched_ones_do_and_answers_are_the_full_model_s(
+    device: torch.device, window: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("offload_sirius.model.costs.LEAST_EXTENT", 16)
+    settings: dict[str, Any] = {"draft": "resident", "window": window, "device": "cuda", "max_context": 64}
+    answers = {}
+    for cuda_graphs in (True, False):
+        with offload_sirius.load(
+            "synthetic:small?dtype=F32", cuda_graphs=cuda_graphs, progress=NoProgress(), **settings
+        ) as engine:
+            answers[cuda_graphs] = engine.generate([1, 2, 3], max_new_tokens=40, ignore_eos=True)
+            full = engine.generate([1, 2, 3], mode="full", max_new_tokens=40, ignore_eos=True)
+            assert answers[cuda_graphs].token_ids == full.token_ids
+            captured = engine._streamed._captured
+            assert (captured is not None and captured.num_recorded == 3) == cuda_graphs, "of 16, 32 and 64 slots"
+    assert answers[True].passes == answers[False].passes
