@@ -2,42 +2,63 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from offload_sirius.quantization import BLOCK, ZERO_STEPS, WeightFormat
 
 
-def integers_of(rows: Tensor, width: int, form: WeightFormat) -> Tensor:
-    """rows uint8 [N, row_nbytes], strided -> where their integers are: a view, int8 [N, ...] or uint8 [N, .../2] for int4."""
-    integers = rows[:, : form.integers_nbytes(width)]
-    return integers.view(torch.int8) if form.kind == "int8" else integers
+@dataclass(frozen=True)
+class QuantizedRows:
+    """N rows of D quantised weights, anywhere: a matrix, or one of the rows of every neuron record."""
 
+    rows: Tensor
+    """uint8 [N, row_nbytes]; the bytes of a row are contiguous, rows may be further apart, by a multiple of 16."""
+    width: int
+    """D"""
+    form: WeightFormat
 
-def scales_of(rows: Tensor, width: int, form: WeightFormat) -> Tensor:
-    """A view, float16 [N, groups]."""
-    return rows[:, form.integers_nbytes(width) : form.zeros_offset(width)].view(torch.float16)
+    def __post_init__(self) -> None:
+        assert self.rows.dtype == torch.uint8, self.rows.dtype
+        assert self.rows.shape[1] == self.form.row_nbytes(self.width), (self.rows.shape, self.width, self.form)
+        assert self.rows.stride(1) == 1, self.rows.stride()
 
+    def __len__(self) -> int:
+        return self.rows.shape[0]
 
-def zeros_of(rows: Tensor, width: int, form: WeightFormat) -> Tensor:
-    """A view of int4's, uint8 [N, groups], in sixteenths."""
-    assert form.kind == "int4", form
-    start = form.zeros_offset(width)
-    return rows[:, start : start + form.num_groups(width)]
+    def __getitem__(self, part: slice) -> QuantizedRows:
+        """Neighbouring rows, as a view."""
+        return QuantizedRows(self.rows[part], self.width, self.form)
 
+    @property
+    def integers(self) -> Tensor:
+        """A view: int8 [N, blocks * 32], or uint8 [N, blocks * 16] for int4."""
+        integers = self.rows[:, : self.form.integers_nbytes(self.width)]
+        return integers.view(torch.int8) if self.form.kind == "int8" else integers
 
-def dequantise_rows(rows: Tensor, width: int, form: WeightFormat) -> Tensor:
-    """rows uint8 [N, row_nbytes], strided -> the weights that they stand for, float32 [N, width], exactly."""
-    scales = scales_of(rows, width, form).float()
-    integers = integers_of(rows, width, form)
-    if form.kind == "int8":
-        return integers[:, :width] * _spread(scales, width, form)
-    blocks = integers.unflatten(1, (-1, BLOCK // 2))  # [N, .../2] -> [N, blocks, 16]
-    numbers = torch.cat((blocks & 15, blocks >> 4), dim=2).flatten(1)[:, :width]  # -> [N, blocks, 32] -> [N, D]
-    zeros = zeros_of(rows, width, form).float() / ZERO_STEPS
-    return (numbers - _spread(zeros, width, form)) * _spread(scales, width, form)
+    @property
+    def scales(self) -> Tensor:
+        """A view, float16 [N, groups]."""
+        return self.rows[:, self.form.integers_nbytes(self.width) : self.form.zeros_offset(self.width)].view(torch.float16)
 
+    @property
+    def zeros(self) -> Tensor:
+        """A view, uint8 [N, groups], in sixteenths; int4 has them."""
+        assert self.form.kind == "int4", self.form
+        start = self.form.zeros_offset(self.width)
+        return self.rows[:, start : start + self.form.num_groups(self.width)]
 
-def _spread(each: Tensor, width: int, form: WeightFormat) -> Tensor:
-    """One number a group, [N, groups] -> one a weight, [N, width]."""
-    return each.repeat_interleave(form.group, dim=1)[:, :width]
+    def dequantised(self) -> Tensor:
+        """The weights that they stand for, float32 [N, D], exactly."""
+        scales = self._spread(self.scales.float())
+        if self.form.kind == "int8":
+            return self.integers[:, : self.width] * scales
+        blocks = self.integers.unflatten(1, (-1, BLOCK // 2))  # [N, blocks * 16] -> [N, blocks, 16]
+        numbers = torch.cat((blocks & 15, blocks >> 4), dim=2).flatten(1)[:, : self.width]  # -> [N, blocks, 32] -> [N, D]
+        return (numbers - self._spread(self.zeros.float() / ZERO_STEPS)) * scales
+
+    def _spread(self, each: Tensor) -> Tensor:
+        """One number a group, [N, groups] -> one a weight, [N, D]."""
+        return each.repeat_interleave(self.form.group, dim=1)[:, : self.width]
