@@ -25,6 +25,9 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 
 GROUPS = (32, 64, 128)
 
+DEFAULT_GROUPS: dict[Kind, int] = {"int8": 64, "int4": 128}
+"""What a group is where nobody says: an int8 scale costs little either way, and of int4 checkpoints most have 128."""
+
 BLOCK = 32
 """Integers that lie together; a row holds whole blocks. The integers behind the last weight are zeros, and mean nothing."""
 

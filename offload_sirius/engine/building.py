@@ -19,6 +19,7 @@ from offload_sirius.errors import ConfigError
 from offload_sirius.model.kv_cache import KVCache
 from offload_sirius.model.transformer import Transformer
 from offload_sirius.trace import Tracer
+from offload_sirius.weights.buffers import rows_of
 from offload_sirius.weights.copiers import Copier
 from offload_sirius.weights.device import DeviceStore, HotDeviceStore
 from offload_sirius.weights.disk import ReaderPool
@@ -175,7 +176,8 @@ def _decoded(
         assert placement.plan.hot is not None
         return hot_model(transformer, streamer, placement.plan.hot.num_hot, decoding, captured)
     assert isinstance(device, DeviceStore)
-    return streamed_model(transformer, streamer, device.caches, decoding)
+    rows = rows_of(placement.layout, "up_down")
+    return streamed_model(transformer, streamer, device.caches, rows, decoding)
 
 
 def _embedding(placement: Placement, loader: Loader, readers: ReaderPool, device: DeviceStore | HotDeviceStore) -> Embedding:

@@ -82,7 +82,7 @@ class KeptFeedForward:
     def open(self, layer: int) -> Neurons:
         """See FeedForward."""
         griffin, neurons = self._griffin, self._griffin.source.neurons(layer)
-        mask = griffin.masks[layer] if neurons.gate.shape[0] > griffin.num_kept else None
+        mask = griffin.masks[layer] if len(neurons.gate) > griffin.num_kept else None
 
         def compute(x: Tensor) -> Tensor:
             z = gated_activations(x, neurons, griffin.activation)  # [C, D] -> [C, N]

@@ -11,7 +11,8 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from offload_sirius.kernels.matrix import Matrix, QuantizedRows
+from offload_sirius.kernels.matrix import Matrix
+from offload_sirius.kernels.packed import QuantizedRows
 from offload_sirius.weights.layout import FieldName, LayerLayout, Part, qkv_rows
 from offload_sirius_loaders.spec import ModelSpec, Role
 
@@ -108,7 +109,7 @@ def rows_of(layout: LayerLayout, name: FieldName) -> Rows:
     num_columns = layout.fields[name].num_columns
     if num_columns is None or layout.format is None:
         return _as_they_are
-    return partial(QuantizedRows, num_columns=num_columns, format=layout.format)
+    return partial(QuantizedRows, width=num_columns, form=layout.format)
 
 
 def _as_they_are(rows: Tensor) -> Tensor:

@@ -33,10 +33,15 @@ class DeviceStore:
         def layer_buffer() -> LayerBuffer:
             return LayerBuffer(allocate_bytes(layout.nbytes, device, "device"), spec, layout, dtype)
 
+        def cached_records() -> Tensor:
+            field = layout.fields["up_down"]
+            held_as = dtype if field.num_columns is None else torch.uint8
+            return _matrix(plan.num_cached_neurons, *field.shape[1:], dtype=held_as, device=device)
+
         self.residents = {layer: layer_buffer() for layer in plan.resident_layers}
         self.slots = [layer_buffer() for _ in range(plan.num_slots)]
         self.caches = {
-            layer: NeuronCache(_matrix(plan.num_cached_neurons, 2, spec.width, dtype=dtype, device=device), spec.ffn_width)
+            layer: NeuronCache(cached_records(), spec.ffn_width)
             for layer in plan.streamed_layers
             if plan.num_cached_neurons
         }

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 from torch import Tensor
 
-from offload_sirius.kernels.matrix import QuantizedRows
+from offload_sirius.kernels.packed import QuantizedRows
 from offload_sirius.weights.buffers import LayerBuffer
 from offload_sirius.weights.copiers import layer_jobs
 from offload_sirius.weights.device import DeviceStore, HotDeviceStore
@@ -25,9 +25,6 @@ from offload_sirius.weights.plan import NUM_QUANTISING
 from offload_sirius.weights.quant import quantise_rows
 from offload_sirius_loaders.checkpoint import Checkpoint, TensorInfo
 from offload_sirius_loaders.spec import Role
-
-QUANTISED_AT_ONCE = 1 << 20
-"""Numbers: what is computed on the way takes several times their bytes."""
 
 OnBytes = Callable[[int], None]
 
@@ -151,18 +148,16 @@ class _Quantiser:
     def _begin(self, layer: int, role: Role, place: QuantizedRows) -> None:
         if not self._free:
             self._finish_first()
-        storage, (num_rows, num_columns) = self._free.pop(), place.shape
-        nbytes = num_rows * num_columns * self._dtype.itemsize
-        matrix = storage[:nbytes].view(self._dtype).view(num_rows, num_columns)
+        storage = self._free.pop()
+        nbytes = len(place) * place.width * self._dtype.itemsize
+        matrix = storage[:nbytes].view(self._dtype).view(len(place), place.width)
         fill = self._loader.begin_tensor(layer, role, matrix.t() if role == "down" else matrix)
         self._waiting.append((fill, storage, matrix, place))
 
     def _finish_first(self) -> None:
         fill, storage, matrix, place = self._waiting.popleft()
         fill.wait()
-        step = max(1, QUANTISED_AT_ONCE // matrix.shape[1])
-        for rows, quantised in zip(matrix.split(step), place.rows.split(step), strict=True):
-            quantised.copy_(quantise_rows(rows, place.format))
+        quantise_rows(matrix, place.form, place.rows)
         self._free.append(storage)
 
 
