@@ -37,7 +37,7 @@ def main() -> None:
     bench = DecodeBench(
         prompts=prompts(options.num_prompts),
         variants=variants_of(
-            DecodingConfig(threshold=0.1),
+            DecodingConfig(threshold=0.1, lookup=False),
             modes=["sirius"],
             sparsities=["griffin", "cats"],
             keeps=[0.5, 0.75],

@@ -25,3 +25,8 @@ def made_cache_folder() -> Path:
             f"{folder}: cannot be made: {error.strerror}; set OFFLOAD_SIRIUS_CACHE, or name a folder with --path"
         ) from error
     return folder
+
+
+def safe_name(name: str) -> str:
+    """A model's name as a file's."""
+    return "".join(each if each.isalnum() or each in ".-" else "_" for each in name)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, get_args
 
 from offload_sirius.errors import ConfigError
@@ -21,6 +21,9 @@ SPARSITIES: tuple[Sparsity, ...] = get_args(Sparsity)
 Draft = Literal["auto", "resident", "streamed"]
 DRAFTS: tuple[Draft, ...] = get_args(Draft)
 
+ResidentFirst = Literal["auto", "neurons", "layers"]
+RESIDENT_FIRSTS: tuple[ResidentFirst, ...] = get_args(ResidentFirst)
+
 Accept = Literal["exact", "threshold"]
 ACCEPTS: tuple[Accept, ...] = get_args(Accept)
 
@@ -31,6 +34,9 @@ MIN_WINDOW, MAX_AUTO_WINDOW = 2, 64
 
 MAX_TREE_NODES = 512
 """Tokens that one correction verifies at most: logits of all of them are computed at once."""
+
+MAX_LOOKUP_NODES = 16
+"""Of them tokens at most that were looked up and not drafted."""
 
 Dtype = Literal["auto", "bfloat16", "float32"]
 DTYPES: tuple[Dtype, ...] = get_args(Dtype)
@@ -95,12 +101,36 @@ class DecodingConfig:
     threshold: float = _setting(0.1, "Probability from which --accept threshold takes a drafted token.")
     draft: Draft = _setting(
         "auto",
-        "resident: each layer's kept neurons stay on the device, drafts move nothing and corrections only the rest (griffin). "
-        "streamed: drafts bring them. auto: what is predicted to be faster.",
+        "resident: each layer's kept neurons stay on the device, or those of as many layers as fit; drafts bring nothing of such "
+        "layers and corrections only the rest (griffin). streamed: drafts bring them. auto: what is predicted to be faster.",
+    )
+    resident_first: ResidentFirst = _setting(
+        "auto",
+        "What comes first where the device has no room for all that a resident draft keeps. neurons: some of every layer. "
+        "layers: all of them, of some layers. auto: what is predicted to be faster.",
     )
     refresh: bool = _setting(True, "Let corrections change which neurons a resident draft keeps.")
     refresh_decay: float = _setting(0.7, "What earlier windows count for beside the last one, when it is decided which to keep.")
+    prior: bool | None = _setting(
+        None,
+        "Let earlier runs, kept in the cache folder, have a say in which neurons a resident draft keeps, this one in later ones. "
+        "Default: with --mode sirius and --accept exact, where only speed depends on it; elsewhere the text would.",
+    )
+    draft_keep: float | None = _setting(
+        None,
+        "Share of each layer's neurons that a resident draft computes, at most --keep: pays where drafts, not the link, take the "
+        "time. Default: all that are resident.",
+    )
+    overlap: bool = _setting(
+        True, "Let the link fetch for the coming correction while a resident draft computes; off to see what that is worth."
+    )
     tree_width: int = _setting(1, "Branches that are drafted side by side and verified together.")
+    lookup: bool | None = _setting(
+        None,
+        "Have corrections also verify what followed the last tokens when they stood in prompt or answer before, where that pays; "
+        "it takes no draft step and moves no bytes. Default: with --accept exact; a threshold takes the longest likely path, so "
+        "that more paths change the answer.",
+    )
 
     def __post_init__(self) -> None:
         _require(self.mode in MODES, "mode", self.mode, "one of " + ", ".join(MODES))
@@ -114,10 +144,21 @@ class DecodingConfig:
         _require(self.accept in ACCEPTS, "accept", self.accept, "one of " + ", ".join(ACCEPTS))
         _require(0 < self.threshold <= 1, "threshold", self.threshold, "above 0 and at most 1")
         _require(self.draft in DRAFTS, "draft", self.draft, "one of " + ", ".join(DRAFTS))
+        firsts = "one of " + ", ".join(RESIDENT_FIRSTS)
+        _require(self.resident_first in RESIDENT_FIRSTS, "resident-first", self.resident_first, firsts)
         _require(0 <= self.refresh_decay < 1, "refresh-decay", self.refresh_decay, "at least 0 and below 1")
         if self.draft == "resident" and self.sparsity != "griffin":
             raise ConfigError(
                 f"--draft resident keeps neurons for a whole answer, and --sparsity is {self.sparsity}; use griffin"
+            )
+        if self.draft_keep is not None:
+            _require(0 < self.draft_keep <= self.keep, "draft-keep", self.draft_keep, f"above 0 and at most --keep {self.keep:g}")
+            _require(self.keep < 1, "keep", self.keep, "below 1 with --draft-keep")
+            _require(
+                self.draft != "streamed" and self.sparsity == "griffin",
+                "draft-keep",
+                f"{self.draft_keep:g} with --draft {self.draft} and --sparsity {self.sparsity}",
+                "left out, or with --draft resident",
             )
         _require(self.tree_width >= 1, "tree-width", self.tree_width, "at least 1")
         _require(
@@ -146,18 +187,46 @@ class DecodingConfig:
         return max(MIN_WINDOW, min(MAX_AUTO_WINDOW, 1 + (MAX_TREE_NODES // 2 - 1) // self.tree_width))
 
     @property
-    def max_nodes(self) -> int:
-        """Most tokens of one pass behind the prompt."""
+    def max_drafted_nodes(self) -> int:
+        """Most tokens of one pass behind the prompt that are drafted, with the one that they follow."""
         return tree_nodes(self.max_window, self.tree_width) if self.mode == "sirius" else 1
 
     @property
+    def num_lookup_nodes(self) -> int:
+        """Most tokens beside those that are looked up."""
+        looks_up = self.accept == "exact" if self.lookup is None else self.lookup
+        if self.mode != "sirius" or not looks_up:
+            return 0
+        return min(MAX_LOOKUP_NODES, MAX_TREE_NODES - self.max_drafted_nodes)
+
+    @property
+    def max_nodes(self) -> int:
+        """Most tokens of one pass behind the prompt."""
+        return self.max_drafted_nodes + self.num_lookup_nodes
+
+    @property
     def num_side_nodes(self) -> int:
-        """Tokens of a window beside the longest branch: positions of the KV cache that a tree takes and gives back."""
+        """Tokens of a window beside the longest branch: positions of the KV cache that are taken and given back."""
         return self.max_nodes - self.max_window if self.mode == "sirius" else 0
+
+    @property
+    def with_prior(self) -> bool:
+        """Whether earlier runs have a say in which neurons a resident draft keeps."""
+        if self.prior is None:
+            return self.mode == "sirius" and self.accept == "exact"
+        return self.prior and self.drafts
 
     def num_kept(self, num_neurons: int) -> int:
         """N: neurons that a draft step keeps of that many."""
         return max(1, int(num_neurons * self.keep))
+
+    def num_drafted(self, num_neurons: int, num_hot: int) -> int:
+        """M: neurons of that many that a draft step computes where num_hot of them are resident."""
+        return num_hot if self.draft_keep is None else min(num_hot, max(1, int(num_neurons * self.draft_keep)))
+
+    def drafting_from(self, draft: Draft) -> DecodingConfig:
+        """The same with drafts there, and without what is of resident ones only."""
+        return replace(self, draft=draft, draft_keep=None if draft == "streamed" else self.draft_keep)
 
 
 def tree_nodes(window: int, tree_width: int) -> int:
@@ -204,8 +273,11 @@ class EngineConfig:
     )
     quantize_group: int | None = _setting(
         None,
-        "Weights that share a scale: " + ", ".join(map(str, GROUPS)) + ". Fewer are more exact, and take more bytes. Default: "
-        + ", ".join(f"{group} for {kind}" for kind, group in DEFAULT_GROUPS.items()) + ".",
+        "Weights that share a scale: "
+        + ", ".join(map(str, GROUPS))
+        + ". Fewer are more exact, and take more bytes. Default: "
+        + ", ".join(f"{group} for {kind}" for kind, group in DEFAULT_GROUPS.items())
+        + ".",
     )
     max_context: int | None = _setting(None, "Positions to plan the KV cache for. Default: prompt and answer, 4096 in Python.")
     auto: bool = _setting(False, "Choose by predicted speed what is left to choose: bfloat16 or float32, where --dtype is auto.")
@@ -232,7 +304,9 @@ class EngineConfig:
         _require(self.quantize in QUANTIZES, "quantize", self.quantize, "one of " + ", ".join(QUANTIZES))
         if self.quantize_group is not None:
             _require(self.quantize != "none", "quantize-group", self.quantize_group, "left out without --quantize")
-            _require(self.quantize_group in GROUPS, "quantize-group", self.quantize_group, "one of " + ", ".join(map(str, GROUPS)))
+            _require(
+                self.quantize_group in GROUPS, "quantize-group", self.quantize_group, "one of " + ", ".join(map(str, GROUPS))
+            )
         _require(bool(self.model.strip()), "model", repr(self.model), "an alias, hub id, path or synthetic:SHAPE")
         if self.link_gbps is not None:
             _require(1e-6 <= self.link_gbps <= 1e6, "link-gbps", self.link_gbps, "between 0.000001 and 1,000,000 GB/s")

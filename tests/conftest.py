@@ -20,6 +20,14 @@ torch.set_num_threads(2)
 TINY = "synthetic:tiny?dtype=F32"
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """No test reads or writes the user's cache folder: not its rates, and not what runs have learnt of a model's neurons."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("OFFLOAD_SIRIUS_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def tiny_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny synthetic model as a real sharded checkpoint, float32."""

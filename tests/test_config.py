@@ -190,6 +190,18 @@ def test_a_generation_setting_outside_its_range_is_one_clear_line(setting: dict[
             {"cats_threshold": "auto"},
             "--cats-threshold is auto with --sparsity griffin; it must be left out, or given with --sparsity cats",
         ),
+        ({"draft_keep": 0.0}, "--draft-keep is 0.0; it must be above 0 and at most --keep 0.5"),
+        ({"draft_keep": 0.6}, "--draft-keep is 0.6; it must be above 0 and at most --keep 0.5"),
+        ({"draft_keep": math.nan}, "--draft-keep is nan; it must be above 0 and at most --keep 0.5"),
+        ({"draft_keep": 0.5, "keep": 1}, "--keep is 1; it must be below 1 with --draft-keep"),
+        (
+            {"draft_keep": 0.25, "draft": "streamed"},
+            "--draft-keep is 0.25 with --draft streamed and --sparsity griffin; it must be left out, or with --draft resident",
+        ),
+        (
+            {"draft_keep": 0.25, "sparsity": "cats"},
+            "--draft-keep is 0.25 with --draft auto and --sparsity cats; it must be left out, or with --draft resident",
+        ),
     ],
     ids=str,
 )
@@ -227,12 +239,16 @@ def test_numbers_may_be_given_as_text() -> None:
     [
         ({"mode": "full"}, MAX_AUTO_WINDOW, 1, 0),
         ({"mode": "sparse", "window": 9, "tree_width": 4}, 9, 1, 0),
-        ({}, 64, 64, 0),
-        ({"window": 16}, 16, 16, 0),
-        ({"window": 16, "tree_width": 8}, 16, 121, 105),
-        ({"tree_width": 2}, 64, 127, 63),
-        ({"tree_width": 8}, 32, 249, 217),
-        ({"tree_width": 255}, 2, 256, 254),
+        ({}, 64, 64 + 16, 16),
+        ({"window": 16}, 16, 16 + 16, 16),
+        ({"window": 16, "lookup": False}, 16, 16, 0),
+        ({"window": 16, "accept": "threshold"}, 16, 16, 0),
+        ({"window": 16, "accept": "threshold", "lookup": True}, 16, 16 + 16, 16),
+        ({"window": 505}, 505, 512, 7),
+        ({"window": 16, "tree_width": 8}, 16, 121 + 16, 105 + 16),
+        ({"tree_width": 2}, 64, 127 + 16, 63 + 16),
+        ({"tree_width": 8}, 32, 249 + 16, 217 + 16),
+        ({"tree_width": 255}, 2, 256 + 16, 254 + 16),
         ({"tree_width": 511}, 2, 512, 510),
     ],
     ids=str,
@@ -262,3 +278,38 @@ def test_a_threshold_takes_no_temperature() -> None:
         "--accept threshold is greedy, and --temperature is 0.7; use --temperature 0, or --accept exact, which samples"
     )
     GenerationConfig(decoding=DecodingConfig(mode="sparse", accept="threshold"), sampling=sampling)
+
+
+@pytest.mark.parametrize(
+    ("settings", "with_prior"),
+    [
+        ({}, True),
+        ({"accept": "threshold"}, False),
+        ({"mode": "sparse"}, False),
+        ({"mode": "full"}, False),
+        ({"prior": False}, False),
+        ({"accept": "threshold", "prior": True}, True),
+        ({"mode": "sparse", "prior": True}, True),
+        ({"mode": "full", "prior": True}, False),
+    ],
+    ids=str,
+)
+def test_earlier_runs_have_a_say_where_the_text_does_not_depend_on_it_or_where_it_is_asked_for(
+    settings: dict[str, Any], with_prior: bool
+) -> None:
+    assert DecodingConfig(**settings).with_prior == with_prior
+
+
+@pytest.mark.parametrize(
+    ("draft_keep", "num_hot", "num_drafted"), [(None, 88, 88), (0.5, 88, 88), (0.25, 88, 44), (0.25, 20, 20), (0.001, 88, 1)]
+)
+def test_drafts_compute_all_that_is_resident_or_a_share_of_the_layer(
+    draft_keep: float | None, num_hot: int, num_drafted: int
+) -> None:
+    assert DecodingConfig(draft_keep=draft_keep).num_drafted(176, num_hot) == num_drafted
+
+
+def test_drafts_that_are_brought_know_nothing_of_what_is_resident() -> None:
+    decoding = DecodingConfig(draft_keep=0.25, keep=0.75)
+    assert decoding.drafting_from("streamed") == DecodingConfig(draft="streamed", keep=0.75)
+    assert decoding.drafting_from("resident") == DecodingConfig(draft="resident", keep=0.75, draft_keep=0.25)

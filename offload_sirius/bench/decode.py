@@ -231,7 +231,7 @@ def _streaming_nbytes(model: Model, config: EngineConfig, bench: DecodeBench) ->
     for variants in bench.loads[1:]:
         decoding = roomiest(variants)
         if decoding.draft == "auto":  # what would need more than that is not to be predicted from all there is
-            decoding = replace(decoding, draft="streamed")
+            decoding = decoding.drafting_from("streamed")
         plan = place(model.checkpoint, replace(config, decoding=decoding)).plan
         variable = sum(plan.device_bill.get(what, 0) for what in ("resident_layers", "slots", "neuron_cache"))
         budgets.append(plan.device_nbytes - variable + MIN_SLOTS * plan.layer_nbytes)

@@ -34,6 +34,7 @@ class ForcedAcceptance:
         return Acceptance(
             token_ids=(*drafted, sampler.choose(logits[num_accepted], len(before), before)),
             nodes=tuple(range(num_accepted + 1)),
+            num_drafted=num_accepted,
             num_accepted=num_accepted,
             num_tried=min(num_accepted + 1, tree.num_levels),
         )

@@ -97,13 +97,16 @@ def name_of(variant: DecodingConfig, forced_aal: Fraction | None = None) -> str:
     if not variant.drafts:
         return "full"
     place = "" if variant.draft == "auto" else f" {variant.draft}"
+    keep = f"{variant.keep:g}" if variant.draft_keep is None else f"{variant.draft_keep:g} of {variant.keep:g}"
     gates = "" if variant.cats_threshold is None else f" gates {variant.cats_threshold}"
-    name = f"{variant.sparsity} {variant.keep:g}{gates}{place} {variant.mode}"
+    name = f"{variant.sparsity} {keep}{gates}{place} {variant.mode}"
     if variant.mode == "sparse":
         return name
     accept = variant.accept if variant.accept == "exact" else f"threshold {variant.threshold:g}"
     rule = accept if forced_aal is None else f"forced {float(forced_aal):g}"
-    return f"{name} {rule} w{variant.window}" + ("" if variant.tree_width == 1 else f" t{variant.tree_width}")
+    tree = "" if variant.tree_width == 1 else f" t{variant.tree_width}"
+    lookup = {None: "", True: " lookup", False: " no lookup"}[variant.lookup]
+    return f"{name} {rule} w{variant.window}{tree}{lookup}"
 
 
 def roomiest(variants: Sequence[DecodingConfig]) -> DecodingConfig:
@@ -135,6 +138,8 @@ def _require_forcible(aal: Fraction, variants: Sequence[DecodingConfig], max_new
             raise ConfigError(f"--force-aal is {float(aal):g}; it must be between 1 and --window {variant.window}")
         if variant.accept != "exact":
             raise ConfigError(f"--force-aal decides what is accepted, and --accept is {variant.accept}; leave --accept out")
+        if variant.lookup:
+            raise ConfigError("--force-aal decides what is accepted, of drafted tokens alone; leave --lookup out")
     if num_forced_windows(aal, max_new_tokens - 1) < 1:
         least = 1 + forced_tokens(aal, 1)
         raise ConfigError(

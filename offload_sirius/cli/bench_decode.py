@@ -83,9 +83,14 @@ def decode(
     accept: Annotated[str, _list("accept", "RULES")] = _DECODING.accept,
     threshold: flags.Threshold = _DECODING.threshold,
     draft: Annotated[str, _list("draft", "PLACES")] = _DECODING.draft,
+    resident_first: flags.ResidentFirst = _DECODING.resident_first,
     refresh: flags.Refresh = _DECODING.refresh,
     refresh_decay: flags.RefreshDecay = _DECODING.refresh_decay,
+    overlap: flags.Overlap = _DECODING.overlap,
+    prior: flags.Prior = False,  # a row shall not depend on those before it, nor on earlier runs
+    draft_keep: flags.DraftKeep = _DECODING.draft_keep,
     tree_width: Annotated[str, _list("tree_width", "N")] = str(_DECODING.tree_width),
+    lookup: flags.Lookup = None,
     force_aal: Annotated[
         float | None,
         typer.Option(
@@ -121,8 +126,13 @@ def decode(
         sparsity=_DECODING.sparsity if cats_threshold is None else "cats",
         cats_threshold=cats_threshold,
         threshold=threshold,
+        resident_first=resident_first,  # type: ignore[arg-type]  # checked by DecodingConfig
         refresh=refresh,
         refresh_decay=refresh_decay,
+        overlap=overlap,
+        prior=prior,
+        draft_keep=draft_keep,
+        lookup=lookup,
     )
     variants = variants_of(
         shared,

@@ -150,6 +150,8 @@ def summary(result: Generation) -> str:
         parts.append(f"{result.aal:.2f} tokens a correction (AAL)")
     if result.acceptance is not None:
         parts.append(f"{result.acceptance:.0%} of drafts accepted")
+    if result.tokens_by_origin.lookup:
+        parts.append(f"{result.tokens_by_origin.lookup} tokens looked up")
     link = result.link
     if link.gbytes_per_second is not None and link.busy_share is not None:
         per_token = link.copied_bytes / max(result.new_tokens, 1) / 1e9

@@ -48,11 +48,22 @@ Window = Annotated[str, _option(DecodingConfig, "window", DECODING, metavar="N|a
 Accept = Annotated[str, _option(DecodingConfig, "accept", DECODING, metavar="RULE")]
 Threshold = Annotated[float, _option(DecodingConfig, "threshold", DECODING, metavar="P")]
 Draft = Annotated[str, _option(DecodingConfig, "draft", DECODING, metavar="PLACE")]
+ResidentFirst = Annotated[str, _option(DecodingConfig, "resident_first", DECODING, metavar="WHAT")]
 Refresh = Annotated[
     bool, typer.Option("--refresh/--no-refresh", help=help_of(DecodingConfig, "refresh"), rich_help_panel=DECODING)
 ]
+Overlap = Annotated[
+    bool, typer.Option("--overlap/--no-overlap", help=help_of(DecodingConfig, "overlap"), rich_help_panel=DECODING)
+]
 RefreshDecay = Annotated[float, _option(DecodingConfig, "refresh_decay", DECODING, metavar="SHARE")]
+Prior = Annotated[
+    bool | None, typer.Option("--prior/--no-prior", help=help_of(DecodingConfig, "prior"), rich_help_panel=DECODING)
+]
+DraftKeep = Annotated[float | None, _option(DecodingConfig, "draft_keep", DECODING, metavar="SHARE")]
 TreeWidth = Annotated[int, _option(DecodingConfig, "tree_width", DECODING, metavar="N")]
+Lookup = Annotated[
+    bool | None, typer.Option("--lookup/--no-lookup", help=help_of(DecodingConfig, "lookup"), rich_help_panel=DECODING)
+]
 MaxNewTokens = Annotated[int, _option(GenerationConfig, "max_new_tokens", DECODING, metavar="N")]
 Stop = Annotated[list[str] | None, _option(GenerationConfig, "stop", DECODING, metavar="TEXT")]
 IgnoreEos = Annotated[bool, typer.Option("--ignore-eos", help=help_of(GenerationConfig, "ignore_eos"), rich_help_panel=DECODING)]

@@ -53,9 +53,14 @@ def generate(
     accept: flags.Accept = _DECODING.accept,
     threshold: flags.Threshold = _DECODING.threshold,
     draft: flags.Draft = _DECODING.draft,
+    resident_first: flags.ResidentFirst = _DECODING.resident_first,
     refresh: flags.Refresh = _DECODING.refresh,
     refresh_decay: flags.RefreshDecay = _DECODING.refresh_decay,
+    overlap: flags.Overlap = _DECODING.overlap,
+    prior: flags.Prior = _DECODING.prior,
+    draft_keep: flags.DraftKeep = _DECODING.draft_keep,
     tree_width: flags.TreeWidth = _DECODING.tree_width,
+    lookup: flags.Lookup = None,
     device: flags.Device = _ENGINE.device,
     device_memory: flags.DeviceMemory = _ENGINE.device_memory,
     host_memory: flags.HostMemory = _ENGINE.host_memory,
@@ -89,9 +94,14 @@ def generate(
         accept=accept,  # type: ignore[arg-type]
         threshold=threshold,
         draft=draft,  # type: ignore[arg-type]
+        resident_first=resident_first,  # type: ignore[arg-type]
         refresh=refresh,
         refresh_decay=refresh_decay,
+        overlap=overlap,
+        prior=prior,
+        draft_keep=draft_keep,
         tree_width=tree_width,
+        lookup=lookup,
     )
     engine_config = EngineConfig(
         model=model,
@@ -192,7 +202,11 @@ def explain(engine: Engine, num_prompt: int) -> None:
         f"{len(plan.disk_layers)} from disk, through {plan.num_slots} slots; {format_size(plan.pass_nbytes)} a pass"
     )
     if plan.hot is not None:
-        say(f"drafts: {plan.hot.num_hot} of {engine.spec.ffn_width} neurons of each layer and all attention blocks are resident")
+        num_neurons, num_hot = engine.spec.ffn_width, plan.hot.num_hot
+        num_drafted = engine.config.decoding.num_drafted(num_neurons, num_hot)
+        fewer = f", of which a draft computes {num_drafted}" if num_drafted < num_hot else ""
+        layers = f"{len(plan.hot.layers)} of {engine.spec.num_layers} layers"
+        say(f"drafts: attention block and {num_hot} of {num_neurons} neurons of {layers} are resident{fewer}")
     for where, bill in (("device", plan.device_bill), ("host", plan.host_bill)):
         say(f"{where}: " + ", ".join(f"{purpose(what)} {format_size(nbytes)}" for what, nbytes in bill.items() if nbytes))
     say(predicted(engine.predict(num_prompt)))

@@ -39,7 +39,11 @@ def plan(
     keep: flags.Keep = _DECODING.keep,
     window: flags.Window = str(_DECODING.window),
     draft: flags.Draft = _DECODING.draft,
+    resident_first: flags.ResidentFirst = _DECODING.resident_first,
+    prior: flags.Prior = _DECODING.prior,
+    draft_keep: flags.DraftKeep = _DECODING.draft_keep,
     tree_width: flags.TreeWidth = _DECODING.tree_width,
+    lookup: flags.Lookup = None,
     device: flags.Device = _ENGINE.device,
     device_memory: flags.DeviceMemory = _ENGINE.device_memory,
     host_memory: flags.HostMemory = _ENGINE.host_memory,
@@ -73,7 +77,11 @@ def plan(
         keep=keep,
         window=window,
         draft=draft,  # type: ignore[arg-type]
+        resident_first=resident_first,  # type: ignore[arg-type]
+        prior=prior,
+        draft_keep=draft_keep,
         tree_width=tree_width,
+        lookup=lookup,
     )
     config = EngineConfig(
         model=model,

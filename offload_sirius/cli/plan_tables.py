@@ -67,6 +67,8 @@ def _memory_rows(planned: Planned) -> list[tuple[str, ...]]:
         "resident_layers": len(plan.resident_layers),
         "slots": plan.num_slots,
         "neuron_cache": len(plan.streamed_layers),
+        "attention": len(plan.hot.layers) if plan.hot else 0,
+        "hot_neurons": len(plan.hot.layers) if plan.hot else 0,
         "layers": len(plan.host_layers),
         "kept_neurons": len(plan.kept_layers),
     }
@@ -152,14 +154,16 @@ def _bill_rows(report: Report, what: str, bill: PassBill, num_rows: int, *, slic
 def _link(report: Report, bill: PassBill, *, sliced: bool) -> str:
     """69 layers: 118.1 GB / 25.00 GB/s = 4.72 s"""
     plan, rates = report.planned.plan, report.rates
+    there = plan.hot.layers if plan.hot and sliced else ()
+    passing = [layer for layer in plan.streamed_layers if layer not in there]
     if bill.pacing_seconds:
         rate = f"{bill.link_nbytes / bill.pacing_seconds / 1e9:.2f} GB/s (emulated)"
-        layers = _layers(len(plan.streamed_layers), bill.link_nbytes, plan.layer_nbytes)
+        layers = _layers(len(passing), bill.link_nbytes, plan.layer_nbytes)
         line = f"{layers}: {_gb(bill.link_nbytes)} / {rate} = {_number(bill.pacing_seconds)} s"
         copying = bill.copy_seconds + bill.copy_drag_seconds
         return line + (f"; but copying them takes {_number(copying)} s" if copying > bill.pacing_seconds else "")
     from_host = plan.sliceable_layers if sliced else plan.host_layers
-    num_layers = len(plan.streamed_layers if report.planned.hardware.own_memory else from_host)
+    num_layers = len(passing if report.planned.hardware.own_memory or plan.hot else from_host)
     rate = f"{rates.link_bytes_per_second / 1e9:.2f} GB/s"
     layers = _layers(num_layers, bill.copy_nbytes, plan.layer_nbytes)
     line = f"{layers}: {_gb(bill.copy_nbytes)} / {rate} = {_number(bill.copy_seconds)} s"
@@ -225,7 +229,7 @@ def _load(report: Report) -> tuple[str, str]:
 def _window_rows(windows: Sequence[WindowSpeed]) -> list[tuple[str, ...]]:
     return [
         (
-            str(each.acceptance),
+            f"{each.acceptance:.2g}",
             str(each.window),
             _number(each.num_tokens),
             _number(each.seconds_per_token),
@@ -239,7 +243,10 @@ def _drafts(planned: Planned) -> str:
     """Where the weights of drafts are."""
     if not planned.config.decoding.drafts:
         return "none"
-    return "streamed" if planned.plan.hot is None else "resident"
+    if planned.plan.hot is None:
+        return "streamed"
+    num_hot, num_layers = len(planned.plan.hot.layers), planned.spec.num_layers
+    return "resident" if num_hot == num_layers else f"resident in {num_hot} of {num_layers} layers"
 
 
 def _candidate_rows(candidates: Sequence[Candidate]) -> list[tuple[str, ...]]:

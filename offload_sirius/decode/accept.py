@@ -31,10 +31,14 @@ class Acceptance:
     """Emitted, at least one. The last of them has no keys and values yet."""
     nodes: tuple[int, ...]
     """Ascending: the root, and the accepted nodes that an emitted token follows."""
+    num_drafted: int
+    """Emitted tokens that had been drafted, counted from the first."""
+    num_looked_up: int = 0
+    """Emitted tokens behind those that had been grafted: with the drafted ones all that were emitted, or all but the last."""
     num_accepted: int
-    """Emitted tokens that had been drafted, counted from the first: all of them, or all but the last."""
+    """Drafted levels that stood: the drafted tokens that the window would have given if nothing had been grafted."""
     num_tried: int
-    """Levels of the tree that were looked at: the accepted ones, and the one that was rejected if any was."""
+    """Drafted levels that were looked at: the accepted ones, and the one that was rejected if any was."""
 
 
 class AcceptanceRule(Protocol):
@@ -51,6 +55,9 @@ def accept_exact(
 ) -> Acceptance:
     """The tokens that full mode would choose, as far as the tree knows them and one further.
 
+    Grafted branches leave a drafted path where the draft was wrong, so what the draft alone would have given is the path's
+    drafted beginning.
+
     logits: float32 [nodes, V] of the full model. sequence: all tokens up to and with the root. Raises WeightReadError where the
     logits of a node that counts are no numbers. Waits for the device once where the likeliest tokens are taken as they are, else
     once a token.
@@ -63,8 +70,9 @@ def accept_exact(
         if child is None or before[-1] in end_token_ids:
             break
         nodes.append(child)
-    emitted = before[len(sequence) :]
-    return _acceptance(tree, emitted, nodes, num_accepted=len(emitted) - (child is None))
+    path = nodes if child is None else [*nodes, child]
+    best_drafted = max(node for node in path if node < tree.num_drafted)
+    return _acceptance(tree, before[len(sequence) :], path, best_drafted, end_token_ids)
 
 
 def drawn_from(logits: Tensor, sampler: Sampler) -> Choose:
@@ -93,8 +101,9 @@ def accept_threshold(
 ) -> Acceptance:
     """The longest path of tokens that the full model gives at least that probability each, and its likeliest token behind it.
 
-    Of paths that are equally long the first in node order is taken. An end token is accepted only where it is the likeliest, and
-    it ends the window. Arguments and errors as in accept_exact. Waits for the device once.
+    Of paths that are equally long the first in node order is taken, so a drafted one before a grafted one. An end token is
+    accepted only where it is the likeliest, and it ends the window. Arguments and errors as in accept_exact. Waits for the device
+    once.
     """
     judged = _judge(tree, logits, sampler, sequence)
     accepted = [0]
@@ -107,11 +116,11 @@ def accept_threshold(
             accepted.append(node)
     # The first of the deepest: max keeps the first of equals.
     best = max(accepted, key=lambda node: tree.depths[node])
-    nodes, emitted = tree.path(best), tree.drafted_ids(best)
-    if emitted and emitted[-1] in end_token_ids:
-        return _acceptance(tree, emitted, nodes[:-1], num_accepted=len(emitted))
-    last_id = checked_id(*judged.likeliest[best], len(sequence) + len(emitted))
-    return _acceptance(tree, [*emitted, last_id], nodes, num_accepted=len(emitted))
+    best_drafted = max((node for node in accepted if node < tree.num_drafted), key=lambda node: tree.depths[node])
+    path, emitted = tree.path(best), tree.drafted_ids(best)
+    if not emitted or emitted[-1] not in end_token_ids:
+        emitted.append(checked_id(*judged.likeliest[best], len(sequence) + len(emitted)))
+    return _acceptance(tree, emitted, path, best_drafted, end_token_ids)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,11 +147,20 @@ def _judge(tree: DraftTree, logits: Tensor, sampler: Sampler, sequence: Sequence
     return _Judgement(likeliest=[(row[0], row[1]) for row in read], probabilities=[row[2] for row in read])
 
 
-def _acceptance(tree: DraftTree, emitted: Sequence[int], nodes: Sequence[int], *, num_accepted: int) -> Acceptance:
-    ended = num_accepted == len(emitted)
+def _acceptance(
+    tree: DraftTree, emitted: Sequence[int], path: Sequence[int], best_drafted: int, end_token_ids: frozenset[int]
+) -> Acceptance:
+    """path: the root and all accepted nodes. best_drafted: what its last would be if nothing had been grafted."""
+    # Behind a grafted node all are grafted.
+    num_drafted = sum(node < tree.num_drafted for node in path) - 1
+    num_accepted = tree.depths[best_drafted]
+    # How good drafts are decides how many of them are worth their time: what was grafted counts neither for them nor against.
+    ended = num_accepted > 0 and tree.token_ids[best_drafted] in end_token_ids
     return Acceptance(
         token_ids=tuple(emitted),
-        nodes=tuple(nodes),
+        nodes=tuple(path[: len(emitted)]),
+        num_drafted=num_drafted,
+        num_looked_up=len(path) - 1 - num_drafted,
         num_accepted=num_accepted,
         num_tried=num_accepted if ended else min(num_accepted + 1, tree.num_levels),
     )

@@ -2,7 +2,7 @@
 
     full     prefill, choose, emit, step
     sparse   the same with sparse steps
-    sirius   prefill, choose, emit; then windows: draft, correct, emit
+    sirius   prefill, choose, emit; then windows: draft, look up, correct, emit
 
 All are lazy: a token is yielded before the pass that would follow it is begun, so that nothing is computed for a token nobody
 wants.
@@ -13,6 +13,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from offload_sirius.config import MIN_WINDOW, DecodingConfig
 from offload_sirius.decode.accept import Acceptance, AcceptanceRule
 from offload_sirius.decode.correct import Corrector
 from offload_sirius.decode.draft import Drafter
+from offload_sirius.decode.lookup import Lookup
 from offload_sirius.decode.model import Model, Pass
 from offload_sirius.decode.sampling import Sampler
 from offload_sirius.decode.stats import DecodeStats, Origin
@@ -64,7 +66,7 @@ def decode_sirius(
     Ends by itself: with max_new_tokens, or with an end token, which is yielded. Only corrected tokens are. The KV cache needs
     room for the prompt and all new tokens but the last; trees are made smaller where it has no more.
     clock: seconds; times passes for the choice of the window. eps: of the compute dtype, to count near ties by; None does not.
-    rule: decides what stands of a draft, instead of the one that the settings name.
+    rule: decides what stands of a draft, instead of the one that the settings name; nothing is looked up then.
     Raises WeightReadError where logits are no numbers.
     """
     sequence, limit = list(prompt_ids), len(prompt_ids) + max_new_tokens
@@ -80,15 +82,27 @@ def decode_sirius(
         eps=eps,
         rule=rule,
     )
-    chooser = WindowChooser(decoding)
+    chooser, lookup = WindowChooser(decoding), Lookup(end_token_ids)
+    num_grafts = decoding.num_lookup_nodes if rule is None else 0
 
     logits = _prefill(model, sequence, stats, following=_after(max_new_tokens))
     yield _emit(_choose(sampler, logits, sequence, tracer), "full", sequence, stats)
     while len(sequence) < limit and sequence[-1] not in end_token_ids:
-        window, left = chooser.choose(), limit - len(sequence)
-        tree = drafter.draft(sequence, fit_window(window, decoding.tree_width, left=left, room=model.room))
+        window, left, room = chooser.choose(), limit - len(sequence), model.room
+        tree = drafter.draft(sequence, fit_window(window, decoding.tree_width, left=left, room=room))
+        if num_grafts:
+            lookup.graft(
+                tree,
+                sequence,
+                # Grafted levels take no time to draft: they may go further down than it pays to draft.
+                num_levels=min(decoding.max_window, left) - 1,
+                num_nodes=min(num_grafts, room - len(tree)),
+                acceptance=chooser.acceptance,
+                price=chooser.node_price,
+            )
         acceptance = corrector.correct(tree, sequence, following=_after(left))
         stats.count_window(window, acceptance)
+        lookup.learn(tree, acceptance)
         _teach(chooser, tree, acceptance, stats)
         for token_id, origin in _with_origins(acceptance):
             yield _emit(token_id, origin, sequence, stats)
@@ -97,7 +111,7 @@ def decode_sirius(
 def _one_by_one(
     model: Model,
     step: Callable[[Tensor], Tensor],
-    kind: Origin,
+    kind: Literal["full", "draft"],
     sampler: Sampler,
     prompt_ids: Sequence[int],
     stats: DecodeStats,
@@ -140,14 +154,16 @@ def _after(left: int) -> Pass:
 
 
 def _with_origins(acceptance: Acceptance) -> Iterator[tuple[int, Origin]]:
+    num_drafted, num_verified = acceptance.num_drafted, acceptance.num_drafted + acceptance.num_looked_up
     for index, token_id in enumerate(acceptance.token_ids):
-        yield token_id, "draft" if index < acceptance.num_accepted else "full"
+        yield token_id, "draft" if index < num_drafted else "lookup" if index < num_verified else "full"
 
 
 def _teach(chooser: WindowChooser, tree: DraftTree, acceptance: Acceptance, stats: DecodeStats) -> None:
     """Tell the chooser what a window has shown."""
     num_before = len(stats.draft_seconds) - tree.num_levels
     chooser.learn(
+        num_tokens=len(acceptance.token_ids),
         num_accepted=acceptance.num_accepted,
         num_tried=acceptance.num_tried,
         draft_seconds=stats.draft_seconds[num_before:],

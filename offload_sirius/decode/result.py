@@ -23,11 +23,13 @@ class Passes:
 
 @dataclass(frozen=True, kw_only=True)
 class TokensByOrigin:
-    """Tokens of an answer, by the model that proposed them."""
+    """Tokens of an answer, by what proposed them."""
 
     full: int = 0
     draft: int = 0
     """Corrected ones that stood, where there is a correction."""
+    lookup: int = 0
+    """Those that had followed the same tokens before, and stood where the draft did not."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,8 +12,8 @@ from offload_sirius.decode.accept import Acceptance
 from offload_sirius.decode.model import PASSES, Pass
 from offload_sirius.decode.result import Passes, TokensByOrigin
 
-Origin = Literal["full", "draft"]
-"""Which model proposed a token. A drafted one that the full model would have chosen too is the draft's."""
+Origin = Literal["full", "draft", "lookup"]
+"""What proposed a token. A drafted one that the full model would have chosen too is the draft's."""
 
 
 @dataclass(kw_only=True)
@@ -56,7 +56,7 @@ class DecodeStats:
     @property
     def tokens_by_origin(self) -> TokensByOrigin:
         """Tokens by origin."""
-        return TokensByOrigin(full=self.num_tokens["full"], draft=self.num_tokens["draft"])
+        return TokensByOrigin(full=self.num_tokens["full"], draft=self.num_tokens["draft"], lookup=self.num_tokens["lookup"])
 
     @property
     def aal(self) -> float | None:

@@ -1,4 +1,5 @@
-"""The tokens of a window as a tree: a root, and drafted tokens level by level below it. A line is the tree of width 1.
+"""The tokens of a window as a tree: a root, drafted tokens level by level below it, and what was grafted upon them. A line is
+the tree of width 1.
 
 Pure data: knows no model and no probabilities, only where tokens stand and which of them see each other.
 """
@@ -26,7 +27,7 @@ class Branch:
 
 
 class DraftTree:
-    """Nodes are numbered from the root, 0, level by level; so every node comes behind its parent."""
+    """Nodes are numbered from the root, 0: drafted ones level by level, then grafted ones. Every node comes behind its parent."""
 
     def __init__(self, root_id: int) -> None:
         """root_id: the last token of the answer so far, which no pass has computed yet."""
@@ -35,7 +36,7 @@ class DraftTree:
         self.depths = [0]
         self.scores = [0.0]
         self.last_level = range(1)
-        """The deepest nodes."""
+        """The deepest nodes that were drafted."""
         self._children: list[dict[int, int]] = [{}]
 
     def __len__(self) -> int:
@@ -43,27 +44,46 @@ class DraftTree:
 
     @property
     def num_levels(self) -> int:
-        """Levels below the root."""
-        return self.depths[-1]
+        """Drafted levels below the root: each was a draft step."""
+        return self.depths[self.last_level.start]
+
+    @property
+    def num_drafted(self) -> int:
+        """Nodes that were not grafted, the root included: the first ones."""
+        return self.last_level.stop
 
     @property
     def is_line(self) -> bool:
         """Whether no two nodes have the same depth."""
-        return len(self) == self.num_levels + 1
+        return len(self) == max(self.depths) + 1
 
     def grow(self, level: Sequence[Branch]) -> None:
-        """Add the next level: branches behind nodes of the last one, no two of them the same."""
-        first, depth = len(self), self.num_levels + 1
+        """Add the next level of the draft: branches behind nodes of the last one, no two of them the same."""
+        assert self.num_drafted == len(self), "nothing is drafted behind what was grafted"
+        first = len(self)
         for branch in level:
             assert branch.parent in self.last_level, (branch, self.last_level)
-            assert branch.token_id not in self._children[branch.parent], branch
-            self._children[branch.parent][branch.token_id] = len(self)
-            self.token_ids.append(branch.token_id)
-            self.parents.append(branch.parent)
-            self.depths.append(depth)
-            self.scores.append(branch.score)
-            self._children.append({})
+            self._add(branch)
         self.last_level = range(first, len(self))
+
+    def graft(self, parent: int, token_id: int) -> int:
+        """Add a token that was not drafted behind any node -> the node it becomes."""
+        return self._add(Branch(parent=parent, token_id=token_id, score=self.scores[parent]))
+
+    def _add(self, branch: Branch) -> int:
+        node = len(self)
+        assert branch.token_id not in self._children[branch.parent], branch
+        self._children[branch.parent][branch.token_id] = node
+        self.token_ids.append(branch.token_id)
+        self.parents.append(branch.parent)
+        self.depths.append(self.depths[branch.parent] + 1)
+        self.scores.append(branch.score)
+        self._children.append({})
+        return node
+
+    def has_children(self, node: int) -> bool:
+        """Whether any token stands behind the node."""
+        return bool(self._children[node])
 
     def child(self, node: int, token_id: int) -> int | None:
         """The node of that token behind a node; None where it was not drafted."""

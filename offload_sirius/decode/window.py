@@ -49,27 +49,37 @@ class WindowChooser:
         self._accepted, self._tried = PRIOR_ACCEPTED, PRIOR_TRIED
         self._draft_seconds: deque[float] = deque(maxlen=NUM_TIMES)
         self._corrections: deque[tuple[int, float]] = deque(maxlen=NUM_TIMES)
+        self._windows: deque[tuple[int, float]] = deque(maxlen=NUM_TIMES)
+        """Tokens and seconds of each."""
 
     @property
     def acceptance(self) -> float:
         """Expected share of drafted levels that are accepted, each given that the one before it was; between 0 and 1."""
         return self._accepted / self._tried
 
+    @property
+    def node_price(self) -> float:
+        """Tokens that one more node of a correction costs: what windows give in the time it takes. 0 until anything is known."""
+        num_tokens, seconds = (sum(each) for each in zip(*self._windows, strict=True)) if self._windows else (0, 0.0)
+        return fit_line(self._corrections)[1] * num_tokens / seconds if seconds > 0 else 0.0
+
     def learn(
         self,
         *,
+        num_tokens: int,
         num_accepted: int,
         num_tried: int,
         draft_seconds: Sequence[float],
         num_nodes: int,
         correction_seconds: float,
     ) -> None:
-        """What a window has shown. num_nodes: tokens that its correction computed."""
+        """What a window has shown. num_tokens: that it gave. num_nodes: tokens that its correction computed."""
         # The prior does not decay with the rest: it is what is believed when nothing was seen for long.
         self._accepted = PRIOR_ACCEPTED + (self._accepted - PRIOR_ACCEPTED) * DECAY + num_accepted
         self._tried = PRIOR_TRIED + (self._tried - PRIOR_TRIED) * DECAY + num_tried
         self._draft_seconds.extend(draft_seconds)
         self._corrections.append((num_nodes, correction_seconds))
+        self._windows.append((num_tokens, sum(draft_seconds) + correction_seconds))
 
     def choose(self) -> int:
         """Tokens of the next window, at least 2."""

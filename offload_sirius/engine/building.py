@@ -6,7 +6,7 @@ import time
 from contextlib import ExitStack
 from pathlib import Path
 
-from offload_sirius.cache import cache_folder
+from offload_sirius.cache import cache_folder, safe_name
 from offload_sirius.config import EngineConfig
 from offload_sirius.engine.captured import CapturedStep, ResidentLayers, recorder_on
 from offload_sirius.engine.engine import Engine
@@ -18,6 +18,7 @@ from offload_sirius.engine.streamed import StreamedModel, hot_model, streamed_mo
 from offload_sirius.errors import ConfigError
 from offload_sirius.model.kv_cache import KVCache
 from offload_sirius.model.transformer import Transformer
+from offload_sirius.sparsity.prior import NeuronPrior, PriorFile, prior_path
 from offload_sirius.trace import Tracer
 from offload_sirius.weights.buffers import rows_of
 from offload_sirius.weights.copiers import Copier
@@ -102,7 +103,8 @@ def _join(
     cache = KVCache(spec, capacity=placement.context, dtype=dtype, device=placement.device)
     transformer = Transformer(spec, streamer, cache, tracer=tracer)
     captured = _captured(device, placement, transformer, streamer, progress, tracer)
-    streamed = _decoded(device, placement, transformer, streamer, captured)
+    prior = _prior(checkpoint, placement, progress)
+    streamed = _decoded(device, placement, transformer, streamer, captured, prior)
     nbytes = device.nbytes + cache.nbytes + transformer.nbytes + plan.device_bill["sparsity"]
     return streamer, transformer, streamed, readers, nbytes, arenas.report()
 
@@ -123,11 +125,13 @@ def _streamer(
             buffer.parts["attention"].copy_(arenas.layers.layer(layer).parts["attention"])
         return HotStreamer(
             layers=device.layers,
+            streamed_layers=[layer for layer in plan.streamed_layers if layer not in device.layers],
             slots=device.slots,
             copier=copier,
             embedding=embedding,
             final_norm=final_norm,
             head=head,
+            overlap=placement.planned.config.decoding.overlap,
             tracer=tracer,
         )
     return WeightStreamer(
@@ -159,8 +163,18 @@ def _captured(
     if recorder is None:
         return None
     assert isinstance(device, HotDeviceStore)
-    step = transformer.fixed_step(ResidentLayers(device.layers, streamer))
-    return CapturedStep(step, recorder, progress.warn, tracer)
+    assert placement.plan.hot is not None
+    num_drafted = placement.planned.config.decoding.num_drafted(transformer.spec.ffn_width, placement.plan.hot.num_hot)
+    step = transformer.fixed_step(ResidentLayers(device.layers, streamer, num_drafted))
+    return CapturedStep(step, num_drafted, recorder, progress.warn, tracer)
+
+
+def _prior(checkpoint: Checkpoint, placement: Placement, progress: Progress) -> NeuronPrior | None:
+    """What earlier runs say about the neurons, where somebody wants to know."""
+    if placement.plan.hot is None or not placement.planned.config.decoding.with_prior:
+        return None
+    file = PriorFile(prior_path(cache_folder(), checkpoint), progress.warn)
+    return NeuronPrior(file, checkpoint.spec, device=placement.device)
 
 
 def _decoded(
@@ -169,12 +183,13 @@ def _decoded(
     transformer: Transformer,
     streamer: WeightStreamer | HotStreamer,
     captured: CapturedStep | None,
+    prior: NeuronPrior | None,
 ) -> StreamedModel:
     """The model as decoding sees it."""
     decoding = placement.planned.config.decoding
     if isinstance(streamer, HotStreamer):
         assert placement.plan.hot is not None
-        return hot_model(transformer, streamer, placement.plan.hot.num_hot, decoding, captured)
+        return hot_model(transformer, streamer, placement.plan.hot.num_hot, decoding, captured, prior)
     assert isinstance(device, DeviceStore)
     rows = rows_of(placement.layout, "up_down")
     return streamed_model(transformer, streamer, device.caches, rows, decoding)
@@ -194,7 +209,7 @@ def _on_disk(checkpoint: Checkpoint, progress: Progress) -> Checkpoint:
     if checkpoint.path is not None:
         return checkpoint
     name = checkpoint.spec.name
-    directory = cache_folder() / "synthetic" / "".join(each if each.isalnum() or each in ".-" else "_" for each in name)
+    directory = cache_folder() / "synthetic" / safe_name(name)
     if not directory.exists():
         _make_folder(directory.parent)
         total = sum(info.nbytes for info in checkpoint.tensors.values())

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from offload_sirius.model.fixed_step import FixedStep
+from offload_sirius.model.source import NeuronWeights
+from offload_sirius.sparsity.hot import front_neurons
 from offload_sirius.trace import Tracer, during
 from offload_sirius.weights.buffers import LayerBuffer
 from offload_sirius.weights.streamer import Streamer
@@ -45,10 +47,12 @@ class ResidentLayers:
     """The attention blocks and hot neurons that a streamer hands out in a draft step, without a word to it: no time is taken and
     nothing written down while kernels are recorded. Satisfies the model's WeightSource."""
 
-    def __init__(self, layers: Mapping[int, LayerBuffer], streamer: Streamer) -> None:
+    def __init__(self, layers: Mapping[int, LayerBuffer], streamer: Streamer, num_drafted: int) -> None:
+        """layers: all of them. num_drafted: neurons that a draft computes, those in the first places."""
         self.final_norm = streamer.final_norm
         self.head = streamer.head
         self._layers = layers
+        self._neurons = {layer: front_neurons(buffer, num_drafted) for layer, buffer in layers.items()}
         self._streamer = streamer
 
     def embed(self, token_ids: Tensor) -> Tensor:
@@ -59,9 +63,9 @@ class ResidentLayers:
         """See WeightSource."""
         return self._layers[layer]
 
-    def neurons(self, layer: int) -> LayerBuffer:
-        """See WeightSource: those that are hot."""
-        return self._layers[layer]
+    def neurons(self, layer: int) -> NeuronWeights:
+        """See WeightSource: those that a draft computes."""
+        return self._neurons[layer]
 
     def release(self, layer: int) -> None:
         """Nothing to give up: the weights stay."""
@@ -70,7 +74,11 @@ class ResidentLayers:
 class CapturedStep:
     """A fixed step, recorded for each extent. Where a device cannot record, says so once and takes no further steps."""
 
-    def __init__(self, step: FixedStep, recorder: Recorder, warn: Callable[[str], None], tracer: Tracer | None = None) -> None:
+    def __init__(
+        self, step: FixedStep, num_drafted: int, recorder: Recorder, warn: Callable[[str], None], tracer: Tracer | None = None
+    ) -> None:
+        """num_drafted: neurons of each layer that the step computes."""
+        self.num_drafted = num_drafted
         self._step = step
         self._recorder = recorder
         self._warn = warn

@@ -171,21 +171,30 @@ class Engine:
                 raise ConfigError(
                     f"the model was loaded with mode full and is asked for mode {asked.mode}; load it with that mode"
                 )
-            for name in ("sparsity", "keep", "cats_threshold", "draft", "refresh", "refresh_decay"):
+            for name in ("sparsity", "keep", "cats_threshold", "draft", "resident_first", "refresh", "refresh_decay", "overlap"):
                 found, needed = getattr(asked, name), getattr(planned, name)
                 if found != needed:
                     raise ConfigError(f"the model was loaded with {name} {needed} and is asked for {found}; load it with that")
-            if asked.max_nodes > planned.max_nodes:
+            if asked.prior and not planned.with_prior:
+                raise ConfigError("the model was loaded without a prior and is asked for one; load it with prior")
+            if asked.max_drafted_nodes > planned.max_drafted_nodes:
                 raise ConfigError(
-                    f"the model was loaded for corrections of {planned.max_nodes} tokens and is asked for {asked.max_nodes}; "
-                    "load it with mode sirius and that window and tree_width"
+                    f"the model was loaded for corrections of {planned.max_drafted_nodes} tokens and is asked for "
+                    f"{asked.max_drafted_nodes}; load it with mode sirius and that window and tree_width"
                 )
+            if asked.max_nodes > planned.max_nodes:
+                if asked.lookup:
+                    raise ConfigError(
+                        f"the model was loaded for corrections of {planned.max_nodes} tokens and is asked for {asked.max_nodes} "
+                        "with lookup; load it with lookup"
+                    )
+                return replace(asked, lookup=False)
         return asked
 
     def _tokens(self, request: _Request) -> Tokens:
         # The reader threads compute with one thread each; torch keeps that number per thread, so ours is set here.
         torch.set_num_threads(self.config.threads or machine.physical_cores())
-        self._streamed.keep(0)
+        self._streamed.begin_answer(request.decoding)
         self._answering = request
         with memory_errors(self.plan), closing(self._decode(request)) as tokens:
             for token_id in tokens:
@@ -225,6 +234,7 @@ class Engine:
 
     def _finish(self, outcome: Outcome, counters: _Counters, request: _Request) -> Generation:
         assert outcome.finish_reason is not None
+        self._streamed.end_answer()
         last = outcome.last_token_at or outcome.began
         first = outcome.first_token_at or last
         stats, num_prompt = request.stats, len(request.prompt_ids)

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from offload_sirius import machine
-from offload_sirius.config import DecodingConfig, Draft, EngineConfig, PlanConfig, Sparsity, tree_nodes
+from offload_sirius.config import DecodingConfig, Draft, EngineConfig, PlanConfig, ResidentFirst, Sparsity, tree_nodes
 from offload_sirius.engine.windows import window_speeds
 from offload_sirius.errors import BudgetError, ConfigError
 from offload_sirius.model.costs import (
@@ -186,8 +186,9 @@ class Planned:
 
     @property
     def records_drafts(self) -> bool:
-        """Drafts are lines that are resident: steps which a device can record."""
-        return self.plan.hot is not None and records_drafts(self.config)
+        """Drafts are lines that are resident in every layer: steps which a device can record."""
+        hot = self.plan.hot
+        return hot is not None and len(hot.layers) == self.spec.num_layers and records_drafts(self.config)
 
     @property
     def stored_nbytes(self) -> dict[Part, int]:
@@ -205,6 +206,7 @@ class Planned:
             own_memory=self.hardware.own_memory,
             paced_bytes_per_second=_per_second(emulated, 1e9),
             rates=rates,
+            overlap=self.config.decoding.overlap,
         )
 
     def predict(self, rates: Rates, prompt_tokens: int, decoding: DecodingConfig | None = None) -> Prediction:
@@ -217,7 +219,7 @@ class Planned:
         if not decoding.drafts:
             return full
         num_leaves = decoding.tree_width if decoding.mode == "sirius" else 1
-        drafting = self._draft_work(prompt_tokens, num_leaves, sparsity_of(decoding, self.spec))
+        drafting = self._draft_work(prompt_tokens, num_leaves, decoding)
         draft = predict_draft(setting, drafting)
         if decoding.mode == "sparse":
             return replace(full, seconds_per_token=draft.seconds / self.batch, bound=draft.bill.bound, draft=draft)
@@ -227,7 +229,7 @@ class Planned:
             num_drafts = DRAFTS_OF_A_WINDOW if self.plan.hot is None else window - 1
             return predict_correction(setting, correcting, drafting, draft.seconds, num_drafts)
 
-        windows = window_speeds(decoding, draft.seconds, correction, self.batch)
+        windows = window_speeds(decoding, draft.seconds, correction, self.batch, self._kept_share(decoding))
         assumed = windows[0]
         return replace(
             full,
@@ -236,6 +238,13 @@ class Planned:
             draft=draft,
             windows=windows,
         )
+
+    def _kept_share(self, decoding: DecodingConfig) -> float:
+        """Neurons that a draft computes, of those that were to be kept."""
+        if self.plan.hot is None:
+            return 1.0
+        num_neurons = self.spec.ffn_width
+        return decoding.num_drafted(num_neurons, self.plan.hot.num_hot) / decoding.num_kept(num_neurons)
 
     def _step_work(self, prompt_tokens: int, num_tokens: int) -> Work:
         """So many tokens of each sequence at once, in the middle of the answer."""
@@ -250,13 +259,16 @@ class Planned:
             cargo="records" if self.plan.hot is None else "cold",
         )
 
-    def _draft_work(self, prompt_tokens: int, num_leaves: int, sparsity: Sparsity | None) -> Work:
+    def _draft_work(self, prompt_tokens: int, num_leaves: int, decoding: DecodingConfig) -> Work:
         """The same of a draft step. Sequences that are drafted together share a set of neurons, as the leaves of a tree do."""
-        num_neurons = self.spec.ffn_width
+        num_neurons, sparsity = self.spec.ffn_width, sparsity_of(decoding, self.spec)
+        step = self._step_work(prompt_tokens, num_leaves)
+        if self.plan.hot is not None:
+            return replace(step, cargo="hot", num_drafted=decoding.num_drafted(num_neurons, self.plan.hot.num_hot))
         num_needed = self.config.decoding.num_kept(num_neurons) if sparsity == "cats" else 0
         return replace(
-            self._step_work(prompt_tokens, num_leaves),
-            cargo=CARGO[sparsity] if self.plan.hot is None else "hot",
+            step,
+            cargo=CARGO[sparsity],
             num_fetched=num_fetched(num_needed, self.plan.num_cached_neurons, num_neurons),
         )
 
@@ -304,6 +316,7 @@ def plan_model(
         sparsity_nbytes=sparsity_nbytes(spec, decoding, element_nbytes),
         num_cached_neurons=num_kept if sparse == "cats" else 0,
         num_hot=num_kept if resident_draft else 0,
+        hot_layers_first=decoding.resident_first == "layers",
     )
     budgets = _budgets(spec, layout, demand, config, hardware)
     plan = plan_for(spec, layout, demand, budgets)
@@ -377,10 +390,16 @@ Consider = Callable[[EngineConfig], Candidate]
 def candidates(config: EngineConfig, spec: ModelSpec, consider: Consider) -> list[Candidate]:
     """What --auto chooses from, the fastest first; without it the one thing that was asked for.
 
-    Those for which the memory is too small are left out; where it is so for all, raises the BudgetError of the first.
+    Those for which the memory is too small are left out; where it is so for all, raises the BudgetError of the first. Left out
+    are also those whose plan is another one's: nothing comes first where everything fits.
     """
     considered = [_consider(each, consider) for each in alternatives(config, spec)]
-    found = [each for each in considered if isinstance(each, Candidate)]
+    plans = list[tuple[DtypeName, Plan]]()
+    found = list[Candidate]()
+    for each in considered:
+        if isinstance(each, Candidate) and (each.planned.dtype, each.planned.plan) not in plans:
+            plans.append((each.planned.dtype, each.planned.plan))
+            found.append(each)
     if not found:
         raise next(each for each in considered if isinstance(each, BudgetError))
     return sorted(found, key=lambda candidate: candidate.prediction.seconds_per_token)
@@ -399,14 +418,21 @@ def alternatives(config: EngineConfig, spec: ModelSpec) -> list[EngineConfig]:
     dtypes = [usual]
     if config.auto and config.dtype == "auto":
         dtypes += [dtype for dtype in ELEMENT_NBYTES if dtype != usual]
-    decodings = [replace(config.decoding, draft=draft) for draft in _draft_places(config.decoding, spec)]
+    decodings = _ways_to_draft(config.decoding, spec)
     return [replace(config, dtype=dtype, decoding=decoding) for dtype in dtypes for decoding in decodings]
 
 
-def _draft_places(decoding: DecodingConfig, spec: ModelSpec) -> list[Draft]:
-    if decoding.draft != "auto":
-        return [decoding.draft]
-    return ["streamed", "resident"] if sparsity_of(decoding, spec) == "griffin" else ["streamed"]
+def _ways_to_draft(decoding: DecodingConfig, spec: ModelSpec) -> list[DecodingConfig]:
+    """Where drafts may live, and, on the device, what may come first."""
+    drafts: list[Draft] = [decoding.draft]
+    if decoding.draft == "auto":
+        drafts = ["streamed", "resident"] if sparsity_of(decoding, spec) == "griffin" else ["streamed"]
+    firsts: list[ResidentFirst] = ["neurons", "layers"] if decoding.resident_first == "auto" else [decoding.resident_first]
+    return [
+        replace(decoding.drafting_from(draft), resident_first=first)
+        for draft in drafts
+        for first in (firsts if draft == "resident" else firsts[:1])
+    ]
 
 
 def plan_figures(planned: Planned) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from offload_sirius.model.transformer import TokenTree, Transformer
 from offload_sirius.sparsity.cats import Cats
 from offload_sirius.sparsity.griffin import Griffin
 from offload_sirius.sparsity.hot import HotSet
+from offload_sirius.sparsity.prior import NeuronPrior
 from offload_sirius.weights.buffers import Rows
 from offload_sirius.weights.hotset import HotStreamer
 from offload_sirius.weights.layout import Cargo
@@ -61,16 +62,34 @@ class StreamedModel:
         ways: Mapping[Pass, Way],
         sparsity: Griffin | Cats | HotSet | None = None,
         captured: CapturedStep | None = None,
+        prior: NeuronPrior | None = None,
     ) -> None:
         """sparsity: whose feed-forwards are among the ways; None where they compute all neurons.
 
-        captured: takes draft steps of a single token that compute what `ways` says; None: there are none.
+        captured: takes draft steps of a single token that compute what `ways` says; None: there are none. prior: for answers with
+        a hot set that want it.
         """
         self.sparsity = sparsity
         self._transformer = transformer
         self._source = source
         self._ways = ways
         self._captured = captured
+        self._plays = False
+        """Whether the answer's drafts are those that are recorded."""
+        self._prior = prior
+
+    def begin_answer(self, decoding: DecodingConfig) -> None:
+        """Forget the answer before."""
+        self.keep(0)
+        if isinstance(self.sparsity, HotSet):
+            num_drafted = decoding.num_drafted(self._transformer.spec.ffn_width, self.sparsity.num_hot)
+            self.sparsity.begin(num_drafted, self._prior if decoding.with_prior else None)
+            self._plays = self._captured is not None and self._captured.num_drafted == num_drafted
+
+    def end_answer(self) -> None:
+        """Keep what an answer has shown, for others to come."""
+        if isinstance(self.sparsity, HotSet) and self.sparsity.prior is not None:
+            self.sparsity.prior.keep()
 
     @property
     def length(self) -> int:
@@ -98,8 +117,8 @@ class StreamedModel:
     def draft(self, token_ids: Tensor, tree: TokenTree | None = None, *, following: Pass) -> Tensor:
         """See Model."""
         feed_forward = self._begin("draft", following)
-        captured = self._captured.step(token_ids) if self._captured is not None and tree is None else None
-        return self._transformer.step(token_ids, tree, feed_forward) if captured is None else captured
+        played = self._captured.step(token_ids) if self._captured is not None and self._plays and tree is None else None
+        return self._transformer.step(token_ids, tree, feed_forward) if played is None else played
 
     def correct(self, token_ids: Tensor, tree: TokenTree | None = None, *, following: Pass) -> Tensor:
         """See Model."""
@@ -142,6 +161,7 @@ def hot_model(
     num_hot: int,
     decoding: DecodingConfig,
     captured: CapturedStep | None = None,
+    prior: NeuronPrior | None = None,
 ) -> StreamedModel:
     """The model whose drafts are on the device. captured: the draft step of a single token, recorded; None: it is not."""
     decay = decoding.refresh_decay if decoding.refresh else None
@@ -152,7 +172,7 @@ def hot_model(
         "correction": Way(cargo="cold", feed_forward=hot_set.correction),
         "full": Way(cargo="cold", feed_forward=hot_set.full),
     }
-    return StreamedModel(transformer, streamer, ways, hot_set, captured)
+    return StreamedModel(transformer, streamer, ways, hot_set, captured, prior)
 
 
 def _thresholds(decoding: DecodingConfig, spec: ModelSpec, device: torch.device) -> Tensor | None:

@@ -26,12 +26,12 @@ def draft_density(spec: ModelSpec, decoding: DecodingConfig, num_hot: int | None
 
     num_hot: N where that is what the device has room for; None: as many as are asked for.
 
-    saved = layers * (F - N) * D * rows and columns of a neuron
+    saved = layers * (F - N) * D * rows and columns of a neuron        M instead of N where drafts compute fewer than are resident
     """
-    num_dropped = spec.ffn_width - (decoding.num_kept(spec.ffn_width) if num_hot is None else num_hot)
+    num_used = decoding.num_kept(spec.ffn_width) if num_hot is None else decoding.num_drafted(spec.ffn_width, num_hot)
     saved = (
         spec.num_layers
-        * num_dropped
+        * (spec.ffn_width - num_used)
         * spec.width
         * MATRICES_OF_A_NEURON[decoding.sparsity]
     )  # fmt: skip
@@ -43,8 +43,12 @@ def sparsity_nbytes(spec: ModelSpec, decoding: DecodingConfig, element_nbytes: i
     if not decoding.drafts or decoding.num_kept(spec.ffn_width) == spec.ffn_width:
         return 0
     if decoding.draft == "resident":
-        # A score as float32, and the neurons by place as int64.
-        return spec.num_layers * spec.ffn_width * (4 + 8)
+        neuron_nbytes = (
+            4  # score, in float32
+            + 8  # neurons by place, as int64
+            + (4 if decoding.with_prior else 0)  # what earlier runs say, in float32
+        )
+        return spec.num_layers * spec.ffn_width * neuron_nbytes
     if decoding.sparsity == "griffin":
         return spec.ffn_width * 4 + spec.num_layers * spec.ffn_width * element_nbytes
     return spec.num_layers * 4 if decoding.cats_threshold is not None else 0

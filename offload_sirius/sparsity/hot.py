@@ -11,20 +11,24 @@ layer says of the window, so the statistic is kept up to date for nothing,
     s^2 <- decay * s^2 + sum over the window's tokens of (z_tj / ||z_t||)^2
 
 and a cold neuron that has become better than a hot one, by more than what would have them change places all the time, takes its
-place while it passes. Knows neither slots nor links.
+place while it passes. A draft may compute fewer neurons than are hot: the M best of them stand in front, so that it reads one
+range of places. Knows neither slots nor links.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from offload_sirius.kernels.matrix import Matrix, combine
 from offload_sirius.model.feed_forward import Neurons
 from offload_sirius.model.ops import activation_named, gated_activations
 from offload_sirius.model.source import NeuronWeights
 from offload_sirius.sparsity.griffin import say_shares, scored
+from offload_sirius.sparsity.prior import NeuronPrior
 from offload_sirius_loaders.spec import ModelSpec
 
 HYSTERESIS = 0.1
@@ -46,27 +50,41 @@ class HotSource(Protocol):
     def exchange(self, layer: int, hot_places: Tensor, cold_places: Tensor, cold_ids: Tensor) -> None:
         """Cold neurons of the layer that passes take places of hot ones, int64 [k] each; cold_ids: [F - N], cold from now on."""
 
+    def swap(self, layer: int, places: Tensor, other_places: Tensor) -> None:
+        """Hot neurons of the layer in some places and in others, int64 [k] each, change places."""
+
 
 class HotSet:
     """Statistic, places, and the feed-forward blocks of the four kinds of passes."""
 
     def __init__(self, spec: ModelSpec, source: HotSource, num_hot: int, *, decay: float | None, device: torch.device) -> None:
         """num_hot: N of each layer, below F. decay: of the statistic from window to window; None leaves the set as the prompt
-        chose it. Allocates what `sparsity_nbytes` says."""
+        chose it. Allocates what `sparsity_nbytes` says, but for the prior."""
         assert 0 < num_hot < spec.ffn_width, (num_hot, spec.ffn_width)
         self.num_hot = num_hot
+        self.num_drafted = num_hot
+        """M: neurons that a draft computes, at most N."""
         self.source = source
         self.decay = decay
         self.activation = activation_named(spec.activation)
         self.squared_scores = torch.zeros(spec.num_layers, spec.ffn_width, device=device)  # [L, F]
         self.ids = torch.zeros_like(self.squared_scores, dtype=torch.int64)  # [L, F]
-        """Hot neurons by their places, then cold ones, sorted."""
+        """Hot neurons by their places, those first that drafts compute, then cold ones, sorted."""
+        self.prior: NeuronPrior | None = None
+        """Has a say, and learns; None where it shall not."""
         self.num_exchanged = 0
         """Neurons that became hot, of all layers and windows."""
         self.prefill = ChoosingFeedForward(self)
         self.draft = HotFeedForward(self)
         self.full = BothFeedForward(self)
-        self.correction = self.full if decay is None else RefreshingFeedForward(self, decay)
+        self.correction = LearningFeedForward(self) if decay is None else RefreshingFeedForward(self, decay)
+
+    def begin(self, num_drafted: int, prior: NeuronPrior | None) -> None:
+        """A prompt comes. num_drafted: M, at most N. prior: has a say in which neurons become hot, and learns; None where the
+        text shall not depend on it."""
+        assert 0 < num_drafted <= self.num_hot, (num_drafted, self.num_hot)
+        self.num_drafted = num_drafted
+        self.prior = prior
 
     def hot_ids(self, layer: int) -> Tensor:
         """Neuron in each hot place, int64 [N]: a view."""
@@ -91,17 +109,33 @@ class ChoosingFeedForward:
     def close(self, layer: int) -> None:
         """See FeedForward."""
         hot_set = self._hot_set
+        if hot_set.prior is not None:
+            hot_set.squared_scores[layer].add_(hot_set.prior.pseudo_scores(layer))
         ranked = hot_set.squared_scores[layer].sort(descending=True, stable=True).indices  # [F]
-        for ids, chosen in (
-            (hot_set.hot_ids(layer), ranked[: hot_set.num_hot]),
-            (hot_set.cold_ids(layer), ranked[hot_set.num_hot :]),
-        ):
+        num_front = hot_set.num_drafted
+        parts = (num_front, hot_set.num_hot - num_front, len(ranked) - hot_set.num_hot)  # front, back, cold
+        for ids, chosen in zip(hot_set.ids[layer].split(parts), ranked.split(parts), strict=True):
             ids.copy_(chosen.sort().values)
         hot_set.source.choose(layer, hot_set.hot_ids(layer), hot_set.cold_ids(layer))
 
 
+@dataclass(frozen=True)
+class FrontNeurons:
+    """Neurons in the first places of a layer. Satisfies the model's NeuronWeights."""
+
+    gate: Matrix
+    """[M, D], as all of them."""
+    up: Matrix
+    down: Matrix
+
+
+def front_neurons(neurons: NeuronWeights, count: int) -> FrontNeurons:
+    """The first of them: views."""
+    return FrontNeurons(neurons.gate[:count], neurons.up[:count], neurons.down[:count])
+
+
 class HotFeedForward:
-    """Hot neurons only."""
+    """Hot neurons only, or the best of them."""
 
     def __init__(self, hot_set: HotSet) -> None:
         self._hot_set = hot_set
@@ -109,7 +143,9 @@ class HotFeedForward:
     def open(self, layer: int) -> Neurons:
         """See FeedForward."""
         neurons, activation = self._hot_set.source.neurons(layer), self._hot_set.activation
-        return lambda x: gated_activations(x, neurons, activation) @ neurons.down  # [C, D] -> [C, N] -> [C, D]
+        if (count := self._hot_set.num_drafted) < self._hot_set.num_hot:
+            neurons = front_neurons(neurons, count)
+        return lambda x: combine(gated_activations(x, neurons, activation), neurons.down)  # [C, D] -> [C, N] -> [C, D]
 
     def close(self, layer: int) -> None:
         """See FeedForward."""
@@ -127,10 +163,10 @@ class BothFeedForward:
 
         def compute(x: Tensor) -> Tensor:
             hot_z = gated_activations(x, hot, hot_set.activation)  # [C, D] -> [C, N]
-            y = (hot_z @ hot.down).float()  # -> [C, D]
+            y = combine(hot_z, hot.down).float()  # -> [C, D]
             cold = hot_set.source.cold_neurons(layer)
             cold_z = gated_activations(x, cold, hot_set.activation)  # [C, D] -> [C, F - N]
-            y += cold_z @ cold.down
+            y += combine(cold_z, cold.down)
             self.observe(layer, hot_z, cold_z)
             return y.to(x.dtype)
 
@@ -143,7 +179,22 @@ class BothFeedForward:
         """See FeedForward."""
 
 
-class RefreshingFeedForward(BothFeedForward):
+class LearningFeedForward(BothFeedForward):
+    """The same, and the prior learns what they say."""
+
+    def observe(self, layer: int, hot_z: Tensor, cold_z: Tensor) -> None:
+        """See BothFeedForward."""
+        if self._hot_set.prior is not None:
+            self.learn(layer, said_by(hot_z, cold_z))
+
+    def learn(self, layer: int, said: Tensor) -> None:
+        """said: what neurons say of a window, by their places, float32 [F]."""
+        hot_set = self._hot_set
+        if hot_set.prior is not None:
+            hot_set.prior.learn(layer, hot_set.ids[layer], said)
+
+
+class RefreshingFeedForward(LearningFeedForward):
     """The same, and what they say of a window decides which are hot in the next one."""
 
     def __init__(self, hot_set: HotSet, decay: float) -> None:
@@ -158,11 +209,18 @@ class RefreshingFeedForward(BothFeedForward):
     def observe(self, layer: int, hot_z: Tensor, cold_z: Tensor) -> None:
         """See BothFeedForward."""
         hot_set = self._hot_set
-        said = say_shares(torch.cat((hot_z, cold_z), dim=1))  # [C, F] in the order of places -> [F]
+        said = said_by(hot_z, cold_z)
+        self.learn(layer, said)
         hot_set.squared_scores[layer].index_add_(0, hot_set.ids[layer], said)
 
     def close(self, layer: int) -> None:
-        """See FeedForward. Waits for the device once."""
+        """See FeedForward. Waits for the device once, and once more where drafts compute fewer neurons than are hot."""
+        self._exchange(layer)
+        if self._hot_set.num_drafted < self._hot_set.num_hot:
+            self._reorder(layer)
+
+    def _exchange(self, layer: int) -> None:
+        """Cold neurons that have become better take the places of hot ones."""
         hot_set = self._hot_set
         hot_ids, cold_ids = hot_set.hot_ids(layer), hot_set.cold_ids(layer)
         scores = hot_set.squared_scores[layer]
@@ -174,11 +232,28 @@ class RefreshingFeedForward(BothFeedForward):
         hot_set.num_exchanged += len(hot_places)
         hot_set.source.exchange(layer, hot_places, cold_places, cold_ids)
 
+    def _reorder(self, layer: int) -> None:
+        """Hot neurons that have become better change places with those in front."""
+        hot_set = self._hot_set
+        ids, scores = hot_set.hot_ids(layer), hot_set.squared_scores[layer]
+        front, back = scores[ids].split((hot_set.num_drafted, hot_set.num_hot - hot_set.num_drafted))
+        places, others = exchanges(front, back)
+        if len(places) == 0:
+            return
+        others = others + hot_set.num_drafted
+        ids[places], ids[others] = ids[others], ids[places]
+        hot_set.source.swap(layer, places, others)
+
+
+def said_by(hot_z: Tensor, cold_z: Tensor) -> Tensor:
+    """What neurons say of the tokens of [C, N] and [C, F - N]: sums of shares by place, float32 [F]."""
+    return say_shares(torch.cat((hot_z, cold_z), dim=1))
+
 
 def exchanges(hot_scores: Tensor, cold_scores: Tensor) -> tuple[Tensor, Tensor]:
     """Which places to exchange, int64 [k] each: the worst hot ones for the best cold ones, while those are better by HYSTERESIS.
 
-    hot_scores: s^2 by place [N], cold_scores [F - N].
+    hot_scores: s^2 by place [N], cold_scores [F - N]. Likewise of the hot ones those in front and those behind.
     """
     most = min(len(hot_scores), len(cold_scores))
     hot, cold = hot_scores.sort(stable=True), cold_scores.sort(descending=True, stable=True)

@@ -20,6 +20,15 @@ TRANSPOSE_ROWS = 256
 """Rows of a transposed write that are turned at once: a block stays in cache, which doubles the rate of a strided copy."""
 
 
+Rows = Callable[[Tensor], Matrix]
+"""[N, R], numbers or bytes of rows -> the matrix [N, K] that they are."""
+
+
+def as_they_are(rows: Tensor) -> Matrix:
+    """Of rows that are not quantised."""
+    return rows
+
+
 @dataclass(frozen=True)
 class KeptNeurons:
     """Some neurons of a layer, gathered. Satisfies the model's NeuronWeights."""
@@ -28,7 +37,7 @@ class KeptNeurons:
     """[N, R]: R numbers a row, or bytes where rows are quantised."""
     up_down: Tensor
     """[N, 2, R]"""
-    rows: Rows
+    rows: Rows = as_they_are
     """Reads them."""
 
     @property
@@ -100,20 +109,12 @@ class LayerBuffer:
         return view
 
 
-Rows = Callable[[Tensor], Matrix]
-"""[N, R], numbers or bytes of rows -> the matrix [N, K] that they are."""
-
-
 def rows_of(layout: LayerLayout, name: FieldName) -> Rows:
     """How rows of a field are read."""
     num_columns = layout.fields[name].num_columns
     if num_columns is None or layout.format is None:
-        return _as_they_are
+        return as_they_are
     return partial(QuantizedRows, width=num_columns, form=layout.format)
-
-
-def _as_they_are(rows: Tensor) -> Tensor:
-    return rows
 
 
 def kept_neurons(storage: Tensor, layout: LayerLayout, dtype: torch.dtype) -> KeptNeurons:

@@ -5,17 +5,18 @@ Knows neither where bytes come from nor which layer is in which slot.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from math import prod
 
 import torch
 from torch import Tensor
 
-from offload_sirius.weights.buffers import KeptNeurons, LayerBuffer, kept_neurons
+from offload_sirius.weights.buffers import LayerBuffer, kept_neurons
 from offload_sirius.weights.host import allocate_bytes
 from offload_sirius.weights.hot_plan import hot_layouts
-from offload_sirius.weights.hotset import HotSlots
-from offload_sirius.weights.layout import LayerLayout
+from offload_sirius.weights.hotset import HotSlot, whole_slot
+from offload_sirius.weights.layout import Cargo, LayerLayout
 from offload_sirius.weights.neuron_cache import NeuronCache
 from offload_sirius.weights.plan import Plan
 from offload_sirius_loaders.spec import ModelSpec
@@ -41,9 +42,7 @@ class DeviceStore:
         self.residents = {layer: layer_buffer() for layer in plan.resident_layers}
         self.slots = [layer_buffer() for _ in range(plan.num_slots)]
         self.caches = {
-            layer: NeuronCache(cached_records(), spec.ffn_width)
-            for layer in plan.streamed_layers
-            if plan.num_cached_neurons
+            layer: NeuronCache(cached_records(), spec.ffn_width) for layer in plan.streamed_layers if plan.num_cached_neurons
         }
         """Streamed layer -> records of neurons that its last tokens needed."""
 
@@ -56,7 +55,7 @@ class DeviceStore:
 
 
 class HotDeviceStore:
-    """Fixed buffers on a device that holds every layer in part."""
+    """Fixed buffers on a device that holds layers in part."""
 
     def __init__(self, plan: Plan, spec: ModelSpec, layout: LayerLayout, dtype: torch.dtype, device: torch.device) -> None:
         """Raises BudgetError when the device's memory runs out."""
@@ -64,24 +63,35 @@ class HotDeviceStore:
         self.device = device
         self.head = _matrix(spec.vocab_size, spec.width, dtype=dtype, device=device)
         self.final_norm = _matrix(spec.width, dtype=dtype, device=device)
-        layouts, hot_spec = hot_layouts(spec, layout.element_nbytes, plan.hot.num_hot), replace(spec, ffn_width=plan.hot.num_hot)
+        hot = plan.hot
+        layouts, hot_spec = hot_layouts(spec, layout, hot.num_hot), replace(spec, ffn_width=hot.num_hot)
         self.residents: dict[int, LayerBuffer] = {}
         """Layers that are resident as a whole: none."""
         self.layers = {
             layer: LayerBuffer(allocate_bytes(layouts.resident.nbytes, device, "device"), hot_spec, layouts.resident, dtype)
-            for layer in range(spec.num_layers)
+            for layer in hot.layers
         }
-        """Attention block and hot neurons of every layer."""
+        """Attention block and hot neurons of every hot layer."""
         self._slot_memory = allocate_bytes(plan.device_bill["slots"], device, "device")
 
-        def slots(count: int, slot_layout: LayerLayout) -> list[KeptNeurons]:
-            nbytes = slot_layout.kept_nbytes
-            return [
-                kept_neurons(self._slot_memory[index * nbytes : (index + 1) * nbytes], slot_layout, dtype)
-                for index in range(count)
-            ]
+        def places(count: int, nbytes: int) -> list[Tensor]:
+            return [self._slot_memory[index * nbytes : (index + 1) * nbytes] for index in range(count)]
 
-        self.slots = HotSlots(whole=slots(plan.num_slots, layouts.whole), cold=slots(plan.hot.num_cold_slots, layouts.cold))
+        def neuron_slots(cargo: Cargo, count: int, slot_layout: LayerLayout) -> list[HotSlot]:
+            all_places = places(count, slot_layout.kept_nbytes)
+            return [HotSlot({cargo: kept_neurons(place, slot_layout, dtype)}) for place in all_places]
+
+        self.slots: dict[Cargo, Sequence[HotSlot]]
+        """Cargo of a pass -> slots for it, in the same memory."""
+        if len(hot.layers) == spec.num_layers:
+            self.slots = {
+                "records": neuron_slots("records", plan.num_slots, layouts.whole),
+                "cold": neuron_slots("cold", hot.num_cold_slots, layouts.cold),
+            }
+        else:
+            buffers = [LayerBuffer(place, spec, layout, dtype) for place in places(plan.num_slots, layout.nbytes)]
+            whole = [whole_slot(buffer, hot.num_hot) for buffer in buffers]
+            self.slots = {"records": whole, "hot": whole, "cold": whole}
 
     @property
     def nbytes(self) -> int:

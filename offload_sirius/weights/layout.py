@@ -99,6 +99,15 @@ class LayerLayout:
         return self.attention_nbytes + self.records_nbytes
 
     @property
+    def neuron_nbytes(self) -> int:
+        """A neuron's gate row, up row and down column."""
+        return self.record_nbytes * 3 // 2
+
+    def of(self, spec: ModelSpec, num_kept: int = 0) -> LayerLayout:
+        """A layer of another shape whose weights are held as these are."""
+        return layer_layout(spec, self.element_nbytes, num_kept, self.format)
+
+    @property
     def nbytes_per_weight(self) -> float:
         """Bytes that an element of a matrix takes, its share of scales included."""
         return self.element_nbytes if self.format is None else self.format.bits_per_weight / 8

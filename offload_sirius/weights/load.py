@@ -35,8 +35,10 @@ class Loader:
     def __init__(
         self, checkpoint: Checkpoint, readers: ReaderPool, on_bytes: OnBytes, quantise_from: torch.dtype | None = None
     ) -> None:
-        """on_bytes: called with the bytes of each piece that has been read, by the reader threads. quantise_from: the type in which
-        matrices are read that are to be quantised; None where they are not."""
+        """on_bytes: called with the bytes of each piece that has been read, by the reader threads.
+
+        quantise_from: the type in which matrices are read that are to be quantised; None where they are not.
+        """
         self._checkpoint = checkpoint
         self._readers = readers
         self._on_bytes = on_bytes

@@ -77,7 +77,9 @@ class Demand:
     sparsity_nbytes: int = 0
     """Device bytes that choosing neurons takes."""
     num_hot: int = 0
-    """Neurons of each layer that are wanted on the device for good, where every layer is to be partly resident."""
+    """Neurons of each layer that are wanted on the device for good, where layers are to be partly resident."""
+    hot_layers_first: bool = False
+    """Where not all of that fits: all of those neurons of some layers rather than fewer of every layer."""
     num_cached_neurons: int = 0
     """Neurons of each streamed layer whose up and down records are wanted on the device, beside its slots; 0 for none."""
 
@@ -92,12 +94,14 @@ class Budgets:
 
 @dataclass(frozen=True, kw_only=True)
 class HotPlan:
-    """Every layer is partly resident: its attention block, and some neurons."""
+    """Layers are partly resident: attention block, and some neurons."""
 
+    layers: tuple[int, ...]
+    """Those layers: all, or as many as have room. Of the others nothing is resident."""
     num_hot: int
-    """Neurons of each layer on the device, N."""
+    """Neurons of each of them on the device, N; a draft step computes as many of the others."""
     num_cold_slots: int
-    """Slots for the others of a layer, in the memory of those for all of them."""
+    """Slots for the F - N others of a layer, in the memory of those for all of them."""
     cold_nbytes: int
     """Bytes of the others."""
 
@@ -144,7 +148,10 @@ class Plan:
     @property
     def pass_nbytes(self) -> int:
         """Bytes that cross the link in one pass of the full model."""
-        return len(self.streamed_layers) * (self.layer_nbytes if self.hot is None else self.hot.cold_nbytes)
+        if self.hot is None:
+            return len(self.streamed_layers) * self.layer_nbytes
+        num_hot = len(self.hot.layers)
+        return num_hot * self.hot.cold_nbytes + (len(self.streamed_layers) - num_hot) * self.layer_nbytes
 
     @property
     def sliceable_layers(self) -> tuple[int, ...]:

@@ -23,8 +23,8 @@ from __future__ import annotations
 
 import heapq
 from collections import deque
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Literal, get_args
 
@@ -63,6 +63,8 @@ class Work:
     """What the pass takes of layers of which slices can cross the link alone, or that are partly resident."""
     num_fetched: int = 0
     """Of `gate`: neurons of each such layer whose records are sent for."""
+    num_drafted: int | None = None
+    """Of `hot`: neurons of each layer that are computed; None: all that are resident."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +82,8 @@ class Setting:
     paced_bytes_per_second: float | None
     """The rate of an emulated link, which paces real copies."""
     rates: Rates
+    overlap: bool = True
+    """Where layers are partly resident: the link fetches for a pass before it begins."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,8 +199,9 @@ def predict(setting: Setting, token: Work, prompt: Work) -> Prediction:
     """Expected times of the full model. token: the pass of one new token; prompt: the pass over the prompt."""
     token_bill, prompt_bill = pass_bill(setting, token, decoding=True), pass_bill(setting, prompt, decoding=False)
     replay = _replay_of(setting)
-    first = replay.run(_pass_seconds(setting, prompt, decoding=False))
-    seconds_per_pass = _steady_seconds(replay, _pass_seconds(setting, token, decoding=True))
+    token_seconds = _pass_seconds(setting, token, decoding=True)
+    first = replay.run(_pass_seconds(setting, prompt, decoding=False), token_seconds)
+    seconds_per_pass = _steady_seconds(replay, token_seconds)
     return Prediction(
         seconds_per_pass=seconds_per_pass,
         seconds_per_token=seconds_per_pass / token.num_head_rows,
@@ -262,9 +267,11 @@ def load_seconds(setting: Setting) -> float | None:
 
 def pass_nbytes(setting: Setting, work: Work) -> int:
     """Bytes of layers that come into slots in a pass."""
+    work = replace(work, num_drafted=None)  # all hot neurons come, whether or not a draft computes them
     num_sliced = len(_sliced_layers(setting, work))
     num_whole = len(setting.plan.streamed_layers) - num_sliced
-    return num_whole * setting.plan.layer_nbytes + num_sliced * _slice_nbytes(setting, work)
+    whole_nbytes = sum(_step_nbytes(setting, work, sliced=False).values())
+    return num_whole * whole_nbytes + num_sliced * _slice_nbytes(setting, work)
 
 
 def pass_bill(setting: Setting, work: Work, *, decoding: bool) -> PassBill:
@@ -286,10 +293,10 @@ def pass_bill(setting: Setting, work: Work, *, decoding: bool) -> PassBill:
     num_sliced = len(_sliced_layers(setting, work))
     whole, sliced = (_step_seconds(setting, work, sliced=each, decoding=decoding) for each in (False, True))
     weights = (num_layers - num_sliced) * sum(whole.values()) + num_sliced * sum(sliced.values())
-    slice_weights_nbytes = sum(_step_nbytes(setting, work, sliced=True).values())
+    whole_nbytes, sliced_nbytes = (sum(_step_nbytes(setting, work, sliced=each).values()) for each in (False, True))
     mixing = num_layers * _mixing_seconds(setting, work, decoding=decoding)
     overhead = num_layers * work.num_chunks * rates.layer_overhead_seconds + rates.step_overhead_seconds
-    head = _weights_seconds(setting, plan.device_bill["head"], work.num_head_rows, decoding=decoding)
+    head = _head_seconds(setting, work, decoding=decoding)
     nbytes, copy_nbytes = pass_nbytes(setting, work), _copy_nbytes(setting, work)
     copying = copy_nbytes / rates.link_bytes_per_second
     drag, copy_drag = drags(weights + mixing + overhead + head, copying, rates)
@@ -302,7 +309,7 @@ def pass_bill(setting: Setting, work: Work, *, decoding: bool) -> PassBill:
         copy_drag_seconds=copy_drag,
         disk_nbytes=disk_nbytes,
         disk_seconds=disk_nbytes / rates.disk_bytes_per_second,
-        weights_nbytes=(num_layers - num_sliced) * plan.layer_nbytes + num_sliced * slice_weights_nbytes,
+        weights_nbytes=(num_layers - num_sliced) * whole_nbytes + num_sliced * sliced_nbytes,
         weights_seconds=weights,
         mixing_seconds=mixing,
         overhead_seconds=overhead,
@@ -312,19 +319,19 @@ def pass_bill(setting: Setting, work: Work, *, decoding: bool) -> PassBill:
 
 
 def _sliced_layers(setting: Setting, work: Work) -> frozenset[int]:
-    """Layers of which the pass brings and computes slices only; those that are partly resident never come as a whole."""
+    """Layers of which the pass brings and computes slices only; where layers are partly resident, these."""
     if setting.plan.hot is not None:
-        return frozenset(setting.plan.streamed_layers)
+        return frozenset(setting.plan.hot.layers)
     return frozenset(setting.plan.sliceable_layers) if work.cargo != "records" else frozenset()
 
 
 def _step_nbytes(setting: Setting, work: Work, *, sliced: bool) -> dict[Step, int]:
     """What is computed of a layer, one after the other, each with the bytes of its weights."""
     layout = setting.layout
+    if work.cargo == "hot" or (sliced and setting.plan.hot is not None):
+        return _partly_resident_nbytes(setting.plan, layout, work)
     if not sliced:
         return {part: layout.part_nbytes(part) for part in PARTS}
-    if setting.plan.hot is not None:
-        return _partly_resident_nbytes(setting.plan, layout, work.cargo)
     part = slice_of(work.cargo)
     steps: dict[Step, int] = {"attention": layout.part_nbytes("attention"), part: layout.part_nbytes(part)}
     if work.cargo == "gate":
@@ -334,17 +341,24 @@ def _step_nbytes(setting: Setting, work: Work, *, sliced: bool) -> dict[Step, in
     return steps
 
 
-def _partly_resident_nbytes(plan: Plan, layout: LayerLayout, cargo: Cargo) -> dict[Step, int]:
-    """Of a layer whose attention block and hot neurons are on the device.
+def _partly_resident_nbytes(plan: Plan, layout: LayerLayout, work: Work) -> dict[Step, int]:
+    """Of a layer whose attention block and hot neurons are on the device, or come for a draft step.
 
-    All neurons at once while the hot ones are chosen, else those and, where all are needed, the others.
+    All neurons at once while the hot ones are chosen, else those, or the best of them, and, where all are needed, the others.
     """
     assert plan.hot is not None
+    cargo = work.cargo
     steps: dict[Step, int] = {"attention": layout.part_nbytes("attention")}
     if cargo == "records":
         return steps | {"records": layout.part_nbytes("records")}
-    steps["hot"] = plan.device_bill["hot_neurons"] // len(plan.streamed_layers)
+    steps["hot"] = _hot_nbytes(plan) * (work.num_drafted or plan.hot.num_hot) // plan.hot.num_hot
     return steps | {"cold": plan.hot.cold_nbytes} if cargo == "cold" else steps
+
+
+def _hot_nbytes(plan: Plan) -> int:
+    """Bytes of the hot neurons of a layer."""
+    assert plan.hot is not None
+    return plan.device_bill["hot_neurons"] // len(plan.hot.layers)
 
 
 def _slice_nbytes(setting: Setting, work: Work) -> int:
@@ -357,7 +371,7 @@ def _slice_nbytes(setting: Setting, work: Work) -> int:
 def _copy_nbytes(setting: Setting, work: Work) -> int:
     """Bytes that the link's copier copies: on a device with its own memory all, else only what is in host memory."""
     plan, sliced = setting.plan, _sliced_layers(setting, work)
-    if setting.own_memory:
+    if setting.own_memory or plan.hot is not None:
         return pass_nbytes(setting, work)
     if not sliced:
         return len(plan.host_layers) * plan.layer_nbytes
@@ -381,15 +395,24 @@ def drags(computing: float, copying: float, rates: Rates) -> tuple[float, float]
 
 def _step_seconds(setting: Setting, work: Work, *, sliced: bool, decoding: bool) -> dict[Step, float]:
     """Computing the steps of a layer, but for attention over the cache."""
+    per_weight = setting.layout.nbytes_per_weight
     return {
-        step: _weights_seconds(setting, nbytes, work.num_rows, decoding=decoding, num_chunks=work.num_chunks)
+        step: _weights_seconds(setting, nbytes, nbytes / per_weight, work.num_rows, work.num_chunks, decoding=decoding)
         for step, nbytes in _step_nbytes(setting, work, sliced=sliced).items()
     }
 
 
-def _weights_seconds(setting: Setting, nbytes: int, num_rows: int, *, decoding: bool, num_chunks: int = 1) -> float:
+def _head_seconds(setting: Setting, work: Work, *, decoding: bool) -> float:
+    """The head is not quantised."""
+    nbytes = setting.plan.device_bill["head"]
+    return _weights_seconds(setting, nbytes, nbytes / setting.layout.element_nbytes, work.num_head_rows, 1, decoding=decoding)
+
+
+def _weights_seconds(
+    setting: Setting, nbytes: int, num_weights: float, num_rows: int, num_chunks: int, *, decoding: bool
+) -> float:
     reading = num_chunks * nbytes / setting.rates.device_bytes_per_second
-    flops = 2 * num_rows * (nbytes // setting.layout.element_nbytes)
+    flops = 2 * num_rows * num_weights
     return max(reading, flops / setting.rates.device_flops_per_second) / _share_of_cores(setting, decoding=decoding)
 
 
@@ -425,7 +448,7 @@ def _pass_seconds(setting: Setting, work: Work, *, decoding: bool) -> _PassSecon
         seconds["attention"] += work.num_chunks * setting.rates.layer_overhead_seconds
         return seconds
 
-    head = _weights_seconds(setting, setting.plan.device_bill["head"], work.num_head_rows, decoding=decoding)
+    head = _head_seconds(setting, work, decoding=decoding)
     return _PassSeconds(
         cargo=work.cargo,
         fetched_nbytes=work.num_fetched * setting.layout.record_nbytes,
@@ -605,38 +628,68 @@ class _Replay:
 
 
 class _HotReplay(_Replay):
-    """The same where every layer is partly resident. See weights/hotset.py."""
+    """The same where layers are partly resident. See weights/hotset.py."""
+
+    def __init__(self, setting: Setting) -> None:
+        super().__init__(setting)
+        hot = setting.plan.hot
+        assert hot is not None
+        self._hot = frozenset(hot.layers)
+        streamed = [layer for layer in self._streamed if layer not in self._hot]
+        self._passing: dict[Cargo, Sequence[int]] = {"records": self._streamed, "cold": self._streamed}
+        self._num_slots: dict[Cargo, int] = {"records": setting.plan.num_slots, "cold": hot.num_cold_slots}
+        if streamed:
+            self._passing["hot"], self._num_slots["hot"] = streamed, setting.plan.num_slots
+        self._same_slots = bool(streamed)
+        """In any pass; else the memory of those that the prompt's pass has is cut anew."""
 
     def run(self, seconds: _PassSeconds, following: _PassSeconds | None = None) -> float:
         """One pass more. While nothing has to arrive for it, the link works for the next that needs something."""
-        hot = self._setting.plan.hot
-        assert hot is not None
-        waits = seconds.cargo != "hot"
-        if not self._ring:
-            self._starting = seconds.cargo if waits else "cold"
-            self._next = 0
-            for _ in range(hot.num_cold_slots if self._starting == "cold" else self._setting.plan.num_slots):
+        cargo = self._moving(seconds.cargo)
+        self._following = self._moving((following or seconds).cargo)
+        self._starting = cargo if self._next else self._following
+        if not self._ring and (self._setting.overlap or cargo == seconds.cargo):
+            self._starting, self._next = cargo, 0
+            for _ in range(min(self._num_slots[cargo], len(self._passing[cargo]))):
                 self._start()
-        for _ in range(self._num_layers):
-            for step, computing in seconds.sliced.items():
-                if waits and step in self._ring[0]:
+        passing = frozenset(self._passing.get(seconds.cargo, ()))
+        for layer in range(self._num_layers):
+            passes = layer in passing
+            for step, computing in (seconds.sliced if layer in self._hot else seconds.whole).items():
+                if passes and step in self._ring[0]:
                     self._now = self._thread.idle_until(max(self._now, self._ring[0][step]()))
                 self._now = self._thread.compute(computing)
-            if waits:
+            if passes:
                 self._ring.popleft()
-                # Slots for all neurons of a layer are no slots for some of them: behind the prompt's pass they are cut anew.
-                if self._starting == "cold" or self._next != 0:
+                if (self._same_slots or self._starting == cargo) and (self._setting.overlap or self._next):
                     self._start()
         self._now = self._thread.compute(seconds.behind_layers)
         return self._now
 
+    def _moving(self, cargo: Cargo) -> Cargo:
+        return cargo if cargo in self._passing else "cold"
+
     def _start(self) -> None:
-        self._next = (self._next + 1) % self._num_layers
-        layout, hot = self._setting.layout, self._setting.plan.hot
+        layers, cargo = self._passing[self._starting], self._starting
+        layer = layers[self._next]
+        self._next = (self._next + 1) % len(layers)
+        if self._next == 0:
+            self._starting = self._following
+        self._ring.append(self._bring_hot(cargo) if layer in self._hot else self._bring_streamed(cargo))
+
+    def _bring_hot(self, cargo: Cargo) -> dict[Step, Arrival]:
+        hot = self._setting.plan.hot
         assert hot is not None
-        whole = self._starting == "records"
-        arrival = self._bring_from_host(layout.part_nbytes("records") if whole else hot.cold_nbytes)
-        self._ring.append({"records" if whole else "cold": arrival})
+        if cargo == "cold":
+            return {"cold": self._bring_from_host(hot.cold_nbytes)}
+        return {"records": self._bring_from_host(self._setting.layout.part_nbytes("records"))}
+
+    def _bring_streamed(self, cargo: Cargo) -> dict[Step, Arrival]:
+        layout, plan = self._setting.layout, self._setting.plan
+        attention = self._bring_from_host(layout.part_nbytes("attention"))
+        if cargo == "hot":
+            return {"attention": attention, "hot": self._bring_from_host(_hot_nbytes(plan))}
+        return {"attention": attention, "records": self._bring_from_host(layout.part_nbytes("records"))}
 
 
 def _replay_of(setting: Setting) -> _Replay:

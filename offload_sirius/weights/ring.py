@@ -1,8 +1,8 @@
 """Slots through which the layers of a cycle pass, in order, again and again. Knows neither what is sent nor who sends it.
 
 While one slot is computed on, the others fill with the layers that follow. The order wraps: behind the last layer comes the first
-one of the next pass. What a pass takes of each layer, its cargo, may differ from pass to pass, and so may the slots that hold it:
-where the next pass has others, the ring drains at the end of this one.
+one of the next pass. What a pass takes of each layer, its cargo, may differ from pass to pass. So may the layers of which it
+takes anything, and the slots that hold it: where the next pass has other slots, the ring drains at the end of this one.
 """
 
 from __future__ import annotations
@@ -44,17 +44,29 @@ Send = Callable[[int, Cargo, SlotT], Flight[SlotT]]
 class Ring(Generic[SlotT]):
     """Flights under way and arrived, the first of them being computed on."""
 
-    def __init__(self, layers: Sequence[int], slots: Mapping[Cargo, Sequence[SlotT]], send: Send[SlotT]) -> None:
-        """layers: in order. slots: cargo -> slots for it, two or more; cargoes with the same list share their slots.
+    def __init__(
+        self,
+        layers: Mapping[Cargo, Sequence[int]],
+        slots: Mapping[Cargo, Sequence[SlotT]],
+        send: Send[SlotT],
+        *,
+        wraps: bool = True,
+    ) -> None:
+        """layers: cargo -> those of which it takes anything, in order; of two cargoes the one takes none that the other does not.
+        slots: cargo -> slots for it, two or more; cargoes with the same list share their slots.
+        wraps: behind the last layer comes the first one of the next pass; else nothing, until that pass asks for it.
 
-        Nothing is sent before the first layer is asked for.
+        No more slots are used than the shortest cycle has layers: so a layer is never sent for a pass before the one ahead of it
+        has computed on that layer. Nothing is sent before the first layer is asked for.
         """
         self.discarded_nbytes = 0
         """Bytes that were sent for a pass that did not come."""
-        self._layers = list(layers)
+        self._layers = {cargo: list(each) for cargo, each in layers.items()}
+        self._most_slots = min(len(each) for each in layers.values())
         self._slots = slots
         self._send = send
         self._flights: deque[Flight[SlotT]] = deque()
+        self._wraps = wraps
         self._next = 0
         self._broken_off = False
         self._cargo: Cargo = "records"
@@ -69,7 +81,7 @@ class Ring(Generic[SlotT]):
     @property
     def next_layer(self) -> int:
         """The layer that is sent next."""
-        return self._layers[self._next]
+        return self._layers[self._sending][self._next]
 
     def begin(self, cargo: Cargo, following: Cargo) -> None:
         """A pass begins, and another will probably follow. One that was given up half-way may be followed by any."""
@@ -87,12 +99,12 @@ class Ring(Generic[SlotT]):
     def fill(self) -> None:
         """Send the first layers of the pass that begins, where nothing is under way."""
         if not self._flights:
-            self.restart_at(self._layers[0])
+            self.restart_at(self._layers[self._cargo][0])
 
     def advance(self) -> Flight[SlotT]:
         """The first layer has been computed on: its slot goes to the next one that is not under way."""
         flight = self._flights.popleft()
-        if self._slots[self._sending] is self._slots[flight.cargo]:
+        if self._may_send_into(self._slots[flight.cargo]):
             self._start(flight.slot)
         return flight
 
@@ -110,16 +122,21 @@ class Ring(Generic[SlotT]):
                         transfer.wait()
         self._flights.clear()
         self._broken_off = False
-        self._next = self._layers.index(layer)
+        self._next = self._layers[self._cargo].index(layer)
         self._sending = self._cargo
         slots = self._slots[self._cargo]
-        for slot in slots[: len(self._layers)]:
-            if self._slots[self._sending] is slots:
+        for slot in slots[: self._most_slots]:
+            if self._may_send_into(slots) or not self._flights:
                 self._start(slot)
 
+    def _may_send_into(self, slots: Sequence[SlotT]) -> bool:
+        """Whether the next layer has its place among these, and is to be sent before it is asked for."""
+        return self._slots[self._sending] is slots and (self._wraps or self._next != 0)
+
     def _start(self, slot: SlotT) -> None:
-        layer, cargo = self._layers[self._next], self._sending
-        self._next = (self._next + 1) % len(self._layers)
+        layers, cargo = self._layers[self._sending], self._sending
+        layer = layers[self._next]
+        self._next = (self._next + 1) % len(layers)
         if self._next == 0:
             self._sending = self._following
         self._flights.append(self._send(layer, cargo, slot))

@@ -170,7 +170,7 @@ class WeightStreamer(Streamer):
         self._kept = kept
         self._arena = arena or {}
         shared = list(slots)
-        self._ring = Ring(streamed_layers, dict.fromkeys(SLICES, shared), self._send)
+        self._ring = Ring(dict.fromkeys(SLICES, streamed_layers), dict.fromkeys(SLICES, shared), self._send)
         self._front: Flight[LayerBuffer] | None = None
         self._attention_nbytes = shared[0].parts["attention"].numel() if shared else 0
         self._discarded_early_nbytes = 0

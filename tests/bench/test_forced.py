@@ -37,14 +37,16 @@ def verdict(rule: ForcedAcceptance, tree: DraftTree) -> Acceptance:
 def test_windows_advance_by_what_the_script_says_and_the_full_model_says_what_comes_behind() -> None:
     rule = ForcedAcceptance(Fraction("2.5"))
     tree = line(1, 2, 3, 4)
-    assert verdict(rule, tree) == Acceptance(token_ids=(2, 9), nodes=(0, 1), num_accepted=1, num_tried=2)
-    assert verdict(rule, tree) == Acceptance(token_ids=(2, 3, 9), nodes=(0, 1, 2), num_accepted=2, num_tried=3)
+    assert verdict(rule, tree) == Acceptance(token_ids=(2, 9), nodes=(0, 1), num_drafted=1, num_accepted=1, num_tried=2)
+    assert verdict(rule, tree) == Acceptance(token_ids=(2, 3, 9), nodes=(0, 1, 2), num_drafted=2, num_accepted=2, num_tried=3)
     assert verdict(rule, tree).num_accepted == 1
 
 
 def test_a_window_of_which_all_stands_has_one_token_more_than_was_drafted() -> None:
     rule = ForcedAcceptance(Fraction(4))
-    assert verdict(rule, line(1, 2, 3, 4)) == Acceptance(token_ids=(2, 3, 4, 9), nodes=(0, 1, 2, 3), num_accepted=3, num_tried=3)
+    assert verdict(rule, line(1, 2, 3, 4)) == Acceptance(
+        token_ids=(2, 3, 4, 9), nodes=(0, 1, 2, 3), num_drafted=3, num_accepted=3, num_tried=3
+    )
 
 
 def test_a_short_draft_stands_whole_where_the_script_wants_more() -> None:

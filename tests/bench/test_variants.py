@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from offload_sirius.bench.variants import FULL, DecodeBench, name_of, roomiest, variants_of
-from offload_sirius.config import DecodingConfig, GenerationConfig, SamplingConfig
+from offload_sirius.config import MAX_LOOKUP_NODES, DecodingConfig, GenerationConfig, SamplingConfig
 from offload_sirius.errors import ConfigError
 
 PLAIN: dict[str, Any] = {
@@ -39,6 +39,12 @@ def bench(variants: tuple[DecodingConfig, ...], **others: Any) -> DecodeBench:
 def test_the_small_table_has_one_sparse_and_one_corrected_row() -> None:
     assert names() == ["griffin 0.5 sparse", "griffin 0.5 sirius exact w4"]
     assert names(modes=["full"]) == []
+
+
+def test_rows_say_how_many_of_the_resident_neurons_drafts_compute() -> None:
+    assert names(
+        DecodingConfig(keep=0.75, draft_keep=0.25, draft="resident"), keeps=[0.75], drafts=["resident"], modes=["sparse"]
+    ) == ["griffin 0.25 of 0.75 resident sparse"]
 
 
 def test_rows_are_a_cross_product_in_the_order_of_the_lists() -> None:
@@ -86,7 +92,18 @@ def test_each_kind_of_neurons_is_a_load_of_its_own_with_room_for_the_largest_tre
     assert first == (FULL,)
     assert [(load[0].sparsity, len(load)) for load in others] == [("griffin", 5), ("cats", 5)]
     assert [(roomiest(load).window, roomiest(load).tree_width) for load in others] == [(9, 4), (9, 4)]
-    assert bench(variants).num_ahead == 8 * 4 + 1 - 9
+    assert bench(variants).num_ahead == 8 * 4 + 1 + MAX_LOOKUP_NODES - 9
+
+
+def test_rows_say_whether_tokens_are_looked_up_where_that_was_asked_for() -> None:
+    assert names(DecodingConfig(lookup=False), modes=["sirius"], tree_widths=[1, 2]) == [
+        "griffin 0.5 sirius exact w4 no lookup",
+        "griffin 0.5 sirius exact w4 t2 no lookup",
+    ]
+    assert names(DecodingConfig(lookup=True), accepts=["threshold"]) == [
+        "griffin 0.5 sparse",
+        "griffin 0.5 sirius threshold 0.1 w4 lookup",
+    ]
 
 
 def test_forced_answers_are_whole_windows_behind_a_first_token() -> None:
@@ -119,6 +136,12 @@ def test_what_cannot_be_forced_is_said(lists: dict[str, Any], aal: str, message:
     with pytest.raises(ConfigError) as caught:
         bench(variants_of(SHARED, **PLAIN | lists), forced_aal=Fraction(aal))
     assert str(caught.value) == message
+
+
+def test_what_is_looked_up_cannot_be_forced() -> None:
+    with pytest.raises(ConfigError) as caught:
+        bench(variants_of(DecodingConfig(lookup=True), **PLAIN), forced_aal=Fraction(2))
+    assert str(caught.value) == "--force-aal decides what is accepted, of drafted tokens alone; leave --lookup out"
 
 
 def test_the_rule_of_the_paper_is_greedy_in_every_row() -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from offload_sirius.cli.console import LoadProgress, TextWriter, advice, predicted, say, summary
 from offload_sirius.config import DecodingConfig, EngineConfig, Mode
-from offload_sirius.decode.result import Generation, LinkFigures, MemoryFigures, Passes
+from offload_sirius.decode.result import Generation, LinkFigures, MemoryFigures, Passes, TokensByOrigin
 from offload_sirius.decode.stream import TextPiece
 from offload_sirius.engine.planning import DESCRIBED, assumed_rates, plan_model
 from offload_sirius_loaders import open_checkpoint
@@ -151,6 +151,8 @@ def test_the_summary_of_a_corrected_answer_says_what_a_correction_gave() -> None
     assert summary(corrected(1.0)) == (
         "5 tokens, first after 0.50 s, 0.50 tokens/s, 2.50 tokens a correction (AAL), 70% of drafts accepted"
     )
+    found = replace(corrected(1.0), tokens_by_origin=TokensByOrigin(full=2, draft=1, lookup=2))
+    assert summary(found).endswith("70% of drafts accepted, 2 tokens looked up")
 
 
 @pytest.mark.parametrize(

@@ -21,15 +21,15 @@ COMMANDS: dict[str, Any] = {name: each for name, each in TOP.items() if name != 
 }
 DOCUMENTED = {
     "generate": (
-        "--model --mode --sparsity --keep --cats-threshold --window --accept --threshold --draft --refresh "
-        "--refresh-decay --tree-width --device --device-memory --host-memory --link-gbps --dtype --max-context --auto "
-        "--threads --temperature --top-k --top-p --min-p --repetition-penalty --seed "
+        "--model --mode --sparsity --keep --cats-threshold --window --accept --threshold --draft --resident-first --refresh "
+        "--refresh-decay --overlap --prior --draft-keep --tree-width --lookup --device --device-memory --host-memory "
+        "--link-gbps --dtype --max-context --auto --threads --temperature --top-k --top-p --min-p --repetition-penalty --seed "
         "--stop --max-new-tokens --prompt --prompt-file --chat --ignore-eos "
         "--cuda-graphs --shared-host-buffers --trace --json --verbose"
     ),
     "plan": (
-        "--model --mode --sparsity --keep --window --draft --tree-width --device --device-memory --host-memory --link-gbps "
-        "--dtype --max-context --auto --cuda-graphs --device-tflops "
+        "--model --mode --sparsity --keep --window --draft --resident-first --prior --draft-keep --tree-width --lookup "
+        "--device --device-memory --host-memory --link-gbps --dtype --max-context --auto --cuda-graphs --device-tflops "
         "--device-gbps --disk-gbps --prompt-tokens --batch --json --verbose"
     ),
     "doctor": "--path --measure --json",
@@ -37,7 +37,7 @@ DOCUMENTED = {
     "bench link": "--device --sizes --path --repeats --plot --json",
     "bench decode": (
         "--model --prompts --limit --chat --modes --sparsity --keep --cats-threshold --window --accept --threshold "
-        "--draft --refresh --refresh-decay --tree-width --force-aal "
+        "--draft --resident-first --refresh --refresh-decay --overlap --prior --draft-keep --tree-width --lookup --force-aal "
         "--max-new-tokens --ignore-eos --temperature --top-k --top-p --min-p --repetition-penalty --seed "
         "--device --device-memory --host-memory --link-gbps --dtype --threads --cuda-graphs --shared-host-buffers "
         "--plot --trace --json --verbose"
@@ -55,6 +55,7 @@ SETTINGS = [
             "model device device_memory host_memory link_gbps dtype max_context auto threads shared_host_buffers cuda_graphs",
         ),
         (DecodingConfig, "mode sparsity keep cats_threshold window accept threshold draft refresh refresh_decay tree_width"),
+        (DecodingConfig, "resident_first overlap prior draft_keep lookup"),
         (GenerationConfig, "max_new_tokens ignore_eos chat"),
         (SamplingConfig, "temperature top_k top_p min_p repetition_penalty seed"),
     )

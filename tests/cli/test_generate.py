@@ -20,7 +20,7 @@ from offload_sirius.weights.copiers import PacedTransfer
 
 from .conftest import Pipe, Ran, Run
 
-STREAMED = ("--device-memory", "800KiB")
+STREAMED = ("--device-memory", "880KiB")
 """The tiny model's four layers and a short context do not fit."""
 
 SHORT = ("--model", "synthetic:tiny?positions=16", "--prompt", "hi", "--device", "cpu", "--threads", "1")
@@ -52,7 +52,7 @@ CONTRACT: dict[str, Any] = {
     "windows": int,
     "draft_seconds": None,
     "correction_seconds": None,
-    "tokens_by_origin": {"full": int, "draft": int},
+    "tokens_by_origin": {"full": int, "draft": int, "lookup": int},
     "flips": None,
     "memory": {"device_plan_bytes": int, "device_peak_bytes": int, "host_plan_bytes": int, "host_peak_bytes": int},
     "plan": {"resident_layers": list, "host_layers": list, "disk_layers": list, "num_slots": int},
@@ -160,11 +160,18 @@ def test_ignore_eos_and_no_chat_reach_the_settings(tiny: Run) -> None:
     assert (settings["ignore_eos"], settings["chat"]) == (True, False)
 
 
-@pytest.mark.parametrize("size", ["800KiB", "0.79MiB", "819200", "800 kib", "820KB", "0.82MB"])
+@pytest.mark.parametrize(("given", "lookup"), [((), None), (("--lookup",), True), (("--no-lookup",), False)])
+def test_lookup_is_left_to_the_rule_of_acceptance_unless_a_flag_says_otherwise(
+    given: tuple[str, ...], lookup: bool | None, tiny: Run
+) -> None:
+    assert figures(tiny("--prompt", "hi", "--json", *given))["settings"]["decoding"]["lookup"] is lookup
+
+
+@pytest.mark.parametrize("size", ["880KiB", "0.86MiB", "901120", "880 kib", "901KB", "0.9MB"])
 def test_a_size_is_written_in_any_of_these_forms(size: str, tiny: Run) -> None:
     found = figures(tiny("--prompt", "hi", "--json", "--device-memory", size))
     assert found["plan"]["num_slots"] >= 2
-    assert found["memory"]["device_plan_bytes"] <= 840_000
+    assert found["memory"]["device_plan_bytes"] <= 902_000
 
 
 def test_a_size_may_be_a_share_of_what_is_free(tiny: Run) -> None:
@@ -195,7 +202,7 @@ CORRECTED: dict[str, Any] = {
     "windows": int,
     "draft_seconds": float,
     "correction_seconds": float,
-    "tokens_by_origin": {"full": int, "draft": int},
+    "tokens_by_origin": {"full": int, "draft": int, "lookup": int},
     "link": {"bytes": {"discarded": int}},
 }
 

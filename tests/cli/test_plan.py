@@ -99,7 +99,7 @@ def test_the_tables_show_the_arithmetic(run: Run) -> None:
     assert any("link 25 GB/s (given), disk 3 GB/s (assumed), device memory 1008 GB/s (given)" in line for line in lines)
 
 
-DRAFTED = (*LLAMA_70B, "--host-memory", "260GiB", "--mode", "sirius")
+DRAFTED = (*LLAMA_70B, "--host-memory", "260GiB", "--mode", "sirius", "--draft", "streamed")
 KEPT_LAYER = 2 * (150_994_944 + 704_643_072 // 2 + 16_384)
 
 
@@ -153,6 +153,24 @@ def test_the_tables_show_the_arithmetic_of_drafts_and_corrections(run: Run) -> N
     assert "with mode full 4.79 a pass of the full model, planned for that mode" in lines
     assert "acceptance window tokens a window s a token tokens/s" in lines
     assert "0.95 4 3.71 3.57 0.28" in lines
+
+
+def test_where_the_device_cannot_hold_part_of_every_layer_part_of_the_layers_is_predicted_to_be_faster(run: Run) -> None:
+    arguments = (*DRAFTED, "--host-memory", "160GiB", "--draft", "auto", "--keep", "0.5")
+    report = planned(run, *arguments)
+    partly, streamed = report["candidates"]
+    assert (partly["draft"], streamed["draft"]) == ("resident", "streamed")
+    assert partly["predicted"]["seconds_per_token"] == pytest.approx(3.994, abs=5e-4)
+    assert streamed["predicted"]["seconds_per_token"] == pytest.approx(4.228, abs=5e-4)
+    draft, num_streamed = report["plan"]["predicted"]["draft"], NUM_LAYERS - len(report["plan"]["hot"]["layers"])
+    assert num_streamed == 62
+    assert draft["nbytes"] == num_streamed * KEPT_LAYER
+    lines = lines_of(run, *arguments)
+    assert "device attention 18 5.07 GiB" in lines
+    assert "device hot neurons 18 11.82 GiB" in lines
+    assert "draft step: link 2.5 62 layers, 0.588 of their bytes: 62.4 GB / 25.00 GB/s = 2.5 s" in lines
+    assert "correction: link 4.75 80 layers, 0.868 of their bytes: 118.8 GB / 25.00 GB/s = 4.75 s" in lines
+    assert "bfloat16 resident in 18 of 80 layers 3.99 5.27" in lines
 
 
 def test_sparse_answers_take_a_draft_step_a_token(run: Run) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 
 import pytest
 import torch
@@ -28,6 +29,7 @@ from offload_sirius.decode.tree import Branch, DraftTree
 from offload_sirius.errors import WeightReadError
 
 from .toys import VOCAB, Rule, ToyModel, jumble, mostly
+from .trees import grafted_trees
 
 GREEDY = Sampler(SamplingConfig())
 END = 9
@@ -135,6 +137,90 @@ def test_threshold_takes_what_the_full_model_finds_likely_enough(
 ) -> None:
     found = accept_threshold(tree, logits, GREEDY, [8, 0], ENDS, threshold=0.1)
     assert parts(found) == (token_ids, nodes, accepted, tried)
+
+
+GRAFTED = line_of(1, 2)
+"""Nodes 0, 1, 2 are tokens 0, 1, 2; grafted are 3 behind 1 and 4 behind that, 5 behind the root, 6 behind 2: nodes 3 to 6."""
+for parent, token_id in ((1, 3), (3, 4), (0, 5), (2, 6)):
+    GRAFTED.graft(parent, token_id)
+
+
+@pytest.mark.parametrize(
+    ("logits", "token_ids", "nodes", "drafted", "looked_up", "accepted", "tried"),
+    [
+        # The draft alone, with what was grafted behind it, and with the full model's own token where both end.
+        (favouring(1, 2, 7, 0, 0, 0, 0), (1, 2, 7), (0, 1, 2), 2, 0, 2, 2),
+        (favouring(1, 2, 6, 0, 0, 0, 7), (1, 2, 6, 7), (0, 1, 2, 6), 2, 1, 2, 2),
+        # What was grafted where the draft was wrong, which is all that is said of the draft.
+        (favouring(1, 3, 0, 4, 7, 0, 0), (1, 3, 4, 7), (0, 1, 3, 4), 1, 2, 1, 2),
+        (favouring(1, 3, 0, 7, 0, 0, 0), (1, 3, 7), (0, 1, 3), 1, 1, 1, 2),
+        (favouring(5, 0, 0, 0, 0, 7, 0), (5, 7), (0, 5), 0, 1, 0, 1),
+        (favouring(7, 0, 0, 0, 0, 0, 0), (7,), (0,), 0, 0, 0, 1),
+    ],
+)
+def test_tokens_that_were_grafted_count_apart(
+    logits: Tensor,
+    token_ids: tuple[int, ...],
+    nodes: tuple[int, ...],
+    drafted: int,
+    looked_up: int,
+    accepted: int,
+    tried: int,
+) -> None:
+    expected = Acceptance(
+        token_ids=token_ids,
+        nodes=nodes,
+        num_drafted=drafted,
+        num_looked_up=looked_up,
+        num_accepted=accepted,
+        num_tried=tried,
+    )
+    assert accept_exact(GRAFTED, logits, GREEDY, [8, 0], ENDS) == expected
+    # Where all other tokens are unlikely, a threshold takes the same.
+    assert accept_threshold(GRAFTED, logits * 9, GREEDY, [8, 0], ENDS, threshold=0.5) == expected
+
+
+def test_a_grafted_end_token_ends_a_window_and_no_draft() -> None:
+    tree = line_of(1, 2)
+    tree.graft(1, END)
+    for found in (
+        accept_exact(tree, favouring(1, END, 0, 0), GREEDY, [0], ENDS),
+        accept_threshold(tree, favouring(1, END, 0, 0) * 9, GREEDY, [0], ENDS, threshold=0.5),
+    ):
+        assert (found.token_ids, found.nodes, found.num_drafted, found.num_looked_up) == ((1, END), (0, 1), 1, 1)
+        assert (found.num_accepted, found.num_tried) == (1, 2)
+
+
+def test_under_a_threshold_the_draft_is_judged_by_its_own_longest_path() -> None:
+    """1 and 2 behind it would stand; so does a longer path, which was grafted."""
+    tree = line_of(1, 2)
+    last = 0
+    for token_id in (5, 6, 7):
+        last = tree.graft(last, token_id)
+    logits = probable({1: 0.4, 5: 0.5}, {2: 0.9}, {8: 0.9}, {6: 0.9}, {7: 0.9}, {8: 0.9})
+    found = accept_threshold(tree, logits, GREEDY, [0], ENDS, threshold=0.1)
+    assert (found.token_ids, found.nodes, found.num_drafted, found.num_looked_up) == ((5, 6, 7, 8), (0, 3, 4, 5), 0, 3)
+    assert (found.num_accepted, found.num_tried) == (2, 2)
+
+
+@given(tree=grafted_trees(), seed=st.integers(0, 1000), ends=st.frozensets(st.integers(0, 3), max_size=2))
+def test_what_is_said_of_the_draft_does_not_depend_on_what_was_grafted(tree: DraftTree, seed: int, ends: frozenset[int]) -> None:
+    logits = torch.randn(len(tree), 10, generator=torch.Generator().manual_seed(seed))
+    logits[:, :4] += 2
+    alone = DraftTree(tree.token_ids[0])
+    for depth in range(1, tree.num_levels + 1):
+        level = [node for node in range(tree.num_drafted) if tree.depths[node] == depth]
+        alone.grow([Branch(parent=tree.parents[node], token_id=tree.token_ids[node], score=0.0) for node in level])
+    rules = (accept_exact, partial(accept_threshold, threshold=0.05))
+    for accept in rules:
+        found = accept(tree, logits, GREEDY, [tree.token_ids[0]], ends)
+        expected = accept(alone, logits[: len(alone)], GREEDY, [tree.token_ids[0]], ends)
+        assert (found.num_accepted, found.num_tried) == (expected.num_accepted, expected.num_tried)
+        assert expected.num_looked_up == 0
+        assert len(found.token_ids) >= len(expected.token_ids)
+        if accept is accept_exact:
+            assert found.token_ids[: len(expected.token_ids)] == expected.token_ids
+            assert found.num_drafted == expected.num_drafted
 
 
 def test_a_probability_at_the_threshold_is_accepted() -> None:

@@ -12,13 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from offload_sirius.config import DecodingConfig, SamplingConfig
+from offload_sirius.config import MAX_AUTO_WINDOW, DecodingConfig, SamplingConfig
+from offload_sirius.decode.accept import Acceptance
 from offload_sirius.decode.loop import decode_full, decode_sirius, decode_sparse
 from offload_sirius.decode.sampling import Sampler
 from offload_sirius.decode.stats import DecodeStats
+from offload_sirius.decode.tree import DraftTree
 from offload_sirius.trace import Tracer
 
-from .toys import VOCAB, Rule, ToyModel, jumble, mostly, successor
+from .toys import VOCAB, Rule, ToyModel, forgetful, jumble, mostly, successor
 
 GREEDY = SamplingConfig()
 NO_END: frozenset[int] = frozenset()
@@ -32,14 +34,23 @@ SAMPLING = st.builds(
     seed=st.integers(0, 2**64 - 1),
 )
 DECODING = st.builds(
-    DecodingConfig, window=st.one_of(st.integers(2, 9), st.just("auto")), tree_width=st.integers(1, 5), mode=st.just("sirius")
+    DecodingConfig,
+    window=st.one_of(st.integers(2, 9), st.just("auto")),
+    tree_width=st.integers(1, 5),
+    lookup=st.sampled_from([None, True, False]),
+    mode=st.just("sirius"),
 )
+
+
+def drafted_and_corrected(seed: int, share: float, num_seen: int) -> tuple[Rule, Rule]:
+    target = forgetful(jumble(seed), num_seen)
+    return target, mostly(target, jumble(seed + 1), share)
+
+
 RULES = st.builds(
-    lambda seed, share: (jumble(seed), mostly(jumble(seed), jumble(seed + 1), share)),
-    st.integers(0, 1000),
-    st.sampled_from([0.0, 0.5, 0.9, 1.0]),
+    drafted_and_corrected, st.integers(0, 1000), st.sampled_from([0.0, 0.5, 0.9, 1.0]), st.sampled_from([1, 2, 1000])
 )
-"""A target, and a draft that gives the same logits for some share of sequences."""
+"""A target that sees only so many tokens, and a draft that gives the same logits for some share of sequences."""
 ENDS = st.frozensets(st.integers(0, VOCAB - 1), max_size=3)
 
 
@@ -107,7 +118,7 @@ class Sirius:
 
 
 def decoding_fields(decoding: DecodingConfig) -> dict[str, Any]:
-    return {"window": decoding.window, "tree_width": decoding.tree_width}
+    return {"window": decoding.window, "tree_width": decoding.tree_width, "lookup": decoding.lookup}
 
 
 def test_greedy_tokens_are_the_likeliest_ones() -> None:
@@ -217,7 +228,9 @@ def test_the_figures_add_up(
     assert len(stats.correction_seconds) == len(stats.windows) == kinds.count("correction")
     assert stats.num_advanced == len(answer) - 1
     assert stats.num_accepted == stats.tokens_by_origin.draft
-    assert stats.tokens_by_origin.draft + stats.tokens_by_origin.full == len(answer)
+    origins = stats.tokens_by_origin
+    assert origins.draft + origins.lookup + origins.full == len(answer)
+    assert decoding.lookup is not False or origins.lookup == 0
     assert stats.num_accepted <= stats.num_tried <= stats.num_accepted + len(stats.windows)
 
 
@@ -331,6 +344,66 @@ def test_a_tree_is_as_large_as_the_cache_has_room_for(room: int, kinds: list[str
     assert len(list(next_two)) == 2
     assert sirius.model.kinds() == ["prefill", *kinds]
     assert len(sirius.model.calls[-1].token_ids) == nodes
+
+
+LAP = [*range(VOCAB), 0]
+"""Behind it `successor` goes round again."""
+
+
+def test_what_stood_in_the_prompt_need_not_be_drafted_well() -> None:
+    sirius = Sirius(successor, jumble(0), window=5)
+    assert list(sirius.tokens(LAP, 16)) == LAP[1:]
+    assert sirius.stats.aal == 5
+    assert (sirius.stats.tokens_by_origin.full, sirius.stats.tokens_by_origin.lookup) == (1 + 3, 12)
+    assert sirius.stats.acceptance == 0
+
+
+def test_windows_give_no_more_than_they_shall_whatever_is_looked_up() -> None:
+    """W each with a fixed one; the longest there may be with a chosen one; never more than are left."""
+    sirius = Sirius(successor, window=4, lookup=True)
+    assert len(list(sirius.tokens(LAP, 10))) == 10
+    assert (sirius.stats.num_advanced, sirius.stats.aal) == (9, 3)
+    sirius = Sirius(successor, jumble(0), window="auto")
+    assert len(list(sirius.tokens(LAP, 40))) == 40
+    assert max(len(call.token_ids) for call in sirius.model.calls[1:]) <= MAX_AUTO_WINDOW
+    assert sirius.stats.aal is not None
+    assert sirius.stats.mean_window is not None
+    assert sirius.stats.aal > sirius.stats.mean_window
+
+
+def test_nothing_is_looked_up_under_a_threshold_unless_asked_for() -> None:
+    for asked, num_found in (({}, 12), ({"accept": "threshold"}, 0), ({"accept": "threshold", "lookup": True}, 12)):
+        sirius = Sirius(successor, jumble(0), window=5, **asked)
+        assert list(sirius.tokens(LAP, 16)) == LAP[1:]
+        assert sirius.stats.tokens_by_origin.lookup == num_found
+
+
+def test_nothing_is_looked_up_where_a_rule_decides() -> None:
+    def first_alone(tree: DraftTree, *_: Any) -> Acceptance:
+        assert len(tree) == tree.num_drafted
+        return Acceptance(token_ids=(3,), nodes=(0,), num_drafted=0, num_accepted=0, num_tried=1)
+
+    assert list(Sirius(successor, window=3).tokens(LAP, 4, rule=first_alone)) == [1, 3, 3, 3]
+
+
+def num_looked_up(row_seconds: float) -> int:
+    """Rows of corrections beside the draft, where tokens hang on all before them, so that what followed some follows others
+    seldom; a draft step takes a second, a correction five and so much a row."""
+
+    def seconds_of_rows() -> float:
+        calls = sirius.model.calls
+        corrected = [len(call.token_ids) for call in calls if call.kind == "correction"]
+        return sirius.model.kinds().count("draft") + 5 * len(corrected) + row_seconds * sum(corrected)
+
+    sirius = Sirius(jumble(0), jumble(1), window=4)
+    list(sirius.tokens(LAP, 400, clock=seconds_of_rows))
+    corrections = [len(call.token_ids) for call in sirius.model.calls if call.kind == "correction"]
+    return sum(corrections) - 4 * len(corrections)
+
+
+def test_tokens_are_looked_up_as_long_as_they_pay() -> None:
+    free, cheap, dear = (num_looked_up(row_seconds) for row_seconds in (0.0, 1.0, 5.0))
+    assert free > 4 * cheap > 4 * dear > 0
 
 
 def test_sampled_drafts_use_the_random_numbers_of_full_mode() -> None:

@@ -10,7 +10,13 @@ from offload_sirius.decode.stats import DecodeStats
 
 
 def window(num_tokens: int, num_accepted: int, num_tried: int) -> Acceptance:
-    return Acceptance(token_ids=(1,) * num_tokens, nodes=tuple(range(num_tokens)), num_accepted=num_accepted, num_tried=num_tried)
+    return Acceptance(
+        token_ids=(1,) * num_tokens,
+        nodes=tuple(range(num_tokens)),
+        num_drafted=num_accepted,
+        num_accepted=num_accepted,
+        num_tried=num_tried,
+    )
 
 
 def test_without_windows_there_are_no_figures_of_them() -> None:
@@ -58,9 +64,9 @@ def test_effective_density_is_that_of_the_method(size: int, aal: float, density:
 def test_passes_tokens_and_times_are_given_by_kind() -> None:
     stats = DecodeStats(draft_seconds=[3.0, 1.0, 9.0], correction_seconds=[2.0, 4.0])
     stats.num_passes.update({"prefill": 1, "draft": 3, "correction": 2})
-    stats.num_tokens.update({"full": 2, "draft": 5})
+    stats.num_tokens.update({"full": 2, "draft": 5, "lookup": 3})
     stats.count_flips(0)
     stats.count_flips(2)
     assert stats.passes == Passes(prefill=1, draft=3, correction=2)
-    assert stats.tokens_by_origin == TokensByOrigin(full=2, draft=5)
+    assert stats.tokens_by_origin == TokensByOrigin(full=2, draft=5, lookup=3)
     assert (stats.median_draft_seconds, stats.median_correction_seconds, stats.flips) == (3, 3, 2)

@@ -54,7 +54,7 @@ def test_a_correction_costs_a_fixed_time_and_some_for_each_node(
 
 def test_a_fixed_window_stays() -> None:
     chooser = chooser_of(window=5)
-    chooser.learn(num_accepted=0, num_tried=1, draft_seconds=[1.0] * 4, num_nodes=5, correction_seconds=1.0)
+    chooser.learn(num_tokens=1, num_accepted=0, num_tried=1, draft_seconds=[1.0] * 4, num_nodes=5, correction_seconds=1.0)
     assert chooser.choose() == 5
 
 
@@ -88,6 +88,7 @@ def test_auto_takes_the_window_with_most_tokens_a_second(
 ) -> None:
     chooser = chooser_of(window="auto")
     chooser.learn(
+        num_tokens=num_accepted + 1,
         num_accepted=num_accepted,
         num_tried=num_tried,
         draft_seconds=[draft] * 3,
@@ -102,7 +103,12 @@ def test_nodes_that_cost_time_shorten_the_windows_of_a_wide_tree() -> None:
     for chooser in (narrow, wide):
         for num_nodes in (8, 16):
             chooser.learn(
-                num_accepted=9, num_tried=10, draft_seconds=[1.0], num_nodes=num_nodes, correction_seconds=20.0 + num_nodes
+                num_tokens=10,
+                num_accepted=9,
+                num_tried=10,
+                draft_seconds=[1.0],
+                num_nodes=num_nodes,
+                correction_seconds=20.0 + num_nodes,
             )
     assert wide.choose() < narrow.choose()
 
@@ -112,8 +118,33 @@ def test_acceptance_begins_with_the_prior_and_forgets_slowly() -> None:
     assert chooser.acceptance == PRIOR_ACCEPTED / PRIOR_TRIED == 0.75
     for accepted, expected in ((4, (3 + 4) / (4 + 5)), (0, (3 + 3.6) / (4 + 5.5))):
         tried = 5 if accepted else 1
-        chooser.learn(num_accepted=accepted, num_tried=tried, draft_seconds=[], num_nodes=5, correction_seconds=1.0)
+        chooser.learn(num_tokens=1, num_accepted=accepted, num_tried=tried, draft_seconds=[], num_nodes=5, correction_seconds=1.0)
         assert chooser.acceptance == pytest.approx(expected)
+
+
+def test_a_node_costs_what_windows_give_in_its_time() -> None:
+    """Corrections take a second and half a second a node; windows give a token in four seconds."""
+    chooser = chooser_of(window=4)
+    assert chooser.node_price == 0
+    for num_nodes, num_tokens, draft in ((4, 2, 1.0), (8, 1, 4.0)):
+        assert chooser.node_price == 0  # of one kind of correction nothing is known of a node
+        chooser.learn(
+            num_tokens=num_tokens,
+            num_accepted=num_tokens - 1,
+            num_tried=num_tokens,
+            draft_seconds=[draft],
+            num_nodes=num_nodes,
+            correction_seconds=1.0 + num_nodes / 2,
+        )
+    # 1 + 3 and 4 + 5 seconds, 3 tokens.
+    assert chooser.node_price == pytest.approx(0.5 * 3 / 13)
+
+
+def test_a_clock_that_stands_still_makes_nodes_free() -> None:
+    chooser = chooser_of(window=4)
+    for num_nodes in (4, 8):
+        chooser.learn(num_tokens=1, num_accepted=0, num_tried=1, draft_seconds=[0.0], num_nodes=num_nodes, correction_seconds=0.0)
+    assert chooser.node_price == 0
 
 
 @given(windows=st.lists(st.tuples(st.integers(0, 20), st.booleans(), st.floats(0, 9), st.floats(0, 9)), max_size=30))
@@ -121,6 +152,7 @@ def test_whatever_was_seen_a_window_is_in_range(windows: list[tuple[int, bool, f
     chooser = chooser_of(window="auto", tree_width=3)
     for accepted, rejected, draft, correction in windows:
         chooser.learn(
+            num_tokens=accepted + 1,
             num_accepted=accepted,
             num_tried=accepted + rejected,
             draft_seconds=[draft + 1e-6],

@@ -127,6 +127,11 @@ def jumble(seed: int) -> Rule:
     return rule
 
 
+def forgetful(rule: Rule, num_tokens: int) -> Rule:
+    """The rule with the last tokens alone: so what followed them once follows them again."""
+    return lambda sequence: rule(sequence[-num_tokens:])
+
+
 def mostly(rule: Rule, other: Rule, share: float) -> Rule:
     """The first rule for that share of sequences, the other for the rest."""
     return lambda sequence: (rule if hash((7, *sequence)) % 1000 < share * 1000 else other)(sequence)

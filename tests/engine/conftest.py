@@ -57,20 +57,33 @@ def budgets_for(where: str, dtype: str = "float32", decoding: DecodingConfig = F
     }
 
 
-def hot_budgets(decoding: DecodingConfig, *, num_hot: int | None = None, num_slots: int = 2) -> dict[str, str]:
+def hot_budgets(
+    decoding: DecodingConfig,
+    *,
+    num_hot: int | None = None,
+    num_slots: int = 2,
+    num_hot_layers: int | None = None,
+    model: str = TINY,
+) -> dict[str, str]:
     """Budgets, to the byte, for all layers in host memory, and on the device for so many hot neurons of each layer and for slots
-    of whole layers. Slots beyond two become hot neurons, until there are as many as drafts keep."""
-    config = EngineConfig(model=TINY, device="cpu", max_context=CONTEXT, decoding=decoding)
-    placement = place(open_checkpoint(TINY), config)
+    of all neurons of a layer. Slots beyond two become hot neurons, until there are as many as drafts keep.
+
+    num_hot_layers: there is room for no more hot layers; slots have room for whole layers then.
+    """
+    config = EngineConfig(model=model, device="cpu", max_context=CONTEXT, decoding=decoding)
+    placement = place(open_checkpoint(model), config)
     plan, layout, spec = placement.plan, placement.layout, placement.planned.spec
     num_hot = decoding.num_kept(spec.ffn_width) if num_hot is None else num_hot
     fixed = plan.device_nbytes - sum(plan.device_bill[what] for what in ("attention", "hot_neurons", "slots"))
     neuron_nbytes = layout.records_nbytes // spec.ffn_width
-    layers = NUM_LAYERS * (layout.attention_nbytes + num_hot * neuron_nbytes)
+    slot_nbytes = layout.records_nbytes if num_hot_layers is None else layout.nbytes
+    layer_nbytes = layout.attention_nbytes + num_hot * neuron_nbytes
+    layers = (spec.num_layers if num_hot_layers is None else num_hot_layers) * layer_nbytes
     readers = 2 * plan.host_bill["readers"] // plan.num_readers
+    host_layers = spec.num_layers * align(plan.layer_nbytes, PAGE_NBYTES)
     return {
-        "device_memory": str(fixed + layers + num_slots * layout.records_nbytes),
-        "host_memory": str(4 * readers + plan.host_bill["embedding"] + NUM_LAYERS * align(plan.layer_nbytes, PAGE_NBYTES)),
+        "device_memory": str(fixed + layers + num_slots * slot_nbytes),
+        "host_memory": str(4 * readers + plan.host_bill["embedding"] + host_layers),
     }
 
 

@@ -62,9 +62,9 @@ def test_a_setting_that_does_not_exist_is_refused_with_those_that_do() -> None:
     with pytest.raises(ConfigError) as caught:
         offload_sirius.load(TINY, device_ram="20GiB")
     assert str(caught.value) == (
-        "unknown setting device_ram; known are accept, auto, cats_threshold, cuda_graphs, device, device_memory, draft, dtype, "
-        "host_memory, keep, link_gbps, max_context, mode, model, refresh, refresh_decay, shared_host_buffers, sparsity, "
-        "threads, threshold, tree_width, window"
+        "unknown setting device_ram; known are accept, auto, cats_threshold, cuda_graphs, device, device_memory, draft, "
+        "draft_keep, dtype, host_memory, keep, link_gbps, lookup, max_context, mode, model, overlap, prior, refresh, "
+        "refresh_decay, shared_host_buffers, sparsity, threads, threshold, tree_width, window"
     )
 
 

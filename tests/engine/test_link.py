@@ -214,21 +214,33 @@ def test_corrected_drafts_are_the_full_model_s_answers_by_every_route(
 
 @pytest.mark.parametrize("recorded", [True, False])
 @pytest.mark.parametrize("refresh", [True, False])
+@pytest.mark.parametrize(("num_hot_layers", "keep"), [(None, 0.4), (2, 0.1)])
 def test_drafts_on_the_device_are_corrected_to_the_full_model_s_answers_whether_or_not_memory_can_be_pinned(
-    refresh: bool, recorded: bool, load: Load, budgets: Budgets, with_uplink: WithUplink, monkeypatch: pytest.MonkeyPatch
+    num_hot_layers: int | None,
+    keep: float,
+    refresh: bool,
+    recorded: bool,
+    load: Load,
+    budgets: Budgets,
+    with_uplink: WithUplink,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     recorder = TapeRecorder()
     monkeypatch.setattr("offload_sirius.engine.building.recorder_on", lambda device: recorder if recorded else None)
     expected = answer(load(dtype="float32", **budgets("resident")))
-    decoding = DecodingConfig(keep=0.4, window=4, draft="resident", refresh=refresh)
-    settings = {"mode": "sirius", "draft": "resident", "decoding": decoding, **hot_budgets(decoding, num_slots=3)}
+    decoding = DecodingConfig(keep=keep, window=4, draft="resident", refresh=refresh)
+    given = hot_budgets(decoding, num_slots=3 if num_hot_layers is None else 2, num_hot_layers=num_hot_layers)
+    settings = {"mode": "sirius", "draft": "resident", "decoding": decoding, **given}
     uplink = with_uplink()
     engine = load(**settings)
+    assert engine.plan.hot is not None
+    assert len(engine.plan.hot.layers) == (num_hot_layers or 4)
     assert answer(engine) == answer(engine) == expected
     found = engine.generate(PROMPT, max_new_tokens=12, ignore_eos=True)
-    assert (found.link.bytes.draft, found.link.bytes.correction) == (0, found.passes.correction * engine.plan.pass_nbytes)
+    assert (found.link.bytes.draft > 0) == (num_hot_layers is not None)
+    assert found.link.bytes.correction == found.passes.correction * engine.plan.pass_nbytes
     assert engine._streamer.copied_nbytes >= sum(engine._streamer.pass_nbytes.values())
-    assert (recorder.num_played >= found.passes.draft) == recorded
+    assert (recorder.num_played >= found.passes.draft) == (recorded and num_hot_layers is None)
     assert uplink.from_pageable_nbytes == 0
     engine.close()
     assert uplink.pinned == {}

@@ -83,9 +83,12 @@ def test_what_was_asked_for_is_not_chosen_anew() -> None:
 @pytest.mark.parametrize(
     ("settings", "drafts"),
     [
-        ({}, ["streamed", "resident"]),
-        ({"mode": "sparse"}, ["streamed", "resident"]),
-        ({"draft": "resident"}, ["resident"]),
+        ({}, ["streamed", "neurons", "layers"]),
+        ({"mode": "sparse"}, ["streamed", "neurons", "layers"]),
+        ({"draft_keep": 0.25}, ["streamed", "neurons", "layers"]),
+        ({"draft": "resident"}, ["neurons", "layers"]),
+        ({"draft": "resident", "resident_first": "layers"}, ["layers"]),
+        ({"resident_first": "neurons"}, ["streamed", "neurons"]),
         ({"draft": "streamed"}, ["streamed"]),
         ({"sparsity": "cats"}, ["streamed"]),
         ({"mode": "full"}, ["streamed"]),
@@ -97,11 +100,37 @@ def test_where_drafts_live_is_chosen_where_they_keep_neurons_and_nobody_has_said
     settings: dict[str, Any], drafts: list[str]
 ) -> None:
     found = alternatives(EngineConfig(decoding=DecodingConfig(**settings)), SMALL.spec)
-    assert [each.decoding.draft for each in found] == drafts
+    assert [_way(each.decoding) for each in found] == drafts
     both = alternatives(EngineConfig(auto=True, decoding=DecodingConfig(**settings)), SMALL.spec)
-    assert [(each.dtype, each.decoding.draft) for each in both] == [
+    assert [(each.dtype, _way(each.decoding)) for each in both] == [
         (dtype, draft) for dtype in ("float32", "bfloat16") for draft in drafts
     ]
+
+
+def _way(decoding: DecodingConfig) -> str:
+    return decoding.resident_first if decoding.draft == "resident" else decoding.draft
+
+
+@pytest.mark.parametrize(("device_memory", "first"), [("44GiB", "neurons"), ("36GiB", "layers")])
+def test_what_comes_first_on_the_device_is_what_is_predicted_to_be_faster(device_memory: str, first: str) -> None:
+    """Devices for which some neurons of every layer fit, many of those that are asked for or a few."""
+    checkpoint = open_checkpoint("synthetic:llama-3-70b")
+    config = EngineConfig(
+        model="synthetic:llama-3-70b",
+        decoding=DecodingConfig(draft="resident"),
+        device_memory=device_memory,
+        host_memory="200GiB",
+    )
+
+    def consider(config: EngineConfig) -> Candidate:
+        planned = plan_model(checkpoint, config, DESCRIBED)
+        rates = rates_of(DESCRIBED, planned.dtype, Stored())
+        return Candidate(planned=planned, prediction=planned.predict(rates, 512))
+
+    found = candidates(config, checkpoint.spec, consider)
+    plans = [each.planned.plan.hot for each in found]
+    assert {len(hot.layers) == 80 for hot in plans if hot} == {True, False}
+    assert found[0].planned.config.decoding.resident_first == first
 
 
 def test_measured_rates_are_taken_before_assumed_ones_and_given_ones_before_both() -> None:

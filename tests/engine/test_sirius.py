@@ -449,6 +449,20 @@ def test_what_takes_no_more_memory_may_be_asked_for(drafting: Any, plain: Engine
         assert found.settings["decoding"] == vars(loaded.decoding) | asked
 
 
+def test_what_is_looked_up_takes_memory_only_where_it_is_planned_for(drafting: Any, plain: Engine) -> None:
+    loaded = drafting("host", lookup=False)
+    expected = plain.generate("hello", max_new_tokens=NUM_NEW, ignore_eos=True).token_ids
+    # Nobody asked for it, so it is left out.
+    found = loaded.generate(lookup=None)
+    assert (found.token_ids, found.settings["decoding"]["lookup"]) == (expected, False)
+    with pytest.raises(ConfigError) as caught:
+        loaded.generate(lookup=True)
+    assert str(caught.value) == (
+        "the model was loaded for corrections of 5 tokens and is asked for 21 with lookup; load it with lookup"
+    )
+    assert drafting("host", accept="threshold", lookup=True).generate(accept="exact", lookup=True).token_ids == expected
+
+
 def test_near_ties_are_counted_where_the_dtype_is_short(load: Load) -> None:
     assert load(mode="sirius").generate("hello", max_new_tokens=8).flips is None
     assert load(mode="sirius", dtype="bfloat16").generate("hello", max_new_tokens=8).flips is not None

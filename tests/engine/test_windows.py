@@ -49,6 +49,13 @@ def test_a_window_that_is_asked_for_is_taken_for_every_acceptance() -> None:
     assert [(each.acceptance, each.window) for each in speeds] == [(each, 16) for each in ACCEPTANCES]
 
 
+def test_fewer_neurons_than_drafts_were_to_keep_are_expected_to_have_fewer_tokens_accepted() -> None:
+    speeds = window_speeds(DecodingConfig(window=16), 3.57, lambda _: taking(5.72), kept_share=0.5)
+    assert [each.acceptance for each in speeds[1:]] == list(ACCEPTANCES)
+    assert speeds[0].acceptance == pytest.approx(0.8 * 0.5**0.7)
+    assert speeds[0].seconds_per_token > speeds[1].seconds_per_token
+
+
 @given(st.floats(1e-3, 1e3), st.floats(1e-3, 1e3), st.sampled_from(ACCEPTANCES))
 def test_auto_is_the_best_of_all_windows(draft: float, correction: float, acceptance: float) -> None:
     decoding = DecodingConfig()

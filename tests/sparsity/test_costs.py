@@ -34,12 +34,25 @@ def test_density_by_hand() -> None:
         assert found == 1 - 4 * 88 * 64 * matrices / num_parameters(spec)
 
 
+@pytest.mark.parametrize(("draft_keep", "num_hot", "keep"), [(0.25, 88, 0.25), (0.25, 22, 0.125), (None, 88, 0.5)])
+def test_drafts_are_as_dense_as_the_resident_neurons_that_they_compute(
+    draft_keep: float | None, num_hot: int, keep: float
+) -> None:
+    spec = open_checkpoint("synthetic:tiny").spec
+    found = draft_density(spec, DecodingConfig(draft_keep=draft_keep), num_hot)
+    assert found == draft_density(spec, DecodingConfig(keep=keep))
+
+
 @pytest.mark.parametrize(
     ("settings", "nbytes"),
     [
         ({"mode": "full"}, 0),
         ({"keep": 1}, 0),
         ({"sparsity": "griffin"}, 28672 * 4 + 80 * 28672 * 2),
+        ({"draft": "resident"}, 80 * 28672 * (4 + 8 + 4)),
+        ({"draft": "resident", "prior": False}, 80 * 28672 * (4 + 8)),
+        ({"draft": "resident", "mode": "sparse"}, 80 * 28672 * (4 + 8)),
+        ({"draft": "resident", "draft_keep": 0.25}, 80 * 28672 * (4 + 8 + 4)),
         ({"sparsity": "cats"}, 0),
         ({"sparsity": "cats", "cats_threshold": "auto"}, 80 * 4),
         ({"sparsity": "cats", "cats_threshold": 0.1, "mode": "sparse"}, 80 * 4),

@@ -12,8 +12,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from offload_sirius.sparsity.hot import HYSTERESIS, HotSet, exchanges
+from offload_sirius.sparsity.prior import PSEUDO_TOKENS, NeuronPrior
 from offload_sirius.weights.buffers import KeptNeurons
 from offload_sirius_loaders import open_checkpoint
+from offload_sirius_loaders.spec import ModelSpec
 
 SPEC = open_checkpoint("synthetic:tiny?width=32&heads=4&kv_heads=2&ffn=20&layers=2").spec
 LAYERS, F, D = SPEC.num_layers, SPEC.ffn_width, SPEC.width
@@ -32,6 +34,7 @@ class Source:
         self.hot: dict[int, KeptNeurons] = {}
         self.cold_order: dict[int, Tensor] = {}
         self.num_exchanged: list[int] = []
+        self.num_swapped: list[int] = []
         self.prefilling = True
 
     def some(self, layer: int, ids: Tensor) -> KeptNeurons:
@@ -55,6 +58,11 @@ class Source:
         self.cold_order[layer] = cold_ids.clone()
         self.num_exchanged.append(len(hot_places))
 
+    def swap(self, layer: int, places: Tensor, other_places: Tensor) -> None:
+        for records in (self.hot[layer].gate, self.hot[layer].up_down):
+            records[places], records[other_places] = records[other_places], records[places]
+        self.num_swapped.append(len(places))
+
 
 def z_of(source: Source, layer: int, x: Tensor) -> Tensor:
     whole = source.layers[layer]
@@ -74,9 +82,30 @@ def tokens(count: int, seed: int) -> Tensor:
     return torch.randn(count, D, generator=torch.Generator().manual_seed(seed))
 
 
-def prefilled(num_hot: int, decay: float | None = 0.7, seed: int = 1) -> tuple[HotSet, Source]:
+class Forgetful:
+    """A prior's file, of which nobody wants to know."""
+
+    def read(self, spec: ModelSpec) -> Tensor:
+        return torch.zeros(spec.num_layers, spec.ffn_width)
+
+
+def prior_of(sums: Tensor) -> NeuronPrior:
+    prior = NeuronPrior(Forgetful(), SPEC, device=CPU)  # type: ignore[arg-type]
+    prior.sums.copy_(sums)
+    return prior
+
+
+def prefilled(
+    num_hot: int,
+    decay: float | None = 0.7,
+    seed: int = 1,
+    *,
+    num_drafted: int | None = None,
+    prior: NeuronPrior | None = None,
+) -> tuple[HotSet, Source]:
     source = Source()
     hot_set = HotSet(SPEC, source, num_hot, decay=decay, device=CPU)
+    hot_set.begin(num_drafted or num_hot, prior)
     run(hot_set, source, hot_set.prefill, tokens(9, seed).split(4))
     return hot_set, source
 
@@ -232,6 +261,124 @@ def test_a_window_of_which_no_neuron_says_anything_moves_none() -> None:
     for _ in range(200):  # the statistic decays to nothing
         run(hot_set, source, hot_set.correction, [torch.zeros(3, D)])
     assert torch.equal(hot_set.ids, ids)
+
+
+# Drafts that compute fewer neurons than are hot.
+
+
+@pytest.mark.parametrize(("num_drafted", "num_hot"), [(1, 2), (1, F - 1), (3, 7), (6, 7), (9, 12)])
+def test_a_draft_of_fewer_computes_those_that_the_prompt_chose_first_and_no_others(num_drafted: int, num_hot: int) -> None:
+    hot_set, source = prefilled(num_hot, num_drafted=num_drafted)
+    x = tokens(3, 3)
+    for layer, found in enumerate(run(hot_set, source, hot_set.draft, [x])):
+        shares = shares_of(z_of(source, layer, torch.cat(tokens(9, 1).split(4))))
+        best = shares.topk(num_drafted).indices
+        mask = torch.zeros(F).index_fill_(0, best, 1)
+        assert torch.allclose(found, (z_of(source, layer, x) * mask) @ source.layers[layer].down, atol=1e-5)
+        hot = hot_set.hot_ids(layer).tolist()
+        assert hot[:num_drafted] == sorted(best.tolist())
+        assert hot[num_drafted:] == sorted(set(shares.topk(num_hot).indices.tolist()) - set(best.tolist()))
+    assert_is_partition(hot_set, source)
+
+
+@settings(deadline=None, max_examples=60)
+@given(data=st.data(), seeds=st.lists(st.integers(0, 999), min_size=1, max_size=5), decay=st.floats(0, 0.99))
+def test_after_a_refresh_the_best_hot_neurons_stand_in_front_and_are_what_a_draft_computes(
+    data: st.DataObject, seeds: list[int], decay: float
+) -> None:
+    num_hot = data.draw(st.integers(2, F - 1))
+    num_drafted = data.draw(st.integers(1, num_hot - 1))
+    hot_set, source = prefilled(num_hot, decay, num_drafted=num_drafted)
+    for seed in seeds:
+        x = tokens(1 + seed % 4, seed)
+        found = run(hot_set, source, hot_set.correction, [x])
+        assert all(torch.allclose(ours, theirs, atol=1e-5) for ours, theirs in zip(found, dense(source, x), strict=True))
+        assert_is_partition(hot_set, source)
+        drafted = run(hot_set, source, hot_set.draft, [x])
+        for layer in range(LAYERS):
+            scores, hot = hot_set.squared_scores[layer], hot_set.hot_ids(layer)
+            front, back = scores[hot[:num_drafted]], scores[hot[num_drafted:]]
+            assert back.max() <= front.min() * (1 + HYSTERESIS)
+            assert scores[hot_set.cold_ids(layer)].max() <= scores[hot].min() * (1 + HYSTERESIS)
+            mask = torch.zeros(F).index_fill_(0, hot[:num_drafted], 1)
+            expected = (z_of(source, layer, x) * mask) @ source.layers[layer].down
+            assert torch.allclose(drafted[layer], expected, atol=1e-5)
+
+
+def test_neurons_go_to_the_front_as_windows_need_them() -> None:
+    hot_set, source = prefilled(12, num_drafted=4)
+    for seed in range(10):
+        run(hot_set, source, hot_set.correction, [tokens(5, seed)])
+    assert sum(source.num_swapped) > 0
+    assert hot_set.num_exchanged == sum(source.num_exchanged), "what changes places on the device alone is not counted"
+
+
+def test_each_answer_has_its_own_number_of_drafted_neurons() -> None:
+    hot_set, source = prefilled(12, num_drafted=4)
+    for num_drafted in (12, 1, 7):
+        hot_set.begin(num_drafted, None)
+        run(hot_set, source, hot_set.prefill, [tokens(9, 2)])
+        expected = prefilled(12, num_drafted=num_drafted, seed=2)
+        assert torch.equal(hot_set.ids, expected[0].ids)
+        for seed in range(3):
+            for ours, theirs in zip(
+                run(hot_set, source, hot_set.draft, [tokens(2, seed)]),
+                run(*expected, expected[0].draft, [tokens(2, seed)]),
+                strict=True,
+            ):
+                assert torch.equal(ours, theirs)
+
+
+# What earlier answers say.
+
+
+@pytest.mark.parametrize("num_seen", [0, 10, 1000])
+def test_the_prior_is_added_to_what_the_prompt_says_and_decays_with_it(num_seen: int) -> None:
+    drawn = torch.rand(LAYERS, F, generator=torch.Generator().manual_seed(4))
+    sums = drawn / drawn.sum(dim=1, keepdim=True) * num_seen
+    hot_set, source = prefilled(7, 0.5, prior=prior_of(sums))
+    pseudo = sums * (min(num_seen, PSEUDO_TOKENS) / max(num_seen, 1))
+    window = tokens(5, 20)
+    for layer in range(LAYERS):
+        expected = shares_of(z_of(source, layer, torch.cat(tokens(9, 1).split(4)))) + pseudo[layer]
+        assert torch.allclose(hot_set.squared_scores[layer], expected, atol=1e-4)
+        assert set(hot_set.hot_ids(layer).tolist()) == set(expected.topk(7).indices.tolist())
+    before = hot_set.squared_scores.clone()
+    run(hot_set, source, hot_set.correction, [window])
+    for layer in range(LAYERS):
+        expected = before[layer] * 0.5 + shares_of(z_of(source, layer, window))
+        assert torch.allclose(hot_set.squared_scores[layer], expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("num_hot", [1, 7, F - 1])
+@pytest.mark.parametrize("decay", [None, 0.7])
+def test_the_prior_learns_windows_that_are_corrected_and_nothing_else(decay: float | None, num_hot: int) -> None:
+    prior = prior_of(torch.zeros(LAYERS, F))
+    hot_set, source = prefilled(num_hot, decay, prior=prior)
+    seen = []
+    for seed in range(20, 24):
+        run(hot_set, source, hot_set.correction, [tokens(5, seed)])
+        seen.append(tokens(5, seed))
+        for feed_forward in (hot_set.draft, hot_set.full):
+            run(hot_set, source, feed_forward, [tokens(3, 99)])
+    for layer in range(LAYERS):
+        assert torch.allclose(prior.sums[layer], shares_of(z_of(source, layer, torch.cat(seen))), atol=1e-4)
+        assert float(prior.sums[layer].sum()) == pytest.approx(20, rel=1e-4)
+
+
+def test_an_answer_that_shall_not_depend_on_others_neither_hears_nor_teaches_the_prior() -> None:
+    prior = prior_of(torch.rand(LAYERS, F) * 100)
+    kept = prior.sums.clone()
+    hot_set, source = prefilled(7, prior=prior)
+    assert torch.equal(prior.sums, kept)
+    hot_set.begin(7, None)
+    run(hot_set, source, hot_set.prefill, tokens(9, 1).split(4))
+    run(hot_set, source, hot_set.correction, [tokens(5, 2)])
+    expected, other = prefilled(7)
+    run(expected, other, expected.correction, [tokens(5, 2)])
+    assert torch.equal(hot_set.ids, expected.ids)
+    assert torch.equal(hot_set.squared_scores, expected.squared_scores)
+    assert torch.equal(prior.sums, kept)
 
 
 # Who changes places with whom.

@@ -1,4 +1,4 @@
-"""What goes where when every layer is partly resident."""
+"""What goes where when layers are partly resident."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from offload_sirius.errors import BudgetError
 from offload_sirius.units import GIB, MIB, parse_size
-from offload_sirius.weights.hot_plan import LEAST_HOT_SHARE, hot_layouts, make_hot_plan
+from offload_sirius.weights.hot_plan import LEAST_HOT_LAYERS, LEAST_HOT_SHARE, hot_layouts, make_hot_plan
 from offload_sirius.weights.layout import LayerLayout, layer_layout
 from offload_sirius.weights.plan import Budgets, Demand, Plan
 from offload_sirius_loaders import open_checkpoint
@@ -46,7 +46,9 @@ def plan(device_nbytes: int, host_nbytes: int = 200 * GIB, **more: Any) -> Plan:
 
 
 def num_hot(made: Plan) -> int:
+    """Of each layer, all of which have some."""
     assert made.hot is not None
+    assert made.hot.layers == made.host_layers
     return made.hot.num_hot
 
 
@@ -89,6 +91,59 @@ def test_from_the_least_to_nearly_all_each_byte_of_the_budget_is_used(
     assert made.hot is not None
     assert made.hot.num_cold_slots == num_cold_slots
     assert num_hot(plan(device_nbytes + LAYERS * NEURON, num_hot=F - 1)) == min(expected + 1, F - 1)
+
+
+HOT_LAYER = ATTENTION + KEEP_HALF * NEURON
+LAYER = ATTENTION + RECORDS
+LEAST = FIXED + LEAST_HOT_LAYERS * HOT_LAYER + 2 * LAYER
+
+
+@pytest.mark.parametrize(("num_layers", "rest"), [(2, 0), (3, HOT_LAYER - 1), (18, 100 * MIB), (28, 0)])
+def test_where_not_all_layers_can_have_hot_neurons_some_have_all_that_are_asked_for(num_layers: int, rest: int) -> None:
+    made = plan(FIXED + num_layers * HOT_LAYER + 2 * LAYER + rest)
+    assert made.hot is not None
+    assert (len(made.hot.layers), made.hot.num_hot) == (num_layers, KEEP_HALF)
+    assert (made.device_bill["attention"], made.device_bill["slots"]) == (num_layers * ATTENTION, 2 * LAYER)
+    assert made.device_bill["hot_neurons"] == num_layers * KEEP_HALF * NEURON
+    assert made.device_nbytes == FIXED + num_layers * HOT_LAYER + 2 * LAYER
+    assert (made.num_slots, made.hot.num_cold_slots, made.hot.cold_nbytes) == (2, 2, (F - KEEP_HALF) * NEURON)
+    assert made.pass_nbytes == num_layers * (F - KEEP_HALF) * NEURON + (LAYERS - num_layers) * LAYER
+    assert (made.host_layers, made.resident_layers, made.disk_layers) == (tuple(range(LAYERS)), (), ())
+
+
+def test_where_layers_come_first_some_have_all_that_are_asked_for_though_every_layer_could_have_fewer() -> None:
+    budget = FIXED + LAYERS * (ATTENTION + 5296 * NEURON) + 2 * RECORDS
+    neurons, layers = plan(budget), plan(budget, hot_layers_first=True)
+    assert neurons.hot is not None
+    assert layers.hot is not None
+    assert (len(neurons.hot.layers), neurons.hot.num_hot) == (LAYERS, 5296)
+    num_layers = (budget - FIXED - 2 * LAYER) // HOT_LAYER
+    assert (len(layers.hot.layers), layers.hot.num_hot) == (num_layers, KEEP_HALF)
+    assert num_layers < LAYERS - 2
+
+
+@pytest.mark.parametrize("hot_layers_first", [True, False])
+def test_where_all_that_is_asked_for_fits_nothing_comes_first(hot_layers_first: bool) -> None:
+    made = plan(FIXED + LAYERS * HOT_LAYER + 2 * RECORDS, hot_layers_first=hot_layers_first)
+    assert made.hot is not None
+    assert (len(made.hot.layers), made.hot.num_hot) == (LAYERS, KEEP_HALF)
+
+
+def test_hot_layers_stand_evenly_between_the_others() -> None:
+    made = plan(FIXED + 20 * HOT_LAYER + 2 * LAYER)
+    assert made.hot is not None
+    assert made.hot.layers == tuple(range(0, LAYERS, 4))
+
+
+def test_a_draft_that_takes_few_neurons_may_have_all_layers_hot_but_two() -> None:
+    few = replace(DEMAND, num_hot=100)
+    all_nbytes = FIXED + LAYERS * (ATTENTION + 100 * NEURON) + 2 * RECORDS
+    made = make_hot_plan(SPEC, LAYOUT, few, Budgets(device_nbytes=all_nbytes, host_nbytes=200 * GIB))
+    assert num_hot(made) == 100
+    made = make_hot_plan(SPEC, LAYOUT, few, Budgets(device_nbytes=all_nbytes - 1, host_nbytes=200 * GIB))
+    assert made.hot is not None
+    assert len(made.hot.layers) == LAYERS - 2
+    assert made.device_nbytes == FIXED + 78 * (ATTENTION + 100 * NEURON) + 2 * LAYER == all_nbytes - 200 * NEURON
 
 
 def test_slots_take_no_more_than_all_cold_neurons_of_all_layers() -> None:
@@ -146,8 +201,13 @@ def test_a_plan_keeps_to_its_budgets_and_one_that_is_refused_says_which_would_do
     assert made.device_nbytes <= budgets.device_nbytes
     assert made.host_nbytes <= budgets.host_nbytes
     assert 1 <= made.hot.num_hot <= most
-    layouts = hot_layouts(spec, element_nbytes, made.hot.num_hot)
-    slots = made.device_bill["slots"]
+    layouts = hot_layouts(spec, layout, made.hot.num_hot)
+    slots, num_hot_layers = made.device_bill["slots"], len(made.hot.layers)
+    if num_hot_layers < spec.num_layers:
+        assert made.hot.num_hot == most
+        assert LEAST_HOT_LAYERS <= num_hot_layers <= spec.num_layers - made.num_slots
+        assert slots == made.num_slots * layout.nbytes
+    assert made.device_bill["attention"] + made.device_bill["hot_neurons"] == num_hot_layers * layouts.resident.nbytes
     assert made.num_slots >= 2
     assert made.num_slots * layouts.whole.kept_nbytes <= slots
     assert made.hot.num_cold_slots * layouts.cold.kept_nbytes <= slots
@@ -156,28 +216,30 @@ def test_a_plan_keeps_to_its_budgets_and_one_that_is_refused_says_which_would_do
 
 
 @given(spec=st.sampled_from(SPECS), shares=st.lists(st.floats(0, 2), min_size=2, max_size=6))
-def test_more_device_memory_never_makes_fewer_neurons_hot(spec: Any, shares: list[float]) -> None:
+def test_more_device_memory_never_makes_less_resident(spec: Any, shares: list[float]) -> None:
     layout = layer_layout(spec, 4)
     demand = replace(DEMAND, num_hot=spec.ffn_width * 3 // 4)
     model_nbytes = spec.num_layers * layout.nbytes + spec.vocab_size * spec.width * 4 + 500 * MIB
     budgets = [Budgets(device_nbytes=int(share * model_nbytes), host_nbytes=1 << 50) for share in sorted(shares)]
     refusals = [refused(spec, layout, demand, each) for each in budgets]
-    found = [
-        0 if refusal else num_hot(make_hot_plan(spec, layout, demand, each))
+    bills = [
+        {} if refusal else make_hot_plan(spec, layout, demand, each).device_bill
         for each, refusal in zip(budgets, refusals, strict=True)
     ]
+    found = [bill.get("attention", 0) + bill.get("hot_neurons", 0) for bill in bills]
     assert found == sorted(found)
 
 
 def test_too_little_device_memory_is_one_line_that_says_how_much_would_do() -> None:
-    least = FIXED + LAYERS * (ATTENTION + FEWEST * NEURON) + 2 * RECORDS
     with pytest.raises(BudgetError) as caught:
-        plan(least - 1)
+        plan(LEAST - 1)
     assert str(caught.value) == (
-        "device budget 34.07 GiB is too small for --draft resident: head, KV cache, activations, all attention blocks, some "
-        "neurons of every layer and 2 slots need 34.07 GiB; give at least --device-memory 34.07GiB, or --draft streamed"
+        "device budget 7.44 GiB is too small for --draft resident: head, KV cache, activations, 2 slots, attention blocks and "
+        "neurons of some layers need 7.44 GiB; give at least --device-memory 7.44GiB, or --draft streamed"
     )
-    assert num_hot(plan(least)) == FEWEST
+    made = plan(LEAST)
+    assert made.hot is not None
+    assert len(made.hot.layers) == 2
 
 
 def test_too_little_host_memory_is_one_line_that_says_how_much_would_do() -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import product
+from typing import TypeVar
 
 import pytest
 import torch
@@ -14,14 +16,16 @@ from torch import Tensor
 from offload_sirius.errors import WeightReadError
 from offload_sirius.weights.buffers import KeptNeurons, LayerBuffer, kept_neurons
 from offload_sirius.weights.hot_plan import hot_layouts
-from offload_sirius.weights.hotset import HotSlots, HotStreamer
-from offload_sirius.weights.layout import Part
+from offload_sirius.weights.hotset import HotSlot, HotStreamer, whole_slot
+from offload_sirius.weights.layout import Cargo, LayerLayout, Part, layer_layout
 from offload_sirius_loaders import open_checkpoint
 
 SPEC = open_checkpoint("synthetic:tiny?ffn=16&width=32&heads=4&kv_heads=2").spec
 NUM_LAYERS, F, N = 5, 16, 6
-LAYOUTS = hot_layouts(SPEC, 4, N)
-ALL_NBYTES, COLD_NBYTES = F * 3 * 32 * 4, (F - N) * 3 * 32 * 4
+LAYOUTS = hot_layouts(SPEC, layer_layout(SPEC, 4), N)
+ALL_NBYTES, HOT_NBYTES, COLD_NBYTES = F * 3 * 32 * 4, N * 3 * 32 * 4, (F - N) * 3 * 32 * 4
+WHOLE = layer_layout(SPEC, 4)
+ALL_LAYERS = tuple(range(NUM_LAYERS))
 NAMES = torch.arange(F, dtype=torch.float32)
 """Every element of a neuron is its number, and a hundred for each layer."""
 
@@ -41,6 +45,10 @@ class LateGather:
     error: WeightReadError | None = None
     done: bool = False
 
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.place.gate, self.place.up_down
+
     def wait(self) -> None:
         if self.error is not None:
             self.done = True
@@ -53,35 +61,67 @@ class LateGather:
 
 
 @dataclass
+class LateAttention:
+    """The same of an attention block, whose every byte is the layer's number."""
+
+    layer: int
+    place: Tensor
+    error: WeightReadError | None = None
+    done: bool = False
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (self.place,)
+
+    def wait(self) -> None:
+        if self.error is not None:
+            self.done = True
+            raise self.error
+        if not self.done:
+            self.place.fill_(self.layer)
+            self.done = True
+
+
+LateT = TypeVar("LateT", LateGather, LateAttention)
+
+
+@dataclass
 class LateCopier:
     """Poisons what it is going to overwrite, and delivers in any order, as late as it may."""
 
     pick: Callable[[int], int] = lambda below: 0
     gathered: list[tuple[int, int]] = field(default_factory=list)
     """Layers, and how many of their neurons."""
-    under_way: list[LateGather] = field(default_factory=list)
+    under_way: list[LateGather | LateAttention] = field(default_factory=list)
     broken: bool = False
     nbytes_copied: int = 0
     busy_seconds: float = 0.0
     peak_bytes_per_second: float | None = None
 
-    def start(self, layer: int, part: Part, slot: LayerBuffer) -> LateGather:
-        raise AssertionError("no part of a layer passes as a whole")
+    def start(self, layer: int, part: Part, slot: LayerBuffer) -> LateAttention:
+        assert part == "attention", "neurons are gathered"
+        place = slot.parts[part]
+        return self.begin(LateAttention(layer, place.fill_(0xFF), self.error()), place.numel())
 
     def fetch(self, layer: int, neuron_ids: Tensor, slot: LayerBuffer) -> LateGather:
         raise AssertionError("no records pass alone")
 
     def gather(self, layer: int, neuron_ids: Tensor | None, place: KeptNeurons) -> LateGather:
-        self.under_way = [each for each in self.under_way if not each.done]
-        assert not any(overlap(each.place, place) for each in self.under_way), "two transfers to the same bytes"
         ids = torch.arange(F) if neuron_ids is None else neuron_ids.clone()
         assert len(ids) == len(place.gate)
         place.gate.fill_(float("nan"))
         place.up_down.fill_(float("nan"))
         self.gathered.append((layer, len(ids)))
-        self.nbytes_copied += place.nbytes
-        self.under_way.append(LateGather(layer, ids, place, WeightReadError("broken") if self.broken else None))
-        transfer = self.under_way[-1]
+        return self.begin(LateGather(layer, ids, place, self.error()), place.nbytes)
+
+    def error(self) -> WeightReadError | None:
+        return WeightReadError("broken") if self.broken else None
+
+    def begin(self, transfer: LateT, nbytes: int) -> LateT:
+        self.under_way = [each for each in self.under_way if not each.done]
+        assert not any(overlap(each.tensors, transfer.tensors) for each in self.under_way), "two transfers to the same bytes"
+        self.nbytes_copied += nbytes
+        self.under_way.append(transfer)
         for _ in range(self.pick(3)):
             arriving = self.under_way[self.pick(len(self.under_way))]
             if arriving.error is None:
@@ -92,9 +132,9 @@ class LateCopier:
         pass
 
 
-def overlap(one: KeptNeurons, other: KeptNeurons) -> bool:
-    """Whether two places have a byte in common: gate and records lie behind each other."""
-    return one.gate.data_ptr() < other.gate.data_ptr() + other.nbytes and other.gate.data_ptr() < one.gate.data_ptr() + one.nbytes
+def overlap(one: Sequence[Tensor], other: Sequence[Tensor]) -> bool:
+    """Whether they have a byte in common. Each lies in one piece."""
+    return any(a.data_ptr() < b.data_ptr() + b.nbytes and b.data_ptr() < a.data_ptr() + a.nbytes for a, b in product(one, other))
 
 
 @dataclass
@@ -117,15 +157,25 @@ class Model:
             self.streamer.choose(layer, self.hot[layer], self.cold[layer])
             self.streamer.release(layer)
 
-    def draft(self, num_layers: int = NUM_LAYERS) -> None:
-        self.streamer.begin("draft", "hot", following="hot")
+    def draft(self, num_layers: int = NUM_LAYERS, following: Cargo = "hot") -> None:
+        self.streamer.begin("draft", "hot", following=following)
         for layer in range(num_layers):
             self.attention(layer)
             assert names(self.streamer.neurons(layer), layer) == self.hot[layer].tolist()
             self.streamer.release(layer)
 
-    def correct(self, num_exchanged: int, pick: Callable[[int], int], num_layers: int = NUM_LAYERS, half: bool = False) -> None:
-        """num_exchanged: neurons that change places in each layer. half: given up behind the hot neurons of the next layer."""
+    def correct(
+        self,
+        num_exchanged: int,
+        pick: Callable[[int], int],
+        num_layers: int = NUM_LAYERS,
+        half: bool = False,
+        num_swapped: int = 0,
+    ) -> None:
+        """num_exchanged: neurons that change places in each layer. half: given up behind the hot neurons of the next layer.
+
+        num_swapped: hot neurons that change places with other hot ones.
+        """
         self.streamer.begin("correction", "cold", following="hot")
         for layer in range(min(num_layers + half, NUM_LAYERS)):
             self.attention(layer)
@@ -138,6 +188,8 @@ class Model:
             assert sorted(names(hot, layer) + names(cold, layer)) == list(range(F))
             if num_exchanged:
                 self.exchange(layer, num_exchanged, pick)
+            if num_swapped:
+                self.swap(layer, num_swapped, pick)
             self.streamer.release(layer)
 
     def full(self) -> None:
@@ -155,6 +207,14 @@ class Model:
         hot[hot_places], cold[cold_places] = cold[cold_places], hot[hot_places]
         self.hot[layer], self.cold[layer] = hot, cold.sort().values
         self.streamer.exchange(layer, hot_places, cold_places, self.cold[layer])
+
+    def swap(self, layer: int, count: int, pick: Callable[[int], int]) -> None:
+        """Among hot neurons."""
+        hot, places = self.hot[layer].clone(), torch.tensor(shuffled(pick, N))
+        some, others = places[:count], places[count : 2 * count]
+        hot[some], hot[others] = hot[others], hot[some]
+        self.hot[layer] = hot
+        self.streamer.swap(layer, some, others)
 
     def attention(self, layer: int) -> None:
         assert (self.streamer.attention(layer).parts["attention"] == layer).all()
@@ -180,25 +240,35 @@ def names(neurons: KeptNeurons | LayerBuffer, layer: int) -> list[int]:
     return [int(each) for each in found]
 
 
-def make(num_cold_slots: int = 3, num_whole_slots: int = 2, copier: LateCopier | None = None) -> Model:
+def make(
+    num_cold_slots: int = 3, num_whole_slots: int = 2, copier: LateCopier | None = None, hot: Sequence[int] = ALL_LAYERS
+) -> Model:
+    """hot: layers that are partly resident; where some are not, there are as many slots for all of a layer, and no others."""
     hot_spec, copier = replace(SPEC, ffn_width=N), copier or LateCopier()
     layers = {}
-    for layer in range(NUM_LAYERS):
+    for layer in hot:
         storage = torch.full((LAYOUTS.resident.nbytes,), 0xFF, dtype=torch.uint8)
         layers[layer] = LayerBuffer(storage, hot_spec, LAYOUTS.resident, torch.float32)
         layers[layer].parts["attention"].fill_(layer)
-    memory = torch.zeros(max(num_whole_slots * LAYOUTS.whole.kept_nbytes, num_cold_slots * LAYOUTS.cold.kept_nbytes)).byte()
+    memory = torch.zeros(max(num_whole_slots * WHOLE.nbytes, num_cold_slots * LAYOUTS.cold.kept_nbytes)).byte()
 
-    def slots(count: int, nbytes: int, whole: bool) -> list[KeptNeurons]:
-        layout = LAYOUTS.whole if whole else LAYOUTS.cold
-        return [kept_neurons(memory[i * nbytes : (i + 1) * nbytes], layout, torch.float32) for i in range(count)]
+    def slots(cargo: Cargo, count: int, layout: LayerLayout) -> list[HotSlot]:
+        nbytes = layout.kept_nbytes
+        return [HotSlot({cargo: kept_neurons(memory[i * nbytes :][:nbytes], layout, torch.float32)}) for i in range(count)]
 
+    def whole_slots() -> list[HotSlot]:
+        places = memory[: num_whole_slots * WHOLE.nbytes].split(WHOLE.nbytes)
+        return [whole_slot(LayerBuffer(place, SPEC, WHOLE, torch.float32), N) for place in places]
+
+    cut_anew: dict[Cargo, Sequence[HotSlot]] = {
+        "records": slots("records", num_whole_slots, LAYOUTS.whole),
+        "cold": slots("cold", num_cold_slots, LAYOUTS.cold),
+    }
+    cargoes: tuple[Cargo, ...] = ("records", "hot", "cold")
     streamer = HotStreamer(
         layers=layers,
-        slots=HotSlots(
-            whole=slots(num_whole_slots, LAYOUTS.whole.kept_nbytes, True),
-            cold=slots(num_cold_slots, LAYOUTS.cold.kept_nbytes, False),
-        ),
+        streamed_layers=[layer for layer in ALL_LAYERS if layer not in hot],
+        slots=cut_anew if len(hot) == NUM_LAYERS else dict.fromkeys(cargoes, whole_slots()),
         copier=copier,
         embedding=NoEmbedding(),
         final_norm=torch.ones(1),
@@ -229,15 +299,25 @@ steps = st.lists(
 )
 
 
-@settings(deadline=None, max_examples=150)
-@given(num_cold_slots=st.integers(2, NUM_LAYERS), num_whole_slots=st.integers(2, 4), sequence=steps, data=st.data())
+@settings(deadline=None, max_examples=200)
+@given(
+    num_cold_slots=st.integers(2, NUM_LAYERS),
+    num_whole_slots=st.integers(2, 4),
+    hot=st.one_of(st.just(ALL_LAYERS), st.lists(st.sampled_from(ALL_LAYERS), max_size=NUM_LAYERS - 2, unique=True)),
+    sequence=steps,
+    data=st.data(),
+)
 def test_hot_and_cold_neurons_are_exactly_a_layer_s_whatever_passes_follow_each_other(
-    num_cold_slots: int, num_whole_slots: int, sequence: list[tuple[str, int, int, bool]], data: st.DataObject
+    num_cold_slots: int,
+    num_whole_slots: int,
+    hot: Sequence[int],
+    sequence: list[tuple[str, int, int, bool]],
+    data: st.DataObject,
 ) -> None:
     def pick(below: int) -> int:
         return data.draw(st.integers(0, below - 1))
 
-    model = make(num_cold_slots, num_whole_slots, LateCopier(pick=pick))
+    model, num_drafted = make(num_cold_slots, num_whole_slots, LateCopier(pick=pick), hot), 0
     random = iter(torch.randint(0, 1 << 30, (100_000,), generator=torch.Generator().manual_seed(data.draw(st.integers(0, 99)))))
 
     def draw(below: int) -> int:
@@ -247,14 +327,15 @@ def test_hot_and_cold_neurons_are_exactly_a_layer_s_whatever_passes_follow_each_
     for kind, num_layers, num_exchanged, half in sequence:
         if kind == "draft":
             model.draft(num_layers)
+            num_drafted += len(set(range(num_layers)) - set(hot))
         elif kind == "correct":
-            model.correct(num_exchanged, draw, num_layers, half)
+            model.correct(num_exchanged, draw, num_layers, half, num_swapped=draw(N // 2 + 1))
         elif kind == "full":
             model.full()
         else:
             model.prefill(draw, num_layers)
         model.assert_sums_up()
-    assert model.streamer.pass_nbytes["draft"] == 0
+    assert model.streamer.pass_nbytes["draft"] == num_drafted * (WHOLE.attention_nbytes + HOT_NBYTES)
 
 
 def test_a_draft_moves_nothing_and_a_correction_what_is_cold() -> None:
@@ -276,12 +357,57 @@ def test_a_draft_moves_nothing_and_a_correction_what_is_cold() -> None:
     assert model.streamer.copied_nbytes == NUM_LAYERS * ALL_NBYTES + (4 * NUM_LAYERS + 3) * COLD_NBYTES
 
 
+def test_of_layers_of_which_nothing_is_resident_a_draft_moves_attention_and_hot_neurons_and_a_correction_all() -> None:
+    model = make(hot=(0, 3))
+    model.prefill(last)
+    for num_exchanged in (0, 2, N):
+        for _ in range(3):
+            model.draft()
+        model.correct(num_exchanged, last)
+    model.full()
+    corrected = 2 * COLD_NBYTES + 3 * WHOLE.nbytes
+    assert model.streamer.pass_nbytes == {
+        "prefill": 2 * ALL_NBYTES + 3 * WHOLE.nbytes,
+        "draft": 9 * 3 * (WHOLE.attention_nbytes + HOT_NBYTES),
+        "correction": 3 * corrected,
+        "full": corrected,
+    }
+    # Three corrections and the full pass came where a draft step was to, two of whose layers had been sent.
+    assert model.streamer.discarded_nbytes == 4 * 2 * (WHOLE.attention_nbytes + HOT_NBYTES)
+    model.assert_sums_up()
+
+
+def test_where_some_layers_pass_whole_the_link_goes_on_from_pass_to_pass() -> None:
+    model = make(hot=(0, 3))
+    model.prefill(last)
+    sent = [(layer, F) for layer in ALL_LAYERS]
+    assert model.copier.gathered == [*sent, (1, N), (2, N)]
+    model.draft()
+    assert model.copier.gathered == [*sent, (1, N), (2, N), (4, N), (1, N), (2, N)]
+    model.draft(following="cold")
+    assert model.copier.gathered[len(sent) + 5 :] == [(4, N), (0, F - N), (1, F)]
+    model.correct(0, last)
+    assert model.copier.gathered[len(sent) + 8 :] == [(2, F), (3, F - N), (4, F), (1, N), (2, N)]
+    assert model.streamer.discarded_nbytes == 0
+
+
 def test_many_neurons_change_places_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("offload_sirius.weights.hotset.EXCHANGED_AT_ONCE", 4)
     model = make()
     model.prefill(last)
     for num_exchanged in (N, 5, 4, 1, 0):
         model.correct(num_exchanged, last)
+
+
+def test_many_hot_neurons_change_places_a_few_at_a_time_without_the_link(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("offload_sirius.weights.hotset.SWAPPED_AT_ONCE", 2)
+    model, other = make(), make()
+    for each, num_swapped in ((model, N // 2), (other, 0)):
+        each.prefill(last)
+        each.correct(0, lambda below: below // 2, num_swapped=num_swapped)
+        each.draft()
+    assert model.hot[0].tolist() != other.hot[0].tolist()
+    assert model.streamer.copied_nbytes == other.streamer.copied_nbytes
 
 
 def test_the_link_fills_the_slots_while_the_first_draft_computes() -> None:

@@ -7,11 +7,12 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from offload_sirius.rates import Rates, rates_from
 from offload_sirius.units import GIB, MIB
+from offload_sirius.weights.hot_plan import make_hot_plan
 from offload_sirius.weights.layout import LayerLayout, layer_layout
 from offload_sirius.weights.plan import Budgets, Demand, Plan, make_plan
 from offload_sirius.weights.predict import (
@@ -395,3 +396,100 @@ def test_no_draft_and_no_window_is_faster_than_what_it_is_bound_by_nor_slower_th
     least = max(sum(bill.seconds[kind] for bill in bills) for kind in draft.bill.seconds)
     assert least * (1 - 1e-9) <= window <= in_turn(*bills) * (1 + 1e-9)
     assert draft.nbytes <= correction.nbytes == made.pass_nbytes
+
+
+# Layers that are partly resident: in each of them half of the neurons are, or fewer.
+
+HOT = replace(TOKEN, cargo="hot")
+COLD = replace(TOKEN, cargo="cold")
+COLD_CORRECTION = replace(CORRECTION, cargo="cold")
+
+
+def hot(device_gib: float, rates: Rates = RATES, *, own_memory: bool = True, **changes: Any) -> Setting:
+    demand = Demand(
+        kv_cache_nbytes=1280 * MIB,
+        position_tables_nbytes=MIB,
+        activation_nbytes=200 * MIB,
+        reader_nbytes=8 * MIB,
+        embedding_on_device=False,
+        staged=own_memory,
+        num_hot=NUM_KEPT,
+    )
+    budgets = Budgets(device_nbytes=int(device_gib * GIB), host_nbytes=160 * GIB)
+    return setting(make_hot_plan(SPEC, LAYOUT, demand, budgets), rates, own_memory=own_memory, **changes)
+
+
+def num_hot_layers(given: Setting) -> int:
+    assert given.plan.hot is not None
+    return len(given.plan.hot.layers)
+
+
+@pytest.mark.parametrize("device_gib", [9, 16, 24, 32])
+def test_where_part_of_the_layers_is_hot_a_draft_brings_attention_and_kept_neurons_of_the_others(device_gib: int) -> None:
+    given = hot(device_gib)
+    assert 2 <= num_hot_layers(given) < 40
+    draft = predict_draft(given, HOT)
+    assert draft.nbytes == (80 - num_hot_layers(given)) * KEPT_LAYER
+    assert draft.seconds == pytest.approx(draft.nbytes / LINK, rel=1e-12)
+    assert draft.bill.weights_nbytes == 80 * KEPT_LAYER
+    correction = predict_correction(given, COLD_CORRECTION, HOT, draft.seconds)
+    assert correction.nbytes == given.plan.pass_nbytes == 80 * LAYER - num_hot_layers(given) * KEPT_LAYER
+    assert correction.seconds == pytest.approx(correction.nbytes / LINK, rel=1e-9)
+    assert correction.bill.weights_nbytes == 80 * LAYER
+    full = predict(given, COLD, PROMPT)
+    assert full.seconds_per_pass == pytest.approx(correction.nbytes / LINK, rel=1e-9)
+
+
+def test_a_prompt_brings_all_neurons_of_hot_layers_and_the_others_as_a_whole() -> None:
+    given = hot(24)
+    assert pass_nbytes(given, PROMPT) == 80 * LAYER - num_hot_layers(given) * 2 * (ATTENTION + NORMS)
+
+
+def test_where_all_layers_are_hot_a_draft_brings_nothing_and_the_link_works_for_the_correction() -> None:
+    given = hot(100)
+    assert num_hot_layers(given) == 80
+    draft = predict_draft(given, HOT)
+    assert (draft.nbytes, draft.bill.bound) == (0, "compute")
+    assert draft.seconds == pytest.approx(draft.bill.compute_seconds)
+    correction = predict_correction(given, COLD_CORRECTION, HOT, draft.seconds)
+    assert correction.nbytes == given.plan.pass_nbytes == 80 * FEED_FORWARD
+    assert correction.seconds + 4 * draft.seconds == pytest.approx(correction.nbytes / LINK), "and never idles"
+
+
+def test_without_overlap_a_correction_takes_all_of_its_bytes_time_behind_the_drafts() -> None:
+    given = hot(100, overlap=False)
+    draft = predict_draft(given, HOT)
+    correction = predict_correction(given, COLD_CORRECTION, HOT, draft.seconds)
+    assert correction.nbytes / LINK <= correction.seconds <= 1.05 * correction.nbytes / LINK
+
+
+def test_a_byte_of_a_hot_layer_saves_more_of_a_draft_than_one_of_a_resident_layer() -> None:
+    whole, partly = keeping(24, 160), hot(24)
+    kept, in_part = predict_draft(whole, KEPT), predict_draft(partly, HOT)
+    saved = 80 * KEPT_LAYER - kept.nbytes, 80 * KEPT_LAYER - in_part.nbytes
+    resident = whole.plan.device_bill["resident_layers"], num_hot_layers(partly) * KEPT_LAYER
+    assert saved[0] / resident[0] == pytest.approx(0.588, abs=5e-4)
+    assert saved[1] == resident[1]
+    assert in_part.seconds < kept.seconds
+
+
+@settings(deadline=None)
+@given(
+    device_gib=st.integers(9, 150),
+    link=st.floats(1e9, 100e9),
+    memory=st.floats(1e9, 2e12),
+    own_memory=st.booleans(),
+    pace=st.one_of(st.none(), st.floats(1e9, 100e9)),
+)
+def test_no_window_with_hot_layers_is_faster_than_what_it_is_bound_by_nor_slower_than_all_of_it_in_turn(
+    device_gib: int, link: float, memory: float, own_memory: bool, pace: float | None
+) -> None:
+    rates = with_rates(link_bytes_per_second=link, device_bytes_per_second=memory)
+    given = hot(device_gib, rates, own_memory=own_memory, paced_bytes_per_second=pace)
+    draft = predict_draft(given, HOT)
+    correction = predict_correction(given, COLD_CORRECTION, HOT, draft.seconds)
+    window, bills = 4 * draft.seconds + correction.seconds, [draft.bill] * 4 + [correction.bill]
+    least = max(sum(bill.seconds[kind] for bill in bills) for kind in draft.bill.seconds)
+    in_turn = sum(bill.pacing_seconds + bill.copy_seconds + bill.copy_drag_seconds + bill.compute_seconds for bill in bills)
+    assert least * (1 - 1e-9) <= window <= in_turn * (1 + 1e-9)
+    assert correction.nbytes == given.plan.pass_nbytes

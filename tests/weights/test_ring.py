@@ -14,9 +14,11 @@ from offload_sirius.errors import WeightReadError
 from offload_sirius.weights.layout import Cargo
 from offload_sirius.weights.ring import Flight, Ring
 
-NBYTES: dict[Cargo, int] = {"records": 100, "kept": 30, "gate": 40, "cold": 70}
+NBYTES: dict[Cargo, int] = {"records": 100, "kept": 30, "gate": 40, "hot": 35, "cold": 70}
 LAYERS = (0, 2, 3, 5, 8)
 """Those that pass: a ring's layers need not follow each other."""
+FEWER = (2, 5, 8)
+"""Those of which `hot` takes anything."""
 CELLS = 12
 
 
@@ -36,6 +38,16 @@ SHARED = cut(3)
 SLICED: dict[Cargo, Sequence[Slot]] = {"records": SHARED, "kept": SHARED, "gate": SHARED}
 OVERLAID: dict[Cargo, Sequence[Slot]] = {"records": cut(5), "cold": cut(2)}
 """The same memory in two ways."""
+PARTLY: dict[Cargo, Sequence[Slot]] = {"records": SHARED, "hot": SHARED, "cold": SHARED}
+"""One slot more than the shortest cycle has layers."""
+ANY_SLOTS = pytest.mark.parametrize(
+    "slots", [SLICED, OVERLAID, PARTLY], ids=["the same slots", "other slots", "the same slots and other layers"]
+)
+
+
+def cycle(cargo: Cargo) -> tuple[int, ...]:
+    """Layers that pass in a pass with that cargo."""
+    return FEWER if cargo == "hot" else LAYERS
 
 
 @dataclass
@@ -87,21 +99,23 @@ class Memory:
         return sum(NBYTES[cargo] for _, cargo in self.sent)
 
 
-def make(slots: Mapping[Cargo, Sequence[Slot]], memory: Memory | None = None) -> tuple[Ring[Slot], Memory]:
+def make(slots: Mapping[Cargo, Sequence[Slot]], memory: Memory | None = None, *, wraps: bool = True) -> tuple[Ring[Slot], Memory]:
     memory = memory or Memory()
-    return Ring(LAYERS, slots, memory.send), memory
+    return Ring({cargo: cycle(cargo) for cargo in slots}, slots, memory.send, wraps=wraps), memory
 
 
 def run_pass(ring: Ring[Slot], memory: Memory, cargo: Cargo, following: Cargo, num_layers: int = len(LAYERS)) -> int:
     """Go through so many layers; the bytes of those that were computed on."""
     ring.begin(cargo, following)
     nbytes = 0
-    for layer in LAYERS[:num_layers]:
+    for layer in cycle(cargo)[:num_layers]:
         flight = ring.front(layer)
         flight.neurons.wait()
         assert (flight.layer, flight.cargo) == (layer, cargo)
         assert {memory.cells[cell] for cell in flight.slot.cells} == {(layer, cargo)}
         assert ring.advance() is flight
+        under_way = [each.layer for each in ring]
+        assert len(under_way) == len(set(under_way)), "a layer is sent again only when it has been computed on"
         nbytes += flight.nbytes
     return nbytes
 
@@ -141,13 +155,13 @@ def passes(slots: Mapping[Cargo, Sequence[Slot]]) -> st.SearchStrategy[list[Pass
     return st.lists(each, max_size=8)
 
 
-@pytest.mark.parametrize("slots", [SLICED, OVERLAID], ids=["the same slots", "other slots"])
+@ANY_SLOTS
 @settings(deadline=None, max_examples=200)
 @given(data=st.data())
 def test_whatever_passes_follow_each_other_every_layer_is_computed_on_its_own_bytes_and_every_byte_is_counted_once(
     slots: Mapping[Cargo, Sequence[Slot]], data: st.DataObject
 ) -> None:
-    ring, memory = make(slots, Memory(pick=lambda below: data.draw(st.integers(0, below - 1))))
+    ring, memory = make(slots, Memory(pick=lambda below: data.draw(st.integers(0, below - 1))), wraps=data.draw(st.booleans()))
     computed = 0
     for this in data.draw(passes(slots)):
         if this.fills:
@@ -155,14 +169,14 @@ def test_whatever_passes_follow_each_other_every_layer_is_computed_on_its_own_by
             ring.fill()
         else:
             computed += run_pass(ring, memory, this.cargo, this.following, this.num_layers)
-            if this.asks_for_more and this.num_layers < len(LAYERS):
-                ring.front(LAYERS[this.num_layers]).neurons.wait()
+            if this.asks_for_more and this.num_layers < len(cycle(this.cargo)):
+                ring.front(cycle(this.cargo)[this.num_layers]).neurons.wait()
         if this.breaks_off:
             ring.break_off()
         assert memory.nbytes == computed + ring.discarded_nbytes + in_flight(ring)
 
 
-@pytest.mark.parametrize("slots", [SLICED, OVERLAID], ids=["the same slots", "other slots"])
+@ANY_SLOTS
 @settings(deadline=None)
 @given(data=st.data())
 def test_right_forecasts_discard_nothing_and_send_each_layer_once_a_pass(
@@ -173,9 +187,9 @@ def test_right_forecasts_discard_nothing_and_send_each_layer_once_a_pass(
     for cargo, following in pairwise(cargoes):
         run_pass(ring, memory, cargo, following)
     assert ring.discarded_nbytes == 0
-    wanted = [(layer, cargo) for cargo in cargoes for layer in LAYERS]
+    wanted = [(layer, cargo) for cargo in cargoes for layer in cycle(cargo)]
     assert memory.sent == wanted[: len(memory.sent)]
-    assert len(memory.sent) >= len(LAYERS) * (len(cargoes) - 1)
+    assert len(memory.sent) >= sum(len(cycle(cargo)) for cargo in cargoes[:-1])
 
 
 def test_nothing_is_sent_before_a_layer_is_asked_for() -> None:
@@ -193,6 +207,16 @@ def test_behind_the_last_layer_comes_the_first_of_what_the_following_pass_takes(
     assert ring.next_layer == 8
 
 
+def test_behind_the_last_layer_comes_the_first_of_which_the_following_pass_takes_anything() -> None:
+    ring, memory = make(PARTLY)
+    run_pass(ring, memory, "cold", "hot")
+    assert memory.sent[-4:] == [(8, "cold"), (2, "hot"), (5, "hot"), (8, "hot")], "no more slots than layers"
+    run_pass(ring, memory, "hot", "cold")
+    assert memory.sent[-3:] == [(0, "cold"), (2, "cold"), (3, "cold")]
+    assert ring.next_layer == 5
+    assert ring.discarded_nbytes == 0
+
+
 def test_where_the_following_pass_has_other_slots_the_ring_drains_at_the_end_of_this_one() -> None:
     ring, memory = make(OVERLAID)
     run_pass(ring, memory, "records", "cold")
@@ -201,6 +225,18 @@ def test_where_the_following_pass_has_other_slots_the_ring_drains_at_the_end_of_
     ring.begin("cold", "cold")
     ring.fill()
     assert memory.sent[len(LAYERS) :] == [(layer, "cold") for layer in LAYERS], "six slots, but no more than five layers"
+    assert ring.discarded_nbytes == 0
+
+
+@ANY_SLOTS
+def test_a_ring_that_does_not_wrap_sends_nothing_for_a_pass_before_it_asks(slots: Mapping[Cargo, Sequence[Slot]]) -> None:
+    ring, memory = make(slots, wraps=False)
+    wanted = []
+    for cargo in [*sorted(slots)] * 2:
+        run_pass(ring, memory, cargo, cargo)
+        wanted += [(layer, cargo) for layer in cycle(cargo)]
+        assert list(ring) == []
+        assert memory.sent == wanted
     assert ring.discarded_nbytes == 0
 
 

@@ -16,9 +16,9 @@ from offload_sirius.weights.copiers import Transfer
 from offload_sirius.weights.disk import ReaderPool
 from offload_sirius.weights.host import HostStore
 from offload_sirius.weights.hot_plan import hot_layouts
-from offload_sirius.weights.hotset import HotSlots, HotStreamer
+from offload_sirius.weights.hotset import HotSlot, HotStreamer, whole_slot
 from offload_sirius.weights.kept import KeptStore
-from offload_sirius.weights.layout import PARTS, Cargo, Part, layer_layout
+from offload_sirius.weights.layout import PARTS, Cargo, LayerLayout, Part, layer_layout
 from offload_sirius.weights.load import Loader
 from offload_sirius.weights.plan import CHUNK_NBYTES, NUM_CHUNKS
 from offload_sirius.weights.streamer import WeightStreamer
@@ -356,30 +356,44 @@ def test_slices_are_never_computed_on_before_they_are_there_nor_overwritten_too_
     assert streamer.copied_nbytes == streamer.pass_nbytes["draft"] + streamer.discarded_nbytes + in_flight
 
 
-HOT = hot_layouts(SPEC, 2, 5)
+HOT = hot_layouts(SPEC, layer_layout(SPEC, 2), 5)
 
 
-def hot_streamer(device: SimulatedDevice, num_whole: int, num_cold: int) -> HotStreamer:
-    """The last neurons of each layer are cold."""
+def hot_streamer(device: SimulatedDevice, num_whole: int, num_cold: int, streamed: set[int]) -> HotStreamer:
+    """The last neurons of each layer are cold. streamed: layers of which nothing is resident; where there are any, there are
+    slots for all of a layer and no others."""
     hot_spec = replace(SPEC, ffn_width=5)
     layers = {}
-    for layer in range(NUM_LAYERS):
+    for layer in sorted(set(range(NUM_LAYERS)) - streamed):
         storage = torch.full((HOT.resident.nbytes,), layer, dtype=torch.uint8)
         layers[layer] = LayerBuffer(storage, hot_spec, HOT.resident, torch.bfloat16)
-    memory = torch.full((max(num_whole * HOT.whole.kept_nbytes, num_cold * HOT.cold.kept_nbytes),), POISON, dtype=torch.uint8)
-    whole, cold = (
-        [kept_neurons(part, each, torch.bfloat16) for part in memory[: count * each.kept_nbytes].split(each.kept_nbytes)]
-        for count, each in ((num_whole, HOT.whole), (num_cold, HOT.cold))
-    )
+    memory = torch.full((max(num_whole * LAYOUT.nbytes, num_cold * HOT.cold.kept_nbytes),), POISON, dtype=torch.uint8)
+    cuts: list[tuple[Cargo, int, LayerLayout]] = [("records", num_whole, HOT.whole), ("cold", num_cold, HOT.cold)]
+    slots: dict[Cargo, list[HotSlot]] = {
+        cargo: [
+            HotSlot({cargo: kept_neurons(part, each, torch.bfloat16)})
+            for part in memory[: count * each.kept_nbytes].split(each.kept_nbytes)
+        ]
+        for cargo, count, each in cuts
+    }
+    if streamed:
+        places = memory[: num_whole * LAYOUT.nbytes].split(LAYOUT.nbytes)
+        whole = [whole_slot(LayerBuffer(place, SPEC, LAYOUT, torch.bfloat16), 5) for place in places]
+        slots = {"records": whole, "hot": whole, "cold": whole}
     streamer = HotStreamer(
         layers=layers,
-        slots=HotSlots(whole=whole, cold=cold),
-        copier=UplinkCopier({}, device, SliceRoute(STORE, kept_store([]), device)),
+        streamed_layers=sorted(streamed),
+        slots=slots,
+        copier=UplinkCopier(
+            dict.fromkeys(streamed, PinnedRoute(STORE, sorted(streamed), device)),
+            device,
+            SliceRoute(STORE, kept_store([]), device),
+        ),
         embedding=NoEmbedding(),
         final_norm=torch.ones(1),
         head=torch.ones(1, 1),
     )
-    streamer._cold_ids = {layer: torch.arange(5, SPEC.ffn_width) for layer in range(NUM_LAYERS)}
+    streamer._ids = {layer: torch.arange(SPEC.ffn_width) for layer in range(NUM_LAYERS)}
     return streamer
 
 
@@ -387,6 +401,7 @@ def hot_streamer(device: SimulatedDevice, num_whole: int, num_cold: int) -> HotS
 @given(
     num_whole=st.integers(2, 3),
     num_cold=st.integers(2, NUM_LAYERS),
+    streamed=st.one_of(st.just(set()), st.sets(st.integers(0, NUM_LAYERS - 1), min_size=2)),
     passes=st.lists(
         st.tuples(st.sampled_from(["records", "hot", "cold"]), st.one_of(st.just(NUM_LAYERS), st.integers(0, NUM_LAYERS))),
         min_size=1,
@@ -394,11 +409,11 @@ def hot_streamer(device: SimulatedDevice, num_whole: int, num_cold: int) -> HotS
     ),
     data=st.data(),
 )
-def test_slots_that_are_cut_in_two_ways_are_never_overwritten_too_early(
-    num_whole: int, num_cold: int, passes: list[tuple[Cargo, int]], data: st.DataObject
+def test_slots_for_layers_that_are_resident_in_part_are_never_overwritten_too_early(
+    num_whole: int, num_cold: int, streamed: set[int], passes: list[tuple[Cargo, int]], data: st.DataObject
 ) -> None:
     device, computed = SimulatedDevice(picks(data)), Computed()
-    streamer = hot_streamer(device, num_whole, num_cold)
+    streamer = hot_streamer(device, num_whole, num_cold, streamed)
 
     def compute(layer: int, neurons: KeptNeurons | LayerBuffer, count: int) -> None:
         assert len(neurons.gate) == count
@@ -408,7 +423,7 @@ def test_slots_that_are_cut_in_two_ways_are_never_overwritten_too_early(
     for cargo, last_layer in passes:
         streamer.begin("draft", cargo, following="cold")
         for layer in range(last_layer):
-            streamer.attention(layer)
+            device.compute(computed.reader(layer, "attention", streamer.attention(layer)))
             compute(layer, streamer.neurons(layer), SPEC.ffn_width if cargo == "records" else 5)
             if cargo == "cold":
                 compute(layer, streamer.cold_neurons(layer), SPEC.ffn_width - 5)
