@@ -1,4 +1,4 @@
-"""Products of a few tokens with rows of weights on a CPU, by products.c: float32, bfloat16 and quantised rows alike. Knows no layers.
+"""Products of a few tokens with rows of weights on a CPU, by products.c: float32, bfloat16 or quantised rows. Knows no layers.
 
 torch's matmul of one token reads bfloat16 weights at a fraction of the memory's rate, and has no product for rows of int4
 that carry their scales with them.
@@ -60,7 +60,7 @@ def linear(x: Tensor, rows: Rows, ids: Tensor | None = None) -> Tensor:
 
 
 def gate_up(x: Tensor, gate: Rows, up: Rows, activation: Activation, ids: Tensor | None = None) -> Tensor:
-    """z = activation(x gate^T) * (x up^T): x [S, D] -> float32 [S, N]. ids: int64 [N], the rows to take of both; None takes all."""
+    """z = activation(x gate^T) * (x up^T): x [S, D] -> float32 [S, N]. ids: int64 [N], the rows to take of both."""
     x, width = _padded(x), x.shape[1]
     gates, ups = _matrix(gate, width, ids), _matrix(up, width, ids)
     assert gates.num_rows == ups.num_rows, (gates.num_rows, ups.num_rows)
