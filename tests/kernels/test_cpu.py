@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -39,18 +40,16 @@ def strided(rows: Tensor, gap: int) -> Tensor:
     return storage[:, : rows.shape[1]]
 
 
-def quantised(weights: Tensor, form: WeightFormat) -> QuantizedRows:
+def quantised(form: WeightFormat, weights: Tensor) -> QuantizedRows:
     return QuantizedRows(strided(quantise_rows(weights, form), 32), weights.shape[1], form)
 
+
+FORMATS = [WeightFormat(kind=kind, group=group) for kind in KINDS for group in GROUPS]
 
 WAYS: dict[str, Callable[[Tensor], Rows]] = {
     "float32": lambda weights: strided(weights, 3),
     "bfloat16": lambda weights: strided(weights.bfloat16(), 5),
-    **{
-        f"{kind}/{group}": lambda weights, form=WeightFormat(kind=kind, group=group): quantised(weights, form)
-        for kind in KINDS
-        for group in GROUPS
-    },
+    **{f"{form.kind}/{form.group}": partial(quantised, form) for form in FORMATS},
 }
 ways = pytest.mark.parametrize("way", WAYS)
 
@@ -119,11 +118,7 @@ def test_gate_up_is_the_activation_of_one_product_times_the_other(activation: cp
 def test_some_rows_give_what_those_rows_alone_give(way: str) -> None:
     rows = WAYS[way](normal(50, 192))
     ids = torch.tensor([7, 3, 49, 0, 3])
-    taken: Rows
-    if isinstance(rows, QuantizedRows):
-        taken = QuantizedRows(rows.rows[ids], rows.width, rows.form)
-    else:
-        taken = rows[ids]
+    taken = QuantizedRows(rows.rows[ids], rows.width, rows.form) if isinstance(rows, QuantizedRows) else rows[ids]
     x, z = normal(3, 192), normal(3, 5)
     assert torch.equal(cpu.linear(x, rows, ids), cpu.linear(x, taken))
     assert torch.equal(cpu.gate_up(x, rows, rows, "silu", ids), cpu.gate_up(x, taken, taken, "silu"))
