@@ -1,14 +1,34 @@
-"""Products of a few tokens with rows of weights on a CPU, by products.c: float32, bfloat16 and quantised rows alike. Knows no layers.
+"""Products of a few tokens with rows of weights on a CPU, by products.c: float32, bfloat16 or quantised rows. Knows no layers.
 
-torch's matmul of one token reads bfloat16 weights at a fraction of the memory's rate, and has no product for rows of int4
-that carry their scales with them.
-What a token gives does not depend on the tokens beside it, on the number of rows or on threads, to the bit: a correction of a
-window computes what steps of single tokens compute. TABLE
+What a token gives does not depend on the tokens beside it, on the number of rows or on threads, to the bit: the products of a
+correction are those of steps of single tokens.
+
+Seconds of one core, as a share of what torch's linear takes in bfloat16 (benchmarks/products.py, matrix of 14336 x 4096, a Xeon
+with AMX, groups of 128; in brackets the GB/s of weights, of about 14 that a core can read there):
+
+                         1 token        16 tokens   64 tokens
+    linear  torch bf16   1     (10.6)   1           1
+            torch f32    1.51  (14.0)   4.41        3.82
+            bf16         0.85  (12.3)   2.02        3.73
+            f32          1.54  (13.7)   2.86        4.26
+            int8         0.47  (11.5)   1.67        3.46
+            int4         0.35   (7.9)   1.58        3.42
+    down    torch bf16   2.26   (4.7)   1.86        1.27
+            bf16         0.76  (13.9)   2.09        4.03
+            int4         0.34   (8.0)   1.66        3.62
+
+A single token is bound by memory, but for int4, where turning integers into floats takes longer than reading them. Many tokens
+are bound by the float32 units: 48 to 53 of their 61 billion multiply-adds a second are reached. torch has AMX, for bfloat16.
+
+Tried beside this: torch's _weight_int4pack_mm_for_cpu takes as long for one token of bfloat16 and 1.2 to 1.4 times as long for
+more, and wants whole matrices in an order of its own; _weight_int8pack_mm takes 1.1 to 1.6 times as long, in float32 nine times
+and more. AVX512's products of bfloat16 run at half the rate of float32's on that CPU, which makes them no faster.
 """
 
 from __future__ import annotations
 
 import ctypes
+from functools import cache
 from typing import Literal
 
 import torch
@@ -55,12 +75,14 @@ def linear(x: Tensor, rows: Rows, ids: Tensor | None = None) -> Tensor:
     x, width = _padded(x), x.shape[1]
     matrix = _matrix(rows, width, ids)
     out = torch.empty(x.shape[0], matrix.num_rows)
-    _library().offload_sirius_linear(ctypes.byref(matrix), *_place(x), _count(x), *_place(out), _num_threads())
+    _library().offload_sirius_linear(
+        ctypes.byref(matrix), x.data_ptr(), x.stride(0), x.shape[0], out.data_ptr(), out.stride(0), torch.get_num_threads()
+    )
     return out
 
 
 def gate_up(x: Tensor, gate: Rows, up: Rows, activation: Activation, ids: Tensor | None = None) -> Tensor:
-    """z = activation(x gate^T) * (x up^T): x [S, D] -> float32 [S, N]. ids: int64 [N], the rows to take of both; None takes all."""
+    """z = activation(x gate^T) * (x up^T): x [S, D] -> float32 [S, N]. ids: int64 [N], the rows to take of both."""
     x, width = _padded(x), x.shape[1]
     gates, ups = _matrix(gate, width, ids), _matrix(up, width, ids)
     assert gates.num_rows == ups.num_rows, (gates.num_rows, ups.num_rows)
@@ -69,10 +91,12 @@ def gate_up(x: Tensor, gate: Rows, up: Rows, activation: Activation, ids: Tensor
         ctypes.byref(gates),
         ctypes.byref(ups),
         _ACTIVATION_IDS[activation],
-        *_place(x),
-        _count(x),
-        *_place(out),
-        _num_threads(),
+        x.data_ptr(),
+        x.stride(0),
+        x.shape[0],
+        out.data_ptr(),
+        out.stride(0),
+        torch.get_num_threads(),
     )
     return out
 
@@ -84,7 +108,9 @@ def down(z: Tensor, rows: Rows, ids: Tensor | None = None) -> Tensor:
     matrix = _matrix(rows, width, ids)
     assert z.shape[1] == matrix.num_rows, (z.shape, matrix.num_rows)
     out = torch.empty(z.shape[0], -(-width // BLOCK) * BLOCK)
-    _library().offload_sirius_down(ctypes.byref(matrix), *_place(z), _count(z), *_place(out), _num_threads())
+    _library().offload_sirius_down(
+        ctypes.byref(matrix), z.data_ptr(), z.stride(0), z.shape[0], out.data_ptr(), out.stride(0), torch.get_num_threads()
+    )
     return out[:, :width]
 
 
@@ -98,12 +124,14 @@ def quantise_int4(weights: Tensor, rows: QuantizedRows) -> bool:
         return False
     weights = _contiguous(weights)
     library.offload_sirius_quantise_int4(
-        *_place(weights),
-        _count(weights),
+        ctypes.c_void_p(weights.data_ptr()),
+        ctypes.c_int64(weights.stride(0)),
+        ctypes.c_int64(weights.shape[0]),
         ctypes.c_int64(rows.width),
         ctypes.c_int(rows.form.group),
-        *_place(rows.rows),
-        _num_threads(),
+        ctypes.c_void_p(rows.rows.data_ptr()),
+        ctypes.c_int64(rows.rows.stride(0)),
+        ctypes.c_int(torch.get_num_threads()),
     )
     return True
 
@@ -111,6 +139,17 @@ def quantise_int4(weights: Tensor, rows: QuantizedRows) -> bool:
 def _library() -> ctypes.CDLL:
     library = native("products").library
     assert library is not None, native("products").problem
+    return _declared(library)
+
+
+@cache
+def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
+    """The same, knowing what its functions take."""
+    matrix, address, number = ctypes.POINTER(_Matrix), ctypes.c_void_p, ctypes.c_int64
+    arguments = (address, number, number, address, number, ctypes.c_int)
+    library.offload_sirius_linear.argtypes = (matrix, *arguments)
+    library.offload_sirius_gate_up.argtypes = (matrix, matrix, ctypes.c_int, *arguments)
+    library.offload_sirius_down.argtypes = (matrix, *arguments)
     return library
 
 
@@ -146,16 +185,3 @@ def _contiguous(x: Tensor) -> Tensor:
     """float32, each row contiguous."""
     x = x.float()
     return x if x.stride(1) == 1 else x.contiguous()
-
-
-def _place(x: Tensor) -> tuple[ctypes.c_void_p, ctypes.c_int64]:
-    """Address, and elements from row to row."""
-    return ctypes.c_void_p(x.data_ptr()), ctypes.c_int64(x.stride(0))
-
-
-def _count(x: Tensor) -> ctypes.c_int64:
-    return ctypes.c_int64(x.shape[0])
-
-
-def _num_threads() -> ctypes.c_int:
-    return ctypes.c_int(torch.get_num_threads())

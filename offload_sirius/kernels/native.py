@@ -28,7 +28,8 @@ from offload_sirius.errors import ConfigError
 Name = Literal["products", "quantise"]
 """A C file, and the library that is made of it."""
 
-COMPILERS = ("gcc", "cc", "clang")
+COMPILERS = ("gcc", "cc")
+"""clang would bring an OpenMP runtime of its own. CC names any other."""
 
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC", "-Wl,--as-needed")
 """The math flags change no result: nobody looks at errno or at the flags of a floating point unit."""

@@ -414,9 +414,9 @@ INLINE void down_tokens(int num_vectors, int64_t num_tokens, int64_t num_rows, c
         down_tile(1, num_vectors, num_rows, z + t * z_stride, z_stride, weights, out + t * out_stride, out_stride);
 }
 
-/* Columns first .. end of all rows; both multiples of UNIT. */
-INLINE void down_columns(int kind, const struct matrix *m, int64_t first, int64_t end, const float *z, int64_t z_stride,
-                         int64_t num_tokens, float *out, int64_t out_stride) {
+/* Columns first .. end of all rows; both multiples of UNIT. Rows are decoded once, some at a time. */
+INLINE void down_many(int kind, const struct matrix *m, int64_t first, int64_t end, const float *z, int64_t z_stride,
+                      int64_t num_tokens, float *out, int64_t out_stride) {
     float weights[DOWN_ROWS * DOWN_COLUMNS] __attribute__((aligned(64)));
     const int64_t last = m->num_rows - 1;
     for (int64_t row = 0; row < m->num_rows; row += DOWN_ROWS) {
@@ -432,6 +432,68 @@ INLINE void down_columns(int kind, const struct matrix *m, int64_t first, int64_
                 down_tokens(NUM_VECS, num_tokens, num_rows, z + row, z_stride, weights + c, out + column + c, out_stride);
         }
     }
+}
+
+/* out += z rows, for a strip of columns and a few tokens; rows are decoded on the way. */
+INLINE void down_strip(int kind, int num_tokens, const struct matrix *m, const char *const *rows, const char *const *next,
+                       int64_t num_rows, int64_t column, const float *z, int64_t z_stride, float *out, int64_t out_stride) {
+    vec a[TILE_TOKENS][STRIP];
+#pragma GCC unroll 3
+    for (int t = 0; t < num_tokens; t++)
+#pragma GCC unroll 8
+        for (int v = 0; v < STRIP; v++)
+            a[t][v] = (vec){0};
+    for (int64_t j = 0; j < num_rows; j++) {
+        struct group g = group_at(kind, m->group_log2, rows[j], m->width, column);
+        fetch_ahead(kind, next[j], column, column + STRIP * LANES);
+#pragma GCC unroll 4
+        for (int u = 0; u < STRIP / NUM_VECS; u++) {
+            vec w[NUM_VECS];
+            if (u > 0 && ((column + u * UNIT) & ((INT64_C(1) << m->group_log2) - 1)) == 0)
+                g = group_at(kind, m->group_log2, rows[j], m->width, column + u * UNIT);
+            unit_at(kind, &g, rows[j], column + u * UNIT, w);
+#pragma GCC unroll 8
+            for (int v = 0; v < NUM_VECS; v++)
+#pragma GCC unroll 3
+                for (int t = 0; t < num_tokens; t++)
+                    a[t][u * NUM_VECS + v] += w[v] * z[t * z_stride + j];
+        }
+    }
+#pragma GCC unroll 3
+    for (int t = 0; t < num_tokens; t++)
+#pragma GCC unroll 8
+        for (int v = 0; v < STRIP; v++) {
+            vec_anywhere *place = (vec_anywhere *)(out + t * out_stride + column + v * LANES);
+            *place += (vec_anywhere)a[t][v];
+        }
+}
+
+INLINE void down_few(int kind, int num_tokens, const struct matrix *m, int64_t first, int64_t end, const float *z,
+                     int64_t z_stride, float *out, int64_t out_stride) {
+    const char *rows[DOWN_ROWS], *next[DOWN_ROWS];
+    for (int64_t row = 0; row < m->num_rows; row += DOWN_ROWS) {
+        const int64_t num_rows = smaller(DOWN_ROWS, m->num_rows - row);
+        for (int64_t j = 0; j < num_rows; j++) {
+            rows[j] = row_of(m, row + j);
+            next[j] = row_of(m, smaller(row + j + DOWN_ROWS, m->num_rows - 1));
+        }
+        for (int64_t column = first; column < end; column += STRIP * LANES)
+            down_strip(kind, num_tokens, m, rows, next, num_rows, column, z + row, z_stride, out, out_stride);
+    }
+}
+
+INLINE void down_columns(int kind, const struct matrix *m, int64_t first, int64_t end, const float *z, int64_t z_stride,
+                         int64_t num_tokens, float *out, int64_t out_stride) {
+    const int64_t strips = (smaller(end, whole_width(kind, m->width)) - first) / (STRIP * LANES) * (STRIP * LANES);
+    const int64_t rest = num_tokens <= TILE_TOKENS && strips > 0 ? first + strips : first;
+    if (rest > first && num_tokens == 1)
+        down_few(kind, 1, m, first, rest, z, z_stride, out, out_stride);
+    else if (rest > first && num_tokens == 2)
+        down_few(kind, 2, m, first, rest, z, z_stride, out, out_stride);
+    else if (rest > first)
+        down_few(kind, 3, m, first, rest, z, z_stride, out, out_stride);
+    if (rest < end)
+        down_many(kind, m, rest, end, z, z_stride, num_tokens, out, out_stride);
 }
 
 /* z [num_tokens, num_rows], out [num_tokens, width rounded up to UNIT]: out = z rows. Strides in floats. */

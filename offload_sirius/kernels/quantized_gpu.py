@@ -11,6 +11,8 @@ sums are float32 already:
 rows; how many there are depends on the number of rows alone, and their sums are added in order.
 """
 
+# ruff: noqa: N803  # what the compiler replaces by its value is written in capitals, as everywhere in Triton
+
 from __future__ import annotations
 
 import os
@@ -143,7 +145,7 @@ def _group_products(  # type: ignore[no-untyped-def]
     rows_inside,
     group,
     INT4: tl.constexpr,
-    GROUP: tl.constexpr,  # noqa: N803
+    GROUP: tl.constexpr,
 ):
     # x, integers, ...: pointers to rows, [S, 1] and [1, N]. -> float32 [S, N], this group's share.
     scale = tl.load(scales + group, mask=rows_inside, other=0).to(tl.float32)
@@ -169,7 +171,7 @@ def _group_products(  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _activated(g, ACTIVATION: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: N803
+def _activated(g, ACTIVATION: tl.constexpr):  # type: ignore[no-untyped-def]
     if ACTIVATION == "silu":
         return g / (1 + tl.exp(-g))
     elif ACTIVATION == "gelu":
@@ -180,8 +182,9 @@ def _activated(g, ACTIVATION: tl.constexpr):  # type: ignore[no-untyped-def]  # 
         return g * (1 - 1 / (tl.exp(2 * u) + 1))
 
 
+# Not tuned anew for each number of rows: a draft keeps other neurons for each token.
 @triton.autotune(  # type: ignore[untyped-decorator]
-    configs=_configs(), key=["num_rows", "width", "ACTIVATION", "INT4", "GROUP", "HAS_IDS", "BLOCK_TOKENS"]
+    configs=_configs(), key=["width", "ACTIVATION", "INT4", "GROUP", "HAS_IDS", "BLOCK_TOKENS"]
 )
 @triton.jit  # type: ignore[untyped-decorator]
 def _linear_rows(  # type: ignore[no-untyped-def]
@@ -202,12 +205,12 @@ def _linear_rows(  # type: ignore[no-untyped-def]
     num_tokens,
     num_rows,
     width,
-    ACTIVATION: tl.constexpr,  # noqa: N803
-    INT4: tl.constexpr,  # noqa: N803
-    GROUP: tl.constexpr,  # noqa: N803
-    HAS_IDS: tl.constexpr,  # noqa: N803
-    BLOCK_TOKENS: tl.constexpr,  # noqa: N803
-    BLOCK_ROWS: tl.constexpr,  # noqa: N803
+    ACTIVATION: tl.constexpr,
+    INT4: tl.constexpr,
+    GROUP: tl.constexpr,
+    HAS_IDS: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
 ):
     place = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     token = tl.program_id(1) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
@@ -217,7 +220,6 @@ def _linear_rows(  # type: ignore[no-untyped-def]
         row = tl.load(ids + place, mask=place < num_rows, other=0)
     x_rows = x + token.to(tl.int64)[:, None] * x_stride
     columns = tl.arange(0, GROUP)
-    # Rows are bytes; int8's zeros are never looked at.
     gates = tl.zeros((BLOCK_TOKENS, BLOCK_ROWS), dtype=tl.float32)
     for group in range(tl.cdiv(width, GROUP)):
         gates += _group_products(
@@ -268,12 +270,12 @@ def _down_rows(  # type: ignore[no-untyped-def]
     num_rows,
     width,
     rows_of_part,
-    INT4: tl.constexpr,  # noqa: N803
-    GROUP: tl.constexpr,  # noqa: N803
-    HAS_IDS: tl.constexpr,  # noqa: N803
-    BLOCK_TOKENS: tl.constexpr,  # noqa: N803
-    BLOCK_COLUMNS: tl.constexpr,  # noqa: N803
-    BLOCK_ROWS: tl.constexpr,  # noqa: N803
+    INT4: tl.constexpr,
+    GROUP: tl.constexpr,
+    HAS_IDS: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
 ):
     first_column, part = tl.program_id(0) * BLOCK_COLUMNS, tl.program_id(1)
     token = tl.program_id(2) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)

@@ -1,8 +1,8 @@
 """Quantising: rows of float weights become the bytes of quantization.py. Knows no layers and no files.
 
-int8 takes a group's largest weight for its scale. int4 begins with the scale and zero that just cover the group, and improves both
-after HQQ (Badri and Shaji, "Half-Quadratic Quantization of Large Machine Learning Models", mobiusml.github.io/hqq_blog, 2023), which
-looks at weights only and needs no data. For the integers q that a scale and zero give, in steps of the scale,
+int8 takes a group's largest weight for its scale. int4 begins with the scale and zero that just cover the group, and improves
+both after HQQ (Badri and Shaji, "Half-Quadratic Quantization of Large Machine Learning Models", mobiusml.github.io/hqq_blog,
+2023), which looks at weights only and needs no data. For the integers q that a scale and zero give, in steps of the scale,
 
     residual   e = w / scale - (q - zero)
     shrunk     r = sign(e) * max(0, |e| - |e|^(p - 1) / beta)       what is given up as an outlier, p = 1/2
@@ -57,8 +57,8 @@ class QuantizationError:
 def quantise_rows(weights: Tensor, form: WeightFormat, out: Tensor | None = None) -> Tensor:
     """weights [N, D] of any float type -> uint8 [N, row_nbytes].
 
-    out: where to write them, rows strided; None allocates. Raises CheckpointError where a weight is not finite, or too large for a
-    scale in float16.
+    out: where to write them, rows strided; None allocates. Raises CheckpointError where a weight is not finite, or too large for
+    a scale in float16.
     """
     num_rows, width = weights.shape
     if out is None:
