@@ -40,6 +40,14 @@ ZERO_STEPS = 16
 """Steps of a zero between two integers."""
 
 
+FEW_TOKENS = 128
+"""Up to so many, products read rows as they are. More make good use of plain ones, so that some rows at a time are dequantised
+first. The border is above all windows and most trees: a token then gives the same in a correction as in a step of its own."""
+
+UNPACKED_ROWS = 1024
+"""Rows that are dequantised at once."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class WeightFormat:
     """How the weights of a row are written."""

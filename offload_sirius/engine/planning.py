@@ -21,6 +21,7 @@ from offload_sirius.model.costs import (
     kv_cache_nbytes,
     mixing_flops,
     position_tables_nbytes,
+    unpacking_nbytes,
     recorded_steps_nbytes,
 )
 from offload_sirius.rates import DtypeName, Rates, Stored, assumed_cpu_rates, assumed_gpu_rates
@@ -307,7 +308,8 @@ def plan_model(
         activation_nbytes=activation_nbytes(
             spec, context, element_nbytes, batch=batch, step_rows=decoding.max_nodes, observed=sparse is not None
         )
-        + (recorded_steps_nbytes(spec, context, element_nbytes) if recorded else 0),
+        + (recorded_steps_nbytes(spec, context, element_nbytes) if recorded else 0)
+        + (unpacking_nbytes(spec, element_nbytes, decoding.max_nodes) if layout.format else 0),
         reader_nbytes=reader_nbytes(checkpoint),
         embedding_on_device=spec.tied_head,
         staged=hardware.own_memory,

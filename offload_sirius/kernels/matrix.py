@@ -11,16 +11,10 @@ from torch.nn import functional
 
 from offload_sirius.kernels.packed import QuantizedRows
 from offload_sirius.kernels.quantized import quantized_down, quantized_linear
+from offload_sirius.quantization import FEW_TOKENS, UNPACKED_ROWS
 
 Matrix = Tensor | QuantizedRows
 """N rows of K numbers."""
-
-FEW_TOKENS = 128
-"""Up to so many, rows are read as they are. More make good use of plain ones, so that some rows at a time are dequantised first.
-The border is above all windows and most trees: a token then gives the same in a correction as in a step of its own."""
-
-UNPACKED_ROWS = 1024
-"""Rows that are dequantised at once."""
 
 
 def project(x: Tensor, matrix: Matrix, bias: Tensor | None = None) -> Tensor:

@@ -25,6 +25,7 @@ from offload_sirius.weights.plan import (
     Plan,
     as_flag,
     fixed_device_bill,
+    nbytes_for_all_on_host,
     place_on_host,
     spread,
 )
@@ -76,9 +77,7 @@ def make_hot_plan(spec: ModelSpec, layout: LayerLayout, demand: Demand, budgets:
     resident, num_hot_layers = device.layouts.resident, len(device.hot.layers)
     host = place_on_host(spec, layout, demand, budgets, spec.num_layers)
     if host.num_disk_layers:
-        # With more memory there are also more readers, and the embedding: no less than all of them is sure to do.
-        unlimited = replace(budgets, host_nbytes=1 << 62)
-        needed = sum(place_on_host(spec, layout, demand, unlimited, spec.num_layers).bill.values())
+        needed = nbytes_for_all_on_host(spec, layout, demand, budgets, spec.num_layers)
         raise BudgetError(
             f"host budget {format_size(budgets.host_nbytes)} is too small for --draft resident, which needs all layers in host "
             f"memory: {format_size(needed)}; give at least --host-memory {as_flag(needed)}, or --draft streamed"

@@ -15,7 +15,7 @@ and nothing in a correction, a resident one about 0.7 of itself in the one and a
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from offload_sirius.errors import BudgetError
@@ -178,6 +178,13 @@ def _make_plan(spec: ModelSpec, layout: LayerLayout, demand: Demand, budgets: Bu
         ahead_nbytes = max(head_ahead, DISK_AHEAD_NBYTES)
         device = _split_room(spec.num_layers, room, layout, left_nbytes, ahead_nbytes, max_cached_neurons)
         host = place_on_host(spec, layout, demand, budgets, spec.num_layers - device.num_resident)
+    if host.num_disk_layers and demand.quantising_nbytes:
+        needed = nbytes_for_all_on_host(spec, layout, demand, budgets, spec.num_layers - device.num_resident)
+        raise BudgetError(
+            f"host budget {format_size(budgets.host_nbytes)} is too small for --quantize, which needs all streamed layers in host "
+            f"memory, as they are quantised while loading: {format_size(needed)}; give at least --host-memory {as_flag(needed)}, "
+            "or more --device-memory"
+        )
     streamed = spread(spec.num_layers, spec.num_layers - device.num_resident)
     disk = [streamed[index] for index in spread(len(streamed), host.num_disk_layers)]
     on_host = [layer for layer in streamed if layer not in disk]
@@ -340,6 +347,13 @@ def place_on_host(spec: ModelSpec, layout: LayerLayout, demand: Demand, budgets:
             "kept_neurons": host.num_kept * layout.kept_host_nbytes,
         },
     )
+
+
+def nbytes_for_all_on_host(spec: ModelSpec, layout: LayerLayout, demand: Demand, budgets: Budgets, num_streamed: int) -> int:
+    """A host budget in which none of so many layers stays on disk."""
+    # With more memory there are also more readers, and the embedding: no less than all of them is sure to do.
+    unlimited = replace(budgets, host_nbytes=1 << 62)
+    return sum(place_on_host(spec, layout, demand, unlimited, num_streamed).bill.values())
 
 
 @dataclass(frozen=True, kw_only=True)
