@@ -305,11 +305,8 @@ def plan_model(
     demand = Demand(
         kv_cache_nbytes=kv_cache_nbytes(spec, batch=batch, capacity=context, element_nbytes=element_nbytes),
         position_tables_nbytes=position_tables_nbytes(spec, context, element_nbytes),
-        activation_nbytes=activation_nbytes(
-            spec, context, element_nbytes, batch=batch, step_rows=decoding.max_nodes, observed=sparse is not None
-        )
-        + (recorded_steps_nbytes(spec, context, element_nbytes) if recorded else 0)
-        + (unpacking_nbytes(spec, element_nbytes, decoding.max_nodes) if layout.format else 0),
+        activation_nbytes=computing_nbytes(config, spec, context, element_nbytes, batch)
+        + (recorded_steps_nbytes(spec, context, element_nbytes) if recorded else 0),
         reader_nbytes=reader_nbytes(checkpoint),
         embedding_on_device=spec.tied_head,
         staged=hardware.own_memory,
@@ -336,6 +333,14 @@ def plan_model(
         budgets=budgets,
         plan=plan,
     )
+
+
+def computing_nbytes(config: EngineConfig, spec: ModelSpec, num_tokens: int, element_nbytes: int, batch: int = 1) -> int:
+    """Device bytes that passes over a prompt of that many tokens, and over windows behind it, take beside what stays there."""
+    decoding = config.decoding
+    observed, step_rows = sparsity_of(decoding, spec) is not None, decoding.max_nodes
+    nbytes = activation_nbytes(spec, num_tokens, element_nbytes, batch=batch, step_rows=step_rows, observed=observed)
+    return nbytes + (unpacking_nbytes(spec, element_nbytes, step_rows) if config.weight_format else 0)
 
 
 def plan_for(spec: ModelSpec, layout: LayerLayout, demand: Demand, budgets: Budgets) -> Plan:
