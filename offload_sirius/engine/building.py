@@ -16,6 +16,7 @@ from offload_sirius.engine.placement import Placement, memory_errors, place
 from offload_sirius.engine.progress import Progress
 from offload_sirius.engine.streamed import StreamedModel, hot_model, streamed_model
 from offload_sirius.errors import ConfigError
+from offload_sirius.kernels.native import native
 from offload_sirius.model.kv_cache import KVCache
 from offload_sirius.model.transformer import Transformer
 from offload_sirius.sparsity.prior import NeuronPrior, PriorFile, prior_path
@@ -82,6 +83,8 @@ def _join(
     stores.callback(arenas.close)
     store = DeviceStore if plan.hot is None else HotDeviceStore
     device = store(plan, spec, layout, dtype, placement.device)
+    if layout.format is not None and placement.device.type == "cpu" and (problem := native("products").problem):
+        progress.warn(problem)
 
     progress.begin(f"loading {spec.name}", load_nbytes(checkpoint, plan))
     try:

@@ -21,8 +21,8 @@ from offload_sirius.model.costs import (
     kv_cache_nbytes,
     mixing_flops,
     position_tables_nbytes,
-    unpacking_nbytes,
     recorded_steps_nbytes,
+    unpacking_nbytes,
 )
 from offload_sirius.rates import DtypeName, Rates, Stored, assumed_cpu_rates, assumed_gpu_rates
 from offload_sirius.sparsity.costs import num_fetched, sparsity_nbytes

@@ -181,9 +181,9 @@ def _make_plan(spec: ModelSpec, layout: LayerLayout, demand: Demand, budgets: Bu
     if host.num_disk_layers and demand.quantising_nbytes:
         needed = nbytes_for_all_on_host(spec, layout, demand, budgets, spec.num_layers - device.num_resident)
         raise BudgetError(
-            f"host budget {format_size(budgets.host_nbytes)} is too small for --quantize, which needs all streamed layers in host "
-            f"memory, as they are quantised while loading: {format_size(needed)}; give at least --host-memory {as_flag(needed)}, "
-            "or more --device-memory"
+            f"host budget {format_size(budgets.host_nbytes)} is too small for --quantize, which needs all streamed layers in "
+            f"host memory, as they are quantised while loading: {format_size(needed)}; give at least --host-memory "
+            f"{as_flag(needed)}, or more --device-memory"
         )
     streamed = spread(spec.num_layers, spec.num_layers - device.num_resident)
     disk = [streamed[index] for index in spread(len(streamed), host.num_disk_layers)]
