@@ -27,7 +27,7 @@ from offload_sirius_loaders.shard import read_shard
 CONFIG = {
     "model_type": "llama",
     "hidden_size": 48,
-    "num_hidden_layers": 2,
+    "num_hidden_layers": 3,
     "num_attention_heads": 3,
     "num_key_value_heads": 1,
     "intermediate_size": 40,
