@@ -92,7 +92,6 @@ def _compressed_tensors(fields: JsonObject) -> tuple[Scheme, ...]:
     groups = fields.fields.get("config_groups")
     if not isinstance(groups, Mapping) or not groups:
         raise fields.error(f"config_groups is {short(groups)}; an object with a description of each group of layers is needed")
-    _choice(fields, "quantization_status", ("compressed",), "compressed")
     for name in ("sparsity_config", "transform_config"):
         value = fields.fields.get(name) or {}
         if not isinstance(value, Mapping) or value.get("format", "dense") != "dense" or value.get("config_groups"):

@@ -29,6 +29,8 @@ from offload_sirius_loaders.spec import ModelSpec
 
 INDEX_SUFFIX = ".safetensors.index.json"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
+QUANTISED_WORDS = ("qweight", "weight_packed", "weight_scale", "weight_scale_inv")
+"""Last words of names that layers have only where they are quantised."""
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -228,6 +230,9 @@ def _quantised_tensor(
         if key[0] is None and (info.transposed or key[1] == "embedding"):
             raise linear.error(info.name.rpartition(".")[2], "is quantised; embedding and head must be plain")
         return info, matrix
+    other = next((word for word in QUANTISED_WORDS if linear.has(word)), None)
+    if other and schemes:
+        raise linear.error(other, "belongs to a layer that is not stored as quantization_config in config.json says")
     return None
 
 
