@@ -1,8 +1,8 @@
 """compressed-tensors and FP8: matrices stored by output, [out, in], in small integers or 8-bit floats, with a grid of scales.
 
 w[out, in] = (q[out, in] - z[cell]) * s[cell], where a cell is the whole matrix, a row, a group of a row's columns, or a block.
-Layouts are those of compressed-tensors 0.20 and of the FP8 linear layers of transformers, compared with their own unpacking; groups
-in any order (weight_g_idx) and scales a tensor or row of FP8 are not. No published checkpoint was at hand.
+Layouts are those of compressed-tensors 0.20 and of the FP8 linear layers of transformers, compared with their own unpacking, but
+for groups in any order (weight_g_idx) and FP8 with a scale for each tensor or row. No published checkpoint was at hand.
 """
 
 from __future__ import annotations

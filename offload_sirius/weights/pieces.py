@@ -67,10 +67,12 @@ def decoding_nbytes(info: TensorInfo) -> int:
 
     plain = nothing, its numbers are its bytes
     GGUF blocks = about three float32 arrays beside the result, in the gguf library
-    companions = numbers, codes (a quarter of them), spread scales and zero points; each companion once more in its own type
+    companions = numbers, and a quarter of that for their codes, with some room; stored by rows of the matrix also scales spread
+        over them, or places in a table of 8-bit floats; each companion once more in a type of its own
     """
     if info.companions:
-        return max(3 * piece.decoded_nbytes + 2 * piece.nbytes for piece in pieces_of(info))
+        halves = 3 if info.transposed else 6
+        return max(halves * piece.decoded_nbytes // 2 + 2 * piece.nbytes for piece in pieces_of(info))
     return 0 if info.dtype in get_args(Element) else 3 * PIECE_NBYTES
 
 
