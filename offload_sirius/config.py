@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, get_args
 
 from offload_sirius.errors import ConfigError
+from offload_sirius.quantization import DEFAULT_GROUPS, GROUPS, WeightFormat
 from offload_sirius.units import Size, parse_size
 
 DEFAULT_MODEL = "smollm2-135m"
@@ -39,6 +40,9 @@ MAX_LOOKUP_NODES = 16
 
 Dtype = Literal["auto", "bfloat16", "float32"]
 DTYPES: tuple[Dtype, ...] = get_args(Dtype)
+
+Quantize = Literal["none", "int8", "int4"]
+QUANTIZES: tuple[Quantize, ...] = get_args(Quantize)
 
 
 def help_of(config: type, name: str) -> str:
@@ -263,6 +267,18 @@ class EngineConfig:
     )
     link_gbps: float | None = _setting(None, "Emulate a host-to-device link of this many GB/s (1e9 bytes) by pacing real copies.")
     dtype: Dtype = _setting("auto", "auto (float32 for float32 checkpoints, else bfloat16), bfloat16 or float32.")
+    quantize: Quantize = _setting(
+        "none",
+        "Hold the layers' matrices in 8 or 4 bits, quantised while loading, without calibration: int8, int4 or none.",
+    )
+    quantize_group: int | None = _setting(
+        None,
+        "Weights that share a scale: "
+        + ", ".join(map(str, GROUPS))
+        + ". Fewer are more exact, and take more bytes. Default: "
+        + ", ".join(f"{group} for {kind}" for kind, group in DEFAULT_GROUPS.items())
+        + ".",
+    )
     max_context: int | None = _setting(None, "Positions to plan the KV cache for. Default: prompt and answer, 4096 in Python.")
     auto: bool = _setting(False, "Choose by predicted speed what is left to choose: bfloat16 or float32, where --dtype is auto.")
     threads: int | None = _setting(
@@ -285,6 +301,12 @@ class EngineConfig:
         known = parts[0] in ("auto", "cuda", "cpu") and (len(parts) == 1 or (parts[0] == "cuda" and parts[1].isdecimal()))
         _require(known and len(parts) <= 2, "device", self.device, "auto, cuda, cuda:N or cpu")
         _require(self.dtype in DTYPES, "dtype", self.dtype, "one of " + ", ".join(DTYPES))
+        _require(self.quantize in QUANTIZES, "quantize", self.quantize, "one of " + ", ".join(QUANTIZES))
+        if self.quantize_group is not None:
+            _require(self.quantize != "none", "quantize-group", self.quantize_group, "left out without --quantize")
+            _require(
+                self.quantize_group in GROUPS, "quantize-group", self.quantize_group, "one of " + ", ".join(map(str, GROUPS))
+            )
         _require(bool(self.model.strip()), "model", repr(self.model), "an alias, hub id, path or synthetic:SHAPE")
         if self.link_gbps is not None:
             _require(1e-6 <= self.link_gbps <= 1e6, "link-gbps", self.link_gbps, "between 0.000001 and 1,000,000 GB/s")
@@ -296,6 +318,13 @@ class EngineConfig:
             _require(self.shared_host_buffers >= 1, "shared-host-buffers", self.shared_host_buffers, "at least 1")
             _require(self.model.startswith("synthetic:"), "model", self.model, "synthetic:SHAPE with --shared-host-buffers")
         self.device_size, self.host_size  # noqa: B018  raises where a size cannot be read
+
+    @property
+    def weight_format(self) -> WeightFormat | None:
+        """How matrices are held; None: in the type they are computed in."""
+        if self.quantize == "none":
+            return None
+        return WeightFormat(kind=self.quantize, group=self.quantize_group or DEFAULT_GROUPS[self.quantize])
 
     @property
     def device_size(self) -> Size:

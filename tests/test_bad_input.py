@@ -170,9 +170,9 @@ FOLDERS: dict[str, tuple[Break, str]] = {
         r"{folder}/config.json: architecture 'gpt2' is not supported; known are llama, mistral, qwen2, qwen3",
     ),
     "the activation is unknown": (config(hidden_act="swoosh"), r".*activation '?swoosh'?.*; .*"),
-    "the weights are quantised": (
-        config(quantization_config={"quant_method": "awq"}),
-        r"{folder}/config.json: the checkpoint is quantised by 'awq', which is not supported yet; use .*",
+    "the weights are quantised in an unknown way": (
+        config(quantization_config={"quant_method": "hqq"}),
+        r"{folder}/config.json: the checkpoint is quantised by 'hqq', which is not supported; supported are awq, .*, use .*",
     ),
     "a shard is missing": (
         remove(SHARD),

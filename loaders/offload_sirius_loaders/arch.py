@@ -196,12 +196,6 @@ def _family(fields: JsonObject) -> Family:
 def _refuse_unsupported(fields: JsonObject) -> None:
     if fields.flag("mlp_bias"):
         raise fields.error("mlp_bias is true; biases in the feed-forward block are not supported, use a model without them")
-    if fields.has("quantization_config"):
-        value = fields.fields["quantization_config"]
-        method = value.get("quant_method") if isinstance(value, Mapping) else value
-        raise fields.error(
-            f"the checkpoint is quantised by {short(method)}, which is not supported yet; use 16-bit safetensors or a GGUF file"
-        )
 
 
 def _num_kv_heads(fields: JsonObject, family: Family, num_heads: int) -> int:

@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -27,14 +27,43 @@ Key = tuple[int | None, Role]
 NUMPY_OF_ELEMENT: dict[Element, type[np.generic]] = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}
 
 
+class ByteRange(NamedTuple):
+    """Some bytes of a file."""
+
+    file: Path
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Companion:
+    """What some rows of a quantised matrix cannot be decoded without: scales, zero points, the order of the groups."""
+
+    name: str
+    """Last word of its name in the file."""
+    file: Path
+    offset: int
+    nbytes: int
+    num_rows: int
+    """Rows of its own."""
+    span: int
+    """Stored rows of the matrix to which one row of its own belongs."""
+
+    def range(self, first_row: int, num_rows: int) -> ByteRange:
+        """What belongs to these stored rows of the matrix."""
+        row_nbytes = self.nbytes // self.num_rows
+        start, end = first_row // self.span, -(-(first_row + num_rows) // self.span)
+        return ByteRange(self.file, self.offset + start * row_nbytes, (end - start) * row_nbytes)
+
+
 @dataclass(frozen=True, kw_only=True)
 class TensorInfo:
-    """One tensor: what it is and where its bytes are. A matrix is stored row after row: any range of rows is one of bytes."""
+    """One tensor: what it is and where its bytes are. It is stored row after row: any range of stored rows is one of bytes."""
 
     name: str
     """Name in the file."""
     dtype: str
-    """Storage type: F32, F16, BF16, or a GGUF block type such as Q4_1."""
+    """Storage type: F32, F16, BF16, a GGUF block type such as Q4_1, or a way of quantising such as AWQ4."""
     element: Element
     """Type of the numbers after decoding."""
     shape: tuple[int, ...]
@@ -44,18 +73,35 @@ class TensorInfo:
     offset: int
     """First byte, counted from the start of the file."""
     nbytes: int
+    """Stored bytes, those of companions apart."""
     row_multiple: int = 1
     """Ranges of rows must start and end at multiples of this (rows of one head are permuted together, say)."""
+    companions: tuple[Companion, ...] = ()
+    """What is read along with rows, in this order behind them."""
+    transposed: bool = False
+    """The file has the matrix transposed: stored rows are columns of `shape`, and so they are decoded."""
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """The shape as it lies in the file: what rows mean wherever ranges of them are read."""
+        return self.shape[::-1] if self.transposed else self.shape
 
     @property
     def num_rows(self) -> int:
-        """Rows of a matrix; a vector is one row."""
-        return self.shape[0] if len(self.shape) > 1 else 1
+        """Stored rows of a matrix; a vector is one row."""
+        return self.stored_shape[0] if len(self.shape) > 1 else 1
 
     @property
     def row_nbytes(self) -> int:
-        """Stored bytes of one row."""
+        """Stored bytes of one row, those of companions apart."""
         return self.nbytes // self.num_rows
+
+    def ranges(self, first_row: int, num_rows: int) -> list[ByteRange]:
+        """What `decode` needs for these stored rows: their own bytes, then those of each companion. None where file is None."""
+        if self.file is None:
+            return []
+        own = ByteRange(self.file, self.offset + first_row * self.row_nbytes, num_rows * self.row_nbytes)
+        return [own, *(companion.range(first_row, num_rows) for companion in self.companions)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,29 +128,36 @@ class Checkpoint(ABC):
 
     @abstractmethod
     def decode(self, info: TensorInfo, raw: npt.NDArray[np.uint8], first_row: int, num_rows: int) -> npt.NDArray[Any]:
-        """Turn the stored bytes of rows [first_row, first_row + num_rows) into numbers.
+        """Turn the stored bytes of stored rows [first_row, first_row + num_rows) into numbers.
 
-        raw: uint8 [num_rows * info.row_nbytes], any alignment; empty where info.file is None.
-        Returns [num_rows, columns], or [elements] for a vector, of NUMPY_OF_ELEMENT[info.element]; may be a view of raw.
-        Thread-safe.
+        raw: uint8, the bytes of info.ranges(first_row, num_rows) one behind the other, any alignment.
+        Returns [num_rows, info.stored_shape[1]], or [elements] for a vector, of NUMPY_OF_ELEMENT[info.element]; may be a view of
+        raw. Raises CheckpointError where the bytes contradict the headers. Thread-safe.
         """
 
     def read(self, layer: int | None, role: Role) -> npt.NDArray[Any]:
-        """Read one whole tensor the plain way. Raises CheckpointError when the file cannot be read to its end."""
+        """Read one whole tensor the plain way, in its shape. Raises CheckpointError when a file cannot be read to its end."""
         info = self.tensors[layer, role]
-        raw = np.empty(info.nbytes if info.file else 0, np.uint8)
-        if info.file:
-            try:
-                with info.file.open("rb") as file:
-                    file.seek(info.offset)
-                    count = file.readinto(raw.data)
-            except OSError as error:
-                raise CheckpointError(f"{info.file}: cannot read tensor {info.name}: {error.strerror}") from error
-            if count != info.nbytes:
-                raise CheckpointError(
-                    f"{info.file}: tensor {info.name} ended after {count} of {info.nbytes} bytes; download the file again"
-                )
-        return self.decode(info, raw, 0, info.num_rows)
+        numbers = self.decode(info, read_rows(info, 0, info.num_rows), 0, info.num_rows)
+        return numbers.T if info.transposed else numbers
 
     def close(self) -> None:  # noqa: B027  most formats hold nothing open
         """Release what opening took. Safe to call twice."""
+
+
+def read_rows(info: TensorInfo, first_row: int, num_rows: int) -> npt.NDArray[np.uint8]:
+    """What `decode` needs for some stored rows, read the plain way. Raises CheckpointError when a file is too short."""
+    ranges = info.ranges(first_row, num_rows)
+    raw = np.empty(sum(each.nbytes for each in ranges), np.uint8)
+    start = 0
+    for path, offset, nbytes in ranges:
+        try:
+            with path.open("rb") as file:
+                file.seek(offset)
+                count = file.readinto(raw[start : start + nbytes].data)
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot read tensor {info.name}: {error.strerror}") from error
+        if count != nbytes:
+            raise CheckpointError(f"{path}: tensor {info.name} ended after {count} of {nbytes} bytes; download the file again")
+        start += nbytes
+    return raw

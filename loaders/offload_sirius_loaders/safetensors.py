@@ -1,6 +1,7 @@
 """A Hugging Face checkpoint: config.json and .safetensors files. Opening reads headers only; no weight is read or mapped.
 
-Knows nothing of the hub, nor of what the tensors are for: that is arch.py's table.
+Knows nothing of the hub, nor of what the tensors are for: that is arch.py's table. How quantised ones are stored is told by
+quantisation.py.
 """
 
 from __future__ import annotations
@@ -16,14 +17,20 @@ import numpy as np
 import numpy.typing as npt
 
 from offload_sirius_loaders.arch import model_spec, tensor_names, tensor_shapes
+from offload_sirius_loaders.by_input import InputMatrix
+from offload_sirius_loaders.by_output import OutputMatrix
 from offload_sirius_loaders.checkpoint import NUMPY_OF_ELEMENT, Checkpoint, Element, Key, TensorInfo, TokenizerFiles
 from offload_sirius_loaders.errors import CheckpointError
 from offload_sirius_loaders.json_object import JsonObject
+from offload_sirius_loaders.linear import Linear
+from offload_sirius_loaders.quantisation import Scheme, read_schemes
 from offload_sirius_loaders.shard import StoredTensor, read_shard
 from offload_sirius_loaders.spec import ModelSpec
 
 INDEX_SUFFIX = ".safetensors.index.json"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
+QUANTISED_WORDS = ("qweight", "weight_packed", "weight_scale", "weight_scale_inv")
+"""Last words of names that layers have only where they are quantised."""
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -37,19 +44,42 @@ TOKENIZER_FILES = (
 """Names that belong to a tokenizer; one of the first three is what makes one."""
 
 
-class SafetensorsCheckpoint(Checkpoint):
-    """Tensors stored as they are used: `decode` only looks at the bytes as numbers."""
+Matrix = InputMatrix | OutputMatrix
+"""A quantised matrix: turns its stored bytes into numbers."""
 
-    def __init__(self, *, spec: ModelSpec, path: Path, tokenizer: TokenizerFiles, tensors: Mapping[Key, TensorInfo]) -> None:
+
+class SafetensorsCheckpoint(Checkpoint):
+    """Plain tensors are stored as they are used, so that `decode` only looks at the bytes as numbers; others are dequantised."""
+
+    def __init__(
+        self,
+        *,
+        spec: ModelSpec,
+        path: Path,
+        tokenizer: TokenizerFiles,
+        tensors: Mapping[Key, TensorInfo],
+        quantised: Mapping[str, Matrix],
+    ) -> None:
+        """quantised: name of a tensor -> how it is decoded; what is not in it is plain."""
         self.spec = spec
         self.path = path
         self.tokenizer = tokenizer
         self.tensors = tensors
+        self._quantised = quantised
 
     def decode(self, info: TensorInfo, raw: npt.NDArray[np.uint8], first_row: int, num_rows: int) -> npt.NDArray[Any]:
-        """A view of raw: [num_rows, columns], or [elements] for a vector."""
+        """A view of raw, [num_rows, columns] or [elements] for a vector; float32 where the tensor is quantised."""
+        if info.name in self._quantised:
+            return self._quantised[info.name].decode(_parts(info, raw, first_row, num_rows), first_row, num_rows)
         shape = (num_rows, *info.shape[1:]) if len(info.shape) > 1 else info.shape
         return raw.view(NUMPY_OF_ELEMENT[info.element]).reshape(shape)
+
+
+def _parts(info: TensorInfo, raw: npt.NDArray[np.uint8], first_row: int, num_rows: int) -> dict[str, npt.NDArray[np.uint8]]:
+    """Last word of a name -> its bytes of those that were read for some rows."""
+    words = [info.name.rpartition(".")[2], *(companion.name for companion in info.companions)]
+    ends = np.cumsum([each.nbytes for each in info.ranges(first_row, num_rows)])
+    return dict(zip(words, np.split(raw, ends[:-1]), strict=True))
 
 
 def open_safetensors(path: Path, name: str) -> Checkpoint:
@@ -60,14 +90,16 @@ def open_safetensors(path: Path, name: str) -> Checkpoint:
     """
     file = _weights_file(path) if path.is_dir() else path
     _refuse_other_files(file)
-    spec = _model_spec(file.parent, name)
+    config = _config(file.parent)
+    spec, schemes = _model_spec(config, file.parent, name), read_schemes(config)
     stored = _read_indexed(file) if file.name.endswith(INDEX_SUFFIX) else read_shard(file)
-    tensors = _tensors(spec, stored, file.parent)
+    tensors, quantised = _tensors(spec, schemes, stored, file.parent)
     return SafetensorsCheckpoint(
         spec=replace(spec, stored_dtype=_most_common_dtype(tensors)),
         path=path,
         tokenizer=_tokenizer(file.parent),
         tensors=tensors,
+        quantised=quantised,
     )
 
 
@@ -83,12 +115,17 @@ def _refuse_other_files(file: Path) -> None:
         raise CheckpointError(f"{file}: is not a .safetensors file; give the path of a folder or a .safetensors file")
 
 
-def _model_spec(directory: Path, name: str) -> ModelSpec:
-    config_path, generation_path = directory / "config.json", directory / "generation_config.json"
-    if not config_path.is_file():
+def _config(directory: Path) -> JsonObject:
+    path = directory / "config.json"
+    if not path.is_file():
         raise CheckpointError(f"{directory}: has no config.json, which says what the model is; download it into this folder")
-    generation = JsonObject.read(generation_path).fields if generation_path.is_file() else None
-    return model_spec(JsonObject.read(config_path).fields, generation, name=name, source=str(config_path))
+    return JsonObject.read(path)
+
+
+def _model_spec(config: JsonObject, directory: Path, name: str) -> ModelSpec:
+    path = directory / "generation_config.json"
+    generation = JsonObject.read(path).fields if path.is_file() else None
+    return model_spec(config.fields, generation, name=name, source=config.source)
 
 
 def _weights_file(directory: Path) -> Path:
@@ -144,9 +181,59 @@ def _weight_map(index: Path) -> dict[str, str]:
     return shards
 
 
-def _tensors(spec: ModelSpec, stored: Mapping[str, StoredTensor], directory: Path) -> dict[Key, TensorInfo]:
-    shapes = tensor_shapes(spec)
-    return {key: _tensor_info(name, shapes[key], stored, directory) for key, name in tensor_names(spec).items()}
+def _tensors(
+    spec: ModelSpec, schemes: tuple[Scheme, ...], stored: Mapping[str, StoredTensor], directory: Path
+) -> tuple[dict[Key, TensorInfo], dict[str, Matrix]]:
+    """Where each tensor is, and by name how the quantised ones are decoded."""
+    tensors: dict[Key, TensorInfo] = {}
+    quantised: dict[str, Matrix] = {}
+    shapes, words = tensor_shapes(spec), _words(stored) if schemes else {}
+    for key, name in tensor_names(spec).items():
+        opened = _quantised_tensor(key, name, shapes[key], schemes, words, directory)
+        if opened:
+            tensors[key], quantised[opened[0].name] = opened
+        else:
+            tensors[key] = _tensor_info(name, shapes[key], stored, directory)
+    return tensors, quantised
+
+
+def _words(stored: Mapping[str, StoredTensor]) -> dict[str, dict[str, StoredTensor]]:
+    """Name of a module -> last words of the names of its tensors -> tensor."""
+    words: dict[str, dict[str, StoredTensor]] = {}
+    for name, tensor in stored.items():
+        module, _, word = name.rpartition(".")
+        words.setdefault(module, {})[word] = tensor
+    return words
+
+
+def _quantised_tensor(
+    key: Key,
+    name: str,
+    shape: tuple[int, ...],
+    schemes: tuple[Scheme, ...],
+    words: Mapping[str, Mapping[str, StoredTensor]],
+    directory: Path,
+) -> tuple[TensorInfo, Matrix] | None:
+    """None for a plain tensor. Where config.json has several ways, the first one that the headers fit."""
+    module, _, word = name.rpartition(".")
+    if len(shape) != 2 or word != "weight" or module not in words:
+        return None
+    linear = Linear(directory=directory, name=module, num_out=shape[0], num_in=shape[1], tensors=words[module])
+    fitting = [scheme for scheme in schemes if scheme.is_stored_so(linear)]
+    for index, scheme in enumerate(fitting):
+        try:
+            info, matrix = scheme.open(linear)
+        except CheckpointError:
+            if index + 1 < len(fitting):
+                continue
+            raise
+        if key[0] is None and (info.transposed or key[1] == "embedding"):
+            raise linear.error(info.name.rpartition(".")[2], "is quantised; embedding and head must be plain")
+        return info, matrix
+    other = next((word for word in QUANTISED_WORDS if linear.has(word)), None)
+    if other and schemes:
+        raise linear.error(other, "belongs to a layer that is not stored as quantization_config in config.json says")
+    return None
 
 
 def _tensor_info(name: str, shape: tuple[int, ...], stored: Mapping[str, StoredTensor], directory: Path) -> TensorInfo:
@@ -155,6 +242,8 @@ def _tensor_info(name: str, shape: tuple[int, ...], stored: Mapping[str, StoredT
         remedy = "download the checkpoint again"
         if name == "lm_head.weight":
             remedy += ", or set tie_word_embeddings in config.json if the model's head is its embedding table"
+        elif name.removesuffix(".weight") + ".qweight" in stored:
+            remedy = "its layer is quantised: quantization_config in config.json must say how, " + remedy
         raise CheckpointError(f"{directory}: tensor {name} is missing, which config.json asks for; {remedy}")
     if tensor.shape != shape:
         raise CheckpointError(

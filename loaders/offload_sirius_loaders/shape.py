@@ -12,6 +12,7 @@ from offload_sirius_loaders.arch import model_spec
 from offload_sirius_loaders.checkpoint import Checkpoint
 from offload_sirius_loaders.hub import ALIASES, fetch_config, is_cached
 from offload_sirius_loaders.json_object import JsonObject
+from offload_sirius_loaders.quantisation import read_schemes
 from offload_sirius_loaders.synthetic import SHAPES, SyntheticCheckpoint
 
 _STORED_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
@@ -43,6 +44,8 @@ def open_shape(model: str) -> Shape:
         return Shape(checkpoint=_checkpoint(SHAPES[alias], model, alias), found=found, computed=False)
     path = fetch_config(hub_id)
     found = f"config.json of {hub_id} from the hub, as its weights are not on this machine"
+    if read_schemes(JsonObject.read(path)):
+        found += "; they are quantised, and here counted as if each had 16 bits on the disk"
     return Shape(checkpoint=_checkpoint(_config(path), model, str(path)), found=found, computed=False)
 
 
@@ -51,7 +54,11 @@ def _config(path: Path) -> Mapping[str, Any]:
 
 
 def _checkpoint(config: Mapping[str, Any], name: str, source: str) -> Checkpoint:
-    """The tensors that the model's files would hold. Newer files say dtype where older ones say torch_dtype."""
-    dtype = config.get("dtype") or config.get("torch_dtype")
+    """The tensors that the model's files would hold; 16 bits a number where those are quantised.
+
+    Newer files say dtype where older ones say torch_dtype.
+    """
+    quantised = read_schemes(JsonObject(source, config))
+    dtype = None if quantised else config.get("dtype") or config.get("torch_dtype")
     spec = model_spec(config, None, name=name, source=source)
     return SyntheticCheckpoint(spec=replace(spec, stored_dtype=_STORED_DTYPES.get(str(dtype), "BF16")), seed=0)

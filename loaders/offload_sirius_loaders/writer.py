@@ -17,10 +17,9 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-import numpy.typing as npt
 
 from offload_sirius_loaders.arch import config_json, generation_json, model_spec, tensor_names
-from offload_sirius_loaders.checkpoint import NUMPY_OF_ELEMENT, Checkpoint, TensorInfo
+from offload_sirius_loaders.checkpoint import NUMPY_OF_ELEMENT, Checkpoint, TensorInfo, read_rows
 from offload_sirius_loaders.errors import CheckpointError
 from offload_sirius_loaders.safetensors import INDEX_SUFFIX, TOKENIZER_FILES
 from offload_sirius_loaders.shard import LENGTH_NBYTES
@@ -168,29 +167,15 @@ def _header(outputs: list[_Output]) -> bytes:
 
 
 def _pieces(checkpoint: Checkpoint, info: TensorInfo) -> Iterator[memoryview]:
-    """The decoded bytes of a tensor, about PIECE_NBYTES at a time."""
+    """The decoded bytes of a tensor, about PIECE_NBYTES at a time; all at once where the file has it transposed."""
     decoded_row_nbytes = math.prod(info.shape) // info.num_rows * np.dtype(NUMPY_OF_ELEMENT[info.element]).itemsize
     step = max(1, PIECE_NBYTES // decoded_row_nbytes // info.row_multiple) * info.row_multiple
+    if info.transposed:
+        step = info.num_rows
     for first_row in range(0, info.num_rows, step):
         num_rows = min(step, info.num_rows - first_row)
-        raw = _read_rows(info, first_row, num_rows)
-        values = checkpoint.decode(info, raw, first_row, num_rows)
-        yield np.ascontiguousarray(values).data.cast("B")
-
-
-def _read_rows(info: TensorInfo, first_row: int, num_rows: int) -> npt.NDArray[np.uint8]:
-    if info.file is None:
-        return np.empty(0, np.uint8)
-    nbytes = num_rows * info.row_nbytes
-    try:
-        raw = np.fromfile(info.file, np.uint8, nbytes, offset=info.offset + first_row * info.row_nbytes)
-    except OSError as error:
-        raise CheckpointError(f"{info.file}: cannot read tensor {info.name}: {error.strerror}") from error
-    if raw.size != nbytes:
-        raise CheckpointError(
-            f"{info.file}: tensor {info.name} ended after {raw.size} of {nbytes} bytes; download the file again"
-        )
-    return raw
+        values = checkpoint.decode(info, read_rows(info, first_row, num_rows), first_row, num_rows)
+        yield np.ascontiguousarray(values.T if info.transposed else values).data.cast("B")
 
 
 def _copy_tokenizer(checkpoint: Checkpoint, directory: Path) -> None:

@@ -97,6 +97,8 @@ def stream(
     host_memory: flags.HostMemory = _ENGINE.host_memory,
     link_gbps: flags.LinkGbps = _ENGINE.link_gbps,
     dtype: flags.Dtype = _ENGINE.dtype,
+    quantize: flags.Quantize = _ENGINE.quantize,
+    quantize_group: flags.QuantizeGroup = _ENGINE.quantize_group,
     threads: flags.Threads = _ENGINE.threads,
     shared_host_buffers: flags.SharedHostBuffers = _ENGINE.shared_host_buffers,
     passes: Annotated[int, typer.Option("--passes", help="Passes that count, after two that do not.", metavar="N")] = NUM_REPEATS,
@@ -113,6 +115,8 @@ def stream(
         host_memory=host_memory,
         link_gbps=link_gbps,
         dtype=dtype,  # type: ignore[arg-type]  # checked by EngineConfig
+        quantize=quantize,  # type: ignore[arg-type]
+        quantize_group=quantize_group,
         threads=threads,
         shared_host_buffers=shared_host_buffers,
     )

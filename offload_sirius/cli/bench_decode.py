@@ -113,6 +113,8 @@ def decode(
     host_memory: flags.HostMemory = _ENGINE.host_memory,
     link_gbps: flags.LinkGbps = _ENGINE.link_gbps,
     dtype: flags.Dtype = _ENGINE.dtype,
+    quantize: flags.Quantize = _ENGINE.quantize,
+    quantize_group: flags.QuantizeGroup = _ENGINE.quantize_group,
     threads: flags.Threads = _ENGINE.threads,
     cuda_graphs: flags.CudaGraphs = _ENGINE.cuda_graphs,
     shared_host_buffers: flags.SharedHostBuffers = _ENGINE.shared_host_buffers,
@@ -159,6 +161,8 @@ def decode(
         host_memory=host_memory,
         link_gbps=link_gbps,
         dtype=dtype,  # type: ignore[arg-type]  # checked by EngineConfig
+        quantize=quantize,  # type: ignore[arg-type]
+        quantize_group=quantize_group,
         threads=threads,
         cuda_graphs=cuda_graphs,
         shared_host_buffers=shared_host_buffers,

@@ -32,6 +32,8 @@ StreamingDeviceMemory = Annotated[
 HostMemory = Annotated[str, _option(EngineConfig, "host_memory", PLACE, metavar="SIZE")]
 LinkGbps = Annotated[float | None, _option(EngineConfig, "link_gbps", PLACE, metavar="GB/S")]
 Dtype = Annotated[str, _option(EngineConfig, "dtype", PLACE, metavar="DTYPE")]
+Quantize = Annotated[str, _option(EngineConfig, "quantize", PLACE, metavar="KIND")]
+QuantizeGroup = Annotated[int | None, _option(EngineConfig, "quantize_group", PLACE, metavar="N")]
 MaxContext = Annotated[int | None, _option(EngineConfig, "max_context", PLACE, metavar="N")]
 Auto = Annotated[bool, typer.Option("--auto", help=help_of(EngineConfig, "auto"), rich_help_panel=PLACE)]
 Threads = Annotated[int | None, _option(EngineConfig, "threads", PLACE, metavar="N")]

@@ -66,6 +66,8 @@ def generate(
     host_memory: flags.HostMemory = _ENGINE.host_memory,
     link_gbps: flags.LinkGbps = _ENGINE.link_gbps,
     dtype: flags.Dtype = _ENGINE.dtype,
+    quantize: flags.Quantize = _ENGINE.quantize,
+    quantize_group: flags.QuantizeGroup = _ENGINE.quantize_group,
     max_context: flags.MaxContext = _ENGINE.max_context,
     auto: flags.Auto = _ENGINE.auto,
     threads: flags.Threads = _ENGINE.threads,
@@ -110,6 +112,8 @@ def generate(
         host_memory=host_memory,
         link_gbps=link_gbps,
         dtype=dtype,  # type: ignore[arg-type]  # checked by EngineConfig
+        quantize=quantize,  # type: ignore[arg-type]
+        quantize_group=quantize_group,
         max_context=max_context,
         auto=auto,
         threads=threads,

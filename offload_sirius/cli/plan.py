@@ -49,6 +49,8 @@ def plan(
     host_memory: flags.HostMemory = _ENGINE.host_memory,
     link_gbps: flags.LinkGbps = _ENGINE.link_gbps,
     dtype: flags.Dtype = _ENGINE.dtype,
+    quantize: flags.Quantize = _ENGINE.quantize,
+    quantize_group: flags.QuantizeGroup = _ENGINE.quantize_group,
     max_context: flags.MaxContext = _ENGINE.max_context,
     auto: flags.Auto = _ENGINE.auto,
     cuda_graphs: flags.CudaGraphs = _ENGINE.cuda_graphs,
@@ -90,6 +92,8 @@ def plan(
         host_memory=host_memory,
         link_gbps=link_gbps,
         dtype=dtype,  # type: ignore[arg-type]  # checked by EngineConfig
+        quantize=quantize,  # type: ignore[arg-type]
+        quantize_group=quantize_group,
         max_context=max_context,
         auto=auto,
         cuda_graphs=cuda_graphs,

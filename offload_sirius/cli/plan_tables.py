@@ -201,7 +201,7 @@ def _weights(report: Report, bill: PassBill, num_rows: int) -> str:
     """Whichever of bytes and arithmetic takes the layers' time."""
     planned, rates, nbytes = report.planned, report.rates, bill.weights_nbytes
     layers = _layers(planned.spec.num_layers, nbytes, planned.layout.nbytes)
-    flops = 2 * num_rows * nbytes // planned.layout.element_nbytes
+    flops = 2 * num_rows * nbytes / planned.layout.nbytes_per_weight
     if math.isclose(bill.weights_seconds, nbytes / rates.device_bytes_per_second, rel_tol=1e-6):
         return f"{layers}: {_gb(nbytes)} / {rates.device_bytes_per_second / 1e9:.4g} GB/s"
     if math.isclose(bill.weights_seconds, flops / rates.device_flops_per_second, rel_tol=1e-6):

@@ -16,10 +16,12 @@ from offload_sirius.engine.placement import Placement, memory_errors, place
 from offload_sirius.engine.progress import Progress
 from offload_sirius.engine.streamed import StreamedModel, hot_model, streamed_model
 from offload_sirius.errors import ConfigError
+from offload_sirius.kernels.native import native
 from offload_sirius.model.kv_cache import KVCache
 from offload_sirius.model.transformer import Transformer
 from offload_sirius.sparsity.prior import NeuronPrior, PriorFile, prior_path
 from offload_sirius.trace import Tracer
+from offload_sirius.weights.buffers import rows_of
 from offload_sirius.weights.copiers import Copier
 from offload_sirius.weights.device import DeviceStore, HotDeviceStore
 from offload_sirius.weights.disk import ReaderPool
@@ -81,10 +83,12 @@ def _join(
     stores.callback(arenas.close)
     store = DeviceStore if plan.hot is None else HotDeviceStore
     device = store(plan, spec, layout, dtype, placement.device)
+    if layout.format is not None and placement.device.type == "cpu" and (problem := native("products").problem):
+        progress.warn(problem)
 
     progress.begin(f"loading {spec.name}", load_nbytes(checkpoint, plan))
     try:
-        loader = Loader(checkpoint, readers, progress.advance)
+        loader = Loader(checkpoint, readers, progress.advance, quantise_from=None if layout.format is None else dtype)
         loader.load_device(device, arenas.on_the_way)
         loader.load_host_layers(arenas.layers, plan.host_layers[: plan.num_host_buffers])
         embedding = _embedding(placement, loader, readers, device)
@@ -190,7 +194,8 @@ def _decoded(
         assert placement.plan.hot is not None
         return hot_model(transformer, streamer, placement.plan.hot.num_hot, decoding, captured, prior)
     assert isinstance(device, DeviceStore)
-    return streamed_model(transformer, streamer, device.caches, decoding)
+    rows = rows_of(placement.layout, "up_down")
+    return streamed_model(transformer, streamer, device.caches, rows, decoding)
 
 
 def _embedding(placement: Placement, loader: Loader, readers: ReaderPool, device: DeviceStore | HotDeviceStore) -> Embedding:

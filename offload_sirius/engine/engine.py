@@ -28,10 +28,9 @@ from offload_sirius.decode.stream import Outcome, TextStream
 from offload_sirius.decode.text import Detokenizer, StopMatcher
 from offload_sirius.engine.opened import Model, Prompt
 from offload_sirius.engine.placement import Placement, memory_errors
-from offload_sirius.engine.planning import plan_figures, prediction_figures, sparsity_of
+from offload_sirius.engine.planning import computing_nbytes, plan_figures, prediction_figures
 from offload_sirius.engine.streamed import StreamedModel
 from offload_sirius.errors import ConfigError
-from offload_sirius.model.costs import activation_nbytes
 from offload_sirius.model.transformer import Transformer
 from offload_sirius.sparsity.cats import Cats, FetchCounts
 from offload_sirius.sparsity.costs import draft_density
@@ -276,13 +275,8 @@ class Engine:
         if device.type == "cuda":
             peak_nbytes = torch.cuda.max_memory_allocated(device)
         else:
-            peak_nbytes = self._device_nbytes + activation_nbytes(
-                self.spec,
-                num_prompt,
-                self._placement.dtype.itemsize,
-                step_rows=self.config.decoding.max_nodes,
-                observed=sparsity_of(self.config.decoding, self.spec) is not None,
-            )
+            itemsize = self._placement.dtype.itemsize
+            peak_nbytes = self._device_nbytes + computing_nbytes(self.config, self.spec, num_prompt, itemsize)
         return MemoryFigures(
             device_plan_bytes=self.plan.device_nbytes,
             device_peak_bytes=peak_nbytes,

@@ -22,13 +22,14 @@ from offload_sirius.model.costs import (
     mixing_flops,
     position_tables_nbytes,
     recorded_steps_nbytes,
+    unpacking_nbytes,
 )
 from offload_sirius.rates import DtypeName, Rates, Stored, assumed_cpu_rates, assumed_gpu_rates
 from offload_sirius.sparsity.costs import num_fetched, sparsity_nbytes
 from offload_sirius.units import MIB, Size, format_size
 from offload_sirius.weights.hot_plan import make_hot_plan
 from offload_sirius.weights.layout import PARTS, LayerLayout, Part, Slice, layer_layout
-from offload_sirius.weights.pieces import load_nbytes, reader_nbytes, stored_part_nbytes
+from offload_sirius.weights.pieces import load_nbytes, quantising_nbytes, reader_nbytes, stored_part_nbytes
 from offload_sirius.weights.plan import MAX_READERS, Budgets, Demand, Plan, as_flag, make_plan
 from offload_sirius.weights.predict import (
     DRAFTS_OF_A_WINDOW,
@@ -299,17 +300,17 @@ def plan_model(
     num_kept = decoding.num_kept(spec.ffn_width)
     resident_draft = sparse is not None and decoding.draft == "resident"
     recorded = resident_draft and hardware.own_memory and records_drafts(config)
-    layout = layer_layout(spec, element_nbytes, num_kept if sparse == "griffin" and not resident_draft else 0)
+    num_gathered = num_kept if sparse == "griffin" and not resident_draft else 0
+    layout = layer_layout(spec, element_nbytes, num_gathered, config.weight_format)
     demand = Demand(
         kv_cache_nbytes=kv_cache_nbytes(spec, batch=batch, capacity=context, element_nbytes=element_nbytes),
         position_tables_nbytes=position_tables_nbytes(spec, context, element_nbytes),
-        activation_nbytes=activation_nbytes(
-            spec, context, element_nbytes, batch=batch, step_rows=decoding.max_nodes, observed=sparse is not None
-        )
+        activation_nbytes=computing_nbytes(config, spec, context, element_nbytes, batch)
         + (recorded_steps_nbytes(spec, context, element_nbytes) if recorded else 0),
         reader_nbytes=reader_nbytes(checkpoint),
         embedding_on_device=spec.tied_head,
         staged=hardware.own_memory,
+        quantising_nbytes=quantising_nbytes(spec, element_nbytes) if layout.format else 0,
         num_shared_buffers=config.shared_host_buffers,
         sparsity_nbytes=sparsity_nbytes(spec, decoding, element_nbytes),
         num_cached_neurons=num_kept if sparse == "cats" else 0,
@@ -332,6 +333,14 @@ def plan_model(
         budgets=budgets,
         plan=plan,
     )
+
+
+def computing_nbytes(config: EngineConfig, spec: ModelSpec, num_tokens: int, element_nbytes: int, batch: int = 1) -> int:
+    """Device bytes that passes over a prompt of that many tokens, and over windows behind it, take beside what stays there."""
+    decoding = config.decoding
+    observed, step_rows = sparsity_of(decoding, spec) is not None, decoding.max_nodes
+    nbytes = activation_nbytes(spec, num_tokens, element_nbytes, batch=batch, step_rows=step_rows, observed=observed)
+    return nbytes + (unpacking_nbytes(spec, element_nbytes, step_rows) if config.weight_format else 0)
 
 
 def plan_for(spec: ModelSpec, layout: LayerLayout, demand: Demand, budgets: Budgets) -> Plan:

@@ -5,6 +5,7 @@ Shape letters are those of ops.py. Every formula is laid out as a bill, one fact
 
 from __future__ import annotations
 
+from offload_sirius.quantization import FEW_TOKENS, UNPACKED_ROWS
 from offload_sirius_loaders.spec import ModelSpec
 
 CHUNK_SIZE = 512
@@ -70,6 +71,18 @@ def activation_nbytes(
         _feed_forward_nbytes(spec, rows, element_nbytes, observed=observed),
         batch * step_rows * _logits_nbytes(spec, element_nbytes),
     )
+
+
+def unpacking_nbytes(spec: ModelSpec, element_nbytes: int, step_rows: int) -> int:
+    """Upper bound of the device bytes that products with quantised matrices take beside their operands.
+
+    rows     = rows that are dequantised at once, in float32 and as they are computed with
+    products = of a step's tokens, in float32
+    """
+    width = max(spec.width, spec.num_heads * spec.head_dim)
+    rows = UNPACKED_ROWS * width * (4 + 4 + element_nbytes)  # numbers, their scales, and both together
+    products = 2 * min(step_rows, FEW_TOKENS) * max(spec.ffn_width, 2 * width) * 4  # the gates' and the ups'
+    return rows + products
 
 
 def position_tables_nbytes(spec: ModelSpec, num_positions: int, element_nbytes: int) -> int:

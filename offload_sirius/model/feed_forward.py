@@ -7,6 +7,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from offload_sirius.kernels.matrix import combine
 from offload_sirius.model.ops import activation_named, gated_activations
 from offload_sirius.model.source import NeuronWeights
 
@@ -43,7 +44,7 @@ class DenseFeedForward:
         """See FeedForward."""
         neurons = self._source.neurons(layer)
         # [C, D] -> [C, N] -> [C, D]
-        return lambda x: gated_activations(x, neurons, self._activation) @ neurons.down
+        return lambda x: combine(gated_activations(x, neurons, self._activation), neurons.down)
 
     def close(self, layer: int) -> None:
         """See FeedForward."""

@@ -12,6 +12,7 @@ from typing import Protocol
 from torch import Tensor
 from torch.nn import functional
 
+from offload_sirius.kernels.matrix import project
 from offload_sirius.model.feed_forward import FeedForward
 from offload_sirius.model.kv_cache import KVCache
 from offload_sirius.model.ops import grouped_attention, rms_norm
@@ -66,7 +67,7 @@ def _attend(spec: ModelSpec, cache: KVCache, layer: int, window: int | None, wei
     """Attention block: the rows see the slots before them, and enter their own keys and values."""
     num_turned = spec.num_heads + spec.num_kv_heads
     normed = rms_norm(rows.hidden, weights.input_norm, spec.norm_eps)
-    projected = functional.linear(normed, weights.qkv, weights.qkv_bias)  # [C, D] -> [C, (H + 2K)E]
+    projected = project(normed, weights.qkv, weights.qkv_bias)  # [C, D] -> [C, (H + 2K)E]
     heads = projected.view(1, -1, num_turned + spec.num_kv_heads, spec.head_dim)  # -> [B, C, H + 2K, E]
     turning, values = heads.split_with_sizes((num_turned, spec.num_kv_heads), dim=2)
     _norm_heads(spec, turning, weights)
@@ -75,7 +76,7 @@ def _attend(spec: ModelSpec, cache: KVCache, layer: int, window: int | None, wei
     rows.write(cache, layer, keys.transpose(1, 2), values.transpose(1, 2))  # [B, C, K, E] -> [B, K, C, E]
     keys, values, mask = rows.read(cache, layer, window)  # [B, K, T, E]
     mixed = grouped_attention(queries, keys, values, mask)  # [B, C, H, E] -> [C, HE]
-    rows.hidden.add_(functional.linear(mixed, weights.output, weights.output_bias))  # [C, HE] -> [C, D]
+    rows.hidden.add_(project(mixed, weights.output, weights.output_bias))  # [C, HE] -> [C, D]
 
 
 def _norm_heads(spec: ModelSpec, heads: Tensor, weights: AttentionWeights) -> None:

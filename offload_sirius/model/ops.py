@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from offload_sirius.errors import ConfigError
+from offload_sirius.kernels.matrix import project
 from offload_sirius.model.source import NeuronWeights
 
 Activation = Callable[[Tensor], Tensor]
@@ -59,7 +60,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def gated_activations(x: Tensor, neurons: NeuronWeights, activation: Activation) -> Tensor:
     """What each neuron says of each token: z = activation(x gate^T) * (x up^T). [S, D] -> [S, N]"""
-    return activation(functional.linear(x, neurons.gate)).mul_(functional.linear(x, neurons.up))
+    return activation(project(x, neurons.gate)).mul_(project(x, neurons.up))
 
 
 def causal_mask(query_positions: Tensor, key_positions: Tensor) -> Tensor:

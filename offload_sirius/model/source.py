@@ -9,16 +9,18 @@ from typing import Protocol
 
 from torch import Tensor
 
+from offload_sirius.kernels.matrix import Matrix
+
 
 class AttentionWeights(Protocol):
-    """Attention block of one layer. All tensors on the device, in the compute dtype."""
+    """Attention block of one layer. All on the device: matrices plain or quantised, the rest in the compute dtype."""
 
     @property
     def input_norm(self) -> Tensor:
         """[D]"""
 
     @property
-    def qkv(self) -> Tensor:
+    def qkv(self) -> Matrix:
         """[(H + 2K)E, D]: the rows of q, then k, then v."""
 
     @property
@@ -34,7 +36,7 @@ class AttentionWeights(Protocol):
         """[E]"""
 
     @property
-    def output(self) -> Tensor:
+    def output(self) -> Matrix:
         """[D, HE]"""
 
     @property
@@ -50,15 +52,15 @@ class NeuronWeights(Protocol):
     """Feed-forward neurons of one layer; N = F where all are kept. Views may be strided."""
 
     @property
-    def gate(self) -> Tensor:
+    def gate(self) -> Matrix:
         """[N, D]"""
 
     @property
-    def up(self) -> Tensor:
+    def up(self) -> Matrix:
         """[N, D]"""
 
     @property
-    def down(self) -> Tensor:
+    def down(self) -> Matrix:
         """[N, D]: row j is the column j of the down projection, so that a neuron is a row everywhere."""
 
 

@@ -11,14 +11,14 @@ number, a threshold may decide: each neuron with |g| (its mean over several toke
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
+from offload_sirius.kernels.matrix import Matrix, combine, project
 from offload_sirius.model.feed_forward import Neurons
 from offload_sirius.model.ops import activation_named
 from offload_sirius.model.source import NeuronWeights
@@ -28,11 +28,15 @@ CALIBRATION_ROWS = 64
 """Tokens of a chunk whose gates are looked at for a threshold: enough for one number of each layer."""
 
 
+Rows = Callable[[Tensor], Matrix]
+"""Bytes of rows -> the matrix that they are."""
+
+
 class Fetched(Protocol):
     """Records that have been sent for."""
 
     def wait(self) -> Tensor:
-        """[M, 2, D], once they are there."""
+        """[M, 2, R], R numbers or bytes a row, once they are there."""
 
 
 class FetchingSource(Protocol):
@@ -55,10 +59,10 @@ class RecordCache(Protocol):
         """Of the needed neurons, bool [F], those that are not here, int64 [M]; the others count as used now."""
 
     def held(self) -> tuple[Tensor, Tensor]:
-        """Neurons that are here, int64 [c], and their records [c, 2, D]."""
+        """Neurons that are here, int64 [c], and their records [c, 2, R]."""
 
     def insert(self, neuron_ids: Tensor, records: Tensor) -> None:
-        """Take in neurons, int64 [M], that were missing, records [M, 2, D], in the places of those used longest ago."""
+        """Take in neurons, int64 [M], that were missing, records [M, 2, R], in the places of those used longest ago."""
 
 
 @dataclass
@@ -84,10 +88,11 @@ class Cats:
         num_kept: int,
         *,
         caches: Mapping[int, RecordCache],
+        rows: Rows,
         thresholds: Tensor | None = None,
         calibrate: bool = False,
     ) -> None:
-        """num_kept: N of each layer, below F. caches: layer -> its cache, for layers that have one.
+        """num_kept: N of each layer, below F. caches: layer -> its cache, for layers that have one. rows: reads records.
 
         thresholds: float32 [L], None where the N largest are kept; calibrate: they are taken from each prompt.
         """
@@ -97,6 +102,7 @@ class Cats:
         self.keep_share = num_kept / spec.ffn_width
         self.source = source
         self.caches = caches
+        self.rows = rows
         self.thresholds = thresholds
         self.activation = activation_named(spec.activation)
         self.counts = FetchCounts()
@@ -127,10 +133,10 @@ class SelectingFeedForward:
         whole = cats.source.has_records(layer)
 
         def compute(x: Tensor) -> Tensor:
-            gates = cats.activation(functional.linear(x, neurons.gate))  # [C, D] -> [C, F]
+            gates = cats.activation(project(x, neurons.gate))  # [C, D] -> [C, F]
             needed = cats.needed(layer, gates)
             if whole:
-                return gates.mul_(needed).mul_(functional.linear(x, neurons.up)) @ neurons.down
+                return combine(gates.mul_(needed).mul_(project(x, neurons.up)), neurons.down)
             return self._fetched(layer, x, gates, needed)
 
         return compute
@@ -147,20 +153,20 @@ class SelectingFeedForward:
         fetched = cats.source.fetch(layer, missing.cpu()) if len(missing) else None
         y = torch.zeros_like(x)
         if cache is not None:
-            held, records = cache.held()  # [c], [c, 2, D]
+            held, records = cache.held()  # [c], [c, 2, R]
             # Neurons in the cache that this token does not need are silenced: gathering the others would cost as much.
-            y += _say(x, gates[:, held] * needed[held], records)
+            y += self._say(x, gates[:, held] * needed[held], records)
         if fetched is not None:
-            records = fetched.wait()  # [M, 2, D]
-            y += _say(x, gates[:, missing], records)
+            records = fetched.wait()  # [M, 2, R]
+            y += self._say(x, gates[:, missing], records)
             if cache is not None:
                 cache.insert(missing, records)
         return y
 
-
-def _say(x: Tensor, gates: Tensor, records: Tensor) -> Tensor:
-    """x [C, D], gates [C, M] and up and down records [M, 2, D] -> what these neurons add, [C, D]."""
-    return (gates * functional.linear(x, records[:, 0])) @ records[:, 1]
+    def _say(self, x: Tensor, gates: Tensor, records: Tensor) -> Tensor:
+        """x [C, D], gates [C, M] and up and down records [M, 2, R] -> what these neurons add, [C, D]."""
+        up, down = self._cats.rows(records[:, 0]), self._cats.rows(records[:, 1])
+        return combine(gates * project(x, up), down)
 
 
 class CalibratingFeedForward:
@@ -178,10 +184,10 @@ class CalibratingFeedForward:
         self._num_rows = 0
 
         def compute(x: Tensor) -> Tensor:
-            gates = cats.activation(functional.linear(x, neurons.gate))  # [C, D] -> [C, F]
+            gates = cats.activation(project(x, neurons.gate))  # [C, D] -> [C, F]
             threshold.add_(reached_by(gates, cats.keep_share), alpha=x.shape[0])
             self._num_rows += x.shape[0]
-            return gates.mul_(functional.linear(x, neurons.up)) @ neurons.down  # [C, F] -> [C, D]
+            return combine(gates.mul_(project(x, neurons.up)), neurons.down)  # [C, F] -> [C, D]
 
         return compute
 

@@ -15,6 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from offload_sirius.kernels.matrix import combine
 from offload_sirius.model.feed_forward import Neurons
 from offload_sirius.model.ops import Activation, activation_named, gated_activations
 from offload_sirius.model.source import NeuronWeights
@@ -81,11 +82,11 @@ class KeptFeedForward:
     def open(self, layer: int) -> Neurons:
         """See FeedForward."""
         griffin, neurons = self._griffin, self._griffin.source.neurons(layer)
-        mask = griffin.masks[layer] if neurons.gate.shape[0] > griffin.num_kept else None
+        mask = griffin.masks[layer] if len(neurons.gate) > griffin.num_kept else None
 
         def compute(x: Tensor) -> Tensor:
             z = gated_activations(x, neurons, griffin.activation)  # [C, D] -> [C, N]
-            return (z if mask is None else z.mul_(mask)) @ neurons.down  # [C, N] -> [C, D]
+            return combine(z if mask is None else z.mul_(mask), neurons.down)  # [C, N] -> [C, D]
 
         return compute
 
@@ -99,7 +100,7 @@ def scored(neurons: NeuronWeights, activation: Activation, squared_scores: Tenso
     def compute(x: Tensor) -> Tensor:
         z = gated_activations(x, neurons, activation)  # [C, D] -> [C, F]
         add_squared_scores(squared_scores, z)
-        return z @ neurons.down  # [C, F] -> [C, D]
+        return combine(z, neurons.down)  # [C, F] -> [C, D]
 
     return compute
 

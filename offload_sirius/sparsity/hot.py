@@ -23,6 +23,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from offload_sirius.kernels.matrix import Matrix, combine
 from offload_sirius.model.feed_forward import Neurons
 from offload_sirius.model.ops import activation_named, gated_activations
 from offload_sirius.model.source import NeuronWeights
@@ -122,10 +123,10 @@ class ChoosingFeedForward:
 class FrontNeurons:
     """Neurons in the first places of a layer. Satisfies the model's NeuronWeights."""
 
-    gate: Tensor
+    gate: Matrix
     """[M, D], as all of them."""
-    up: Tensor
-    down: Tensor
+    up: Matrix
+    down: Matrix
 
 
 def front_neurons(neurons: NeuronWeights, count: int) -> FrontNeurons:
@@ -144,7 +145,7 @@ class HotFeedForward:
         neurons, activation = self._hot_set.source.neurons(layer), self._hot_set.activation
         if (count := self._hot_set.num_drafted) < self._hot_set.num_hot:
             neurons = front_neurons(neurons, count)
-        return lambda x: gated_activations(x, neurons, activation) @ neurons.down  # [C, D] -> [C, N] -> [C, D]
+        return lambda x: combine(gated_activations(x, neurons, activation), neurons.down)  # [C, D] -> [C, N] -> [C, D]
 
     def close(self, layer: int) -> None:
         """See FeedForward."""
@@ -162,10 +163,10 @@ class BothFeedForward:
 
         def compute(x: Tensor) -> Tensor:
             hot_z = gated_activations(x, hot, hot_set.activation)  # [C, D] -> [C, N]
-            y = (hot_z @ hot.down).float()  # -> [C, D]
+            y = combine(hot_z, hot.down).float()  # -> [C, D]
             cold = hot_set.source.cold_neurons(layer)
             cold_z = gated_activations(x, cold, hot_set.activation)  # [C, D] -> [C, F - N]
-            y += cold_z @ cold.down
+            y += combine(cold_z, cold.down)
             self.observe(layer, hot_z, cold_z)
             return y.to(x.dtype)
 

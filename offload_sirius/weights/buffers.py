@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from typing import get_args
 
 import torch
 from torch import Tensor
 
+from offload_sirius.kernels.matrix import Matrix
+from offload_sirius.kernels.packed import QuantizedRows
 from offload_sirius.weights.layout import FieldName, LayerLayout, Part, qkv_rows
 from offload_sirius_loaders.spec import ModelSpec, Role
 
@@ -16,29 +20,45 @@ TRANSPOSE_ROWS = 256
 """Rows of a transposed write that are turned at once: a block stays in cache, which doubles the rate of a strided copy."""
 
 
+Rows = Callable[[Tensor], Matrix]
+"""[N, R], numbers or bytes of rows -> the matrix [N, K] that they are."""
+
+
+def as_they_are(rows: Tensor) -> Matrix:
+    """Of rows that are not quantised."""
+    return rows
+
+
 @dataclass(frozen=True)
 class KeptNeurons:
     """Some neurons of a layer, gathered. Satisfies the model's NeuronWeights."""
 
-    gate: Tensor
-    """[N, D]"""
+    gate_records: Tensor
+    """[N, R]: R numbers a row, or bytes where rows are quantised."""
     up_down: Tensor
-    """[N, 2, D]"""
+    """[N, 2, R]"""
+    rows: Rows = as_they_are
+    """Reads them."""
 
     @property
     def nbytes(self) -> int:
         """Bytes of the records."""
-        return self.gate.nbytes + self.up_down.nbytes
+        return self.gate_records.nbytes + self.up_down.nbytes
 
     @property
-    def up(self) -> Tensor:
+    def gate(self) -> Matrix:
         """[N, D]"""
-        return self.up_down[:, 0]
+        return self.rows(self.gate_records)
 
     @property
-    def down(self) -> Tensor:
+    def up(self) -> Matrix:
         """[N, D]"""
-        return self.up_down[:, 1]
+        return self.rows(self.up_down[:, 0])
+
+    @property
+    def down(self) -> Matrix:
+        """[N, D]"""
+        return self.rows(self.up_down[:, 1])
 
 
 class LayerBuffer:
@@ -55,33 +75,46 @@ class LayerBuffer:
         self.parts: dict[Part, Tensor] = {part: storage[slice(*layout.part_range(part))] for part in get_args(Part)}
         fields = {name: _field(storage, layout, name, dtype) for name in layout.fields}
         self.input_norm = fields["input_norm"]
-        self.qkv = fields["qkv"]
+        self.qkv = rows_of(layout, "qkv")(fields["qkv"])
         self.qkv_bias = fields.get("qkv_bias")
         self.q_norm = fields.get("q_norm")
         self.k_norm = fields.get("k_norm")
-        self.output = fields["output"]
+        self.output = rows_of(layout, "output")(fields["output"])
         self.output_bias = fields.get("output_bias")
         self.post_norm = fields["post_norm"]
-        self.gate = fields["gate"]
+        self.gate_records = fields["gate"]
         self.up_down = fields["up_down"]
-        self.up = self.up_down[:, 0]
-        self.down = self.up_down[:, 1]
-        self.kept = KeptNeurons(fields["kept_gate"], fields["kept_up_down"]) if layout.kept_nbytes else None
+        self.rows = rows_of(layout, "gate")
+        self.gate = self.rows(self.gate_records)
+        self.up = self.rows(self.up_down[:, 0])
+        self.down = self.rows(self.up_down[:, 1])
+        self.kept = KeptNeurons(fields["kept_gate"], fields["kept_up_down"], self.rows) if layout.kept_nbytes else None
         self._spec = spec
 
-    def role(self, role: Role) -> Tensor:
-        """The place of a checkpoint's tensor, in the shape that the checkpoint has it: down is [D, F], a transposed view."""
+    def role(self, role: Role) -> Matrix:
+        """The place of a checkpoint's tensor, in the shape that the checkpoint has it: down is [D, F], a transposed view.
+
+        Where rows are quantised, down is [F, D]: a neuron's numbers are quantised together.
+        """
         if role in ("q", "k", "v"):
             return self.qkv[slice(*qkv_rows(self._spec, role))]
         if role in ("q_bias", "k_bias", "v_bias"):
             assert self.qkv_bias is not None
             return self.qkv_bias[slice(*qkv_rows(self._spec, role))]
         if role == "down":
-            return self.down.t()
+            return self.down.t() if isinstance(self.down, Tensor) else self.down
         renamed = {"o": "output", "o_bias": "output_bias"}.get(role, role)
         view = getattr(self, renamed)
-        assert isinstance(view, Tensor)
+        assert isinstance(view, Tensor | QuantizedRows)
         return view
+
+
+def rows_of(layout: LayerLayout, name: FieldName) -> Rows:
+    """How rows of a field are read."""
+    num_columns = layout.fields[name].num_columns
+    if num_columns is None or layout.format is None:
+        return as_they_are
+    return partial(QuantizedRows, width=num_columns, form=layout.format)
 
 
 def kept_neurons(storage: Tensor, layout: LayerLayout, dtype: torch.dtype) -> KeptNeurons:
@@ -89,14 +122,15 @@ def kept_neurons(storage: Tensor, layout: LayerLayout, dtype: torch.dtype) -> Ke
     start, _ = layout.part_range("kept")
     names: tuple[FieldName, FieldName] = ("kept_gate", "kept_up_down")
     gate, up_down = (_field(storage, layout, name, dtype, start) for name in names)
-    return KeptNeurons(gate, up_down)
+    return KeptNeurons(gate, up_down, rows_of(layout, "kept_gate"))
 
 
 def _field(storage: Tensor, layout: LayerLayout, name: FieldName, dtype: torch.dtype, start: int = 0) -> Tensor:
     """start: byte of the layer with which the storage begins."""
     field = layout.fields[name]
-    offset, nbytes = field.offset - start, prod(field.shape) * layout.element_nbytes
-    return storage[offset : offset + nbytes].view(dtype).view(field.shape)
+    held_as = dtype if field.num_columns is None else torch.uint8
+    offset, nbytes = field.offset - start, prod(field.shape) * held_as.itemsize
+    return storage[offset : offset + nbytes].view(held_as).view(field.shape)
 
 
 def write_rows(place: Tensor, first_row: int, rows: Tensor, scratch: Tensor) -> None:

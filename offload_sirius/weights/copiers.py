@@ -196,9 +196,14 @@ class HostCopier:
 
 
 def layer_jobs(checkpoint: Checkpoint, layer: int, part: Part, buffer: LayerBuffer) -> list[Job]:
-    """Everything there is to read of a part of a layer, each tensor with its place in the buffer."""
+    """Everything there is to read of a part of a layer, each tensor with its place in the buffer. None of it is quantised."""
+    jobs: list[Job] = []
     roles: list[Role] = [role for role in checkpoint.spec.layer_roles() if part_of(role) == part]
-    return [job for role in roles for job in tensor_jobs(checkpoint.tensors[layer, role], buffer.role(role))]
+    for role in roles:
+        place = buffer.role(role)
+        assert isinstance(place, Tensor), role
+        jobs += tensor_jobs(checkpoint.tensors[layer, role], place)
+    return jobs
 
 
 class DiskCopier:

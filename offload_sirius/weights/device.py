@@ -34,12 +34,15 @@ class DeviceStore:
         def layer_buffer() -> LayerBuffer:
             return LayerBuffer(allocate_bytes(layout.nbytes, device, "device"), spec, layout, dtype)
 
+        def cached_records() -> Tensor:
+            field = layout.fields["up_down"]
+            held_as = dtype if field.num_columns is None else torch.uint8
+            return _matrix(plan.num_cached_neurons, *field.shape[1:], dtype=held_as, device=device)
+
         self.residents = {layer: layer_buffer() for layer in plan.resident_layers}
         self.slots = [layer_buffer() for _ in range(plan.num_slots)]
         self.caches = {
-            layer: NeuronCache(_matrix(plan.num_cached_neurons, 2, spec.width, dtype=dtype, device=device), spec.ffn_width)
-            for layer in plan.streamed_layers
-            if plan.num_cached_neurons
+            layer: NeuronCache(cached_records(), spec.ffn_width) for layer in plan.streamed_layers if plan.num_cached_neurons
         }
         """Streamed layer -> records of neurons that its last tokens needed."""
 
@@ -61,7 +64,7 @@ class HotDeviceStore:
         self.head = _matrix(spec.vocab_size, spec.width, dtype=dtype, device=device)
         self.final_norm = _matrix(spec.width, dtype=dtype, device=device)
         hot = plan.hot
-        layouts, hot_spec = hot_layouts(spec, layout.element_nbytes, hot.num_hot), replace(spec, ffn_width=hot.num_hot)
+        layouts, hot_spec = hot_layouts(spec, layout, hot.num_hot), replace(spec, ffn_width=hot.num_hot)
         self.residents: dict[int, LayerBuffer] = {}
         """Layers that are resident as a whole: none."""
         self.layers = {

@@ -27,8 +27,8 @@ from offload_sirius.weights.buffers import write_rows
 from offload_sirius.weights.depth import DepthTuner
 from offload_sirius.weights.layout import align
 from offload_sirius.weights.mapping import HUGE_PAGE_NBYTES, map_memory
-from offload_sirius.weights.pieces import BLOCK_NBYTES, PIECE_NBYTES, Piece, largest_piece_nbytes, pieces_of
-from offload_sirius_loaders.checkpoint import Checkpoint, TensorInfo
+from offload_sirius.weights.pieces import BLOCK_NBYTES, PIECE_NBYTES, Piece, buffer_nbytes, pieces_of
+from offload_sirius_loaders.checkpoint import ByteRange, Checkpoint, TensorInfo
 
 READER_NICENESS = 10
 """Scheduling priority of reader threads below that of whoever computes, on Linux's scale of 0 to 19. Measured with as many
@@ -48,7 +48,8 @@ class Job:
 
 def tensor_jobs(info: TensorInfo, place: Tensor) -> list[Job]:
     """Everything there is to read of a tensor. place: all of the tensor's rows."""
-    return [Job(piece, place, piece.first_row) for piece in pieces_of(info)]
+    stored = place.t() if info.transposed else place
+    return [Job(piece, stored, piece.first_row) for piece in pieces_of(info)]
 
 
 class Fill:
@@ -195,7 +196,6 @@ class ReaderPool:
 
     def __init__(self, checkpoint: Checkpoint, num_readers: int) -> None:
         self._checkpoint = checkpoint
-        buffer_nbytes = largest_piece_nbytes(checkpoint) + 2 * BLOCK_NBYTES
         self._files: dict[Path, DirectFile] = {}
         self._jobs: deque[tuple[Job, Fill]] = deque()
         self._mutex = threading.Lock()
@@ -209,7 +209,7 @@ class ReaderPool:
         """Time in which at least one read was under way."""
         self._busy_since = 0.0
         # Made here and not by the threads, so that memory that runs out is an error of whoever opens the pool.
-        self._buffers = read_buffers(num_readers, buffer_nbytes)
+        self._buffers = read_buffers(num_readers, buffer_nbytes(checkpoint))
         self._threads = [
             threading.Thread(
                 target=self._run, args=(buffer, torch.empty(PIECE_NBYTES, dtype=torch.uint8)), name=f"reader-{index}", daemon=True
@@ -290,11 +290,26 @@ class ReaderPool:
 
     def _read(self, piece: Piece, buffer: memoryview) -> npt.NDArray[np.uint8]:
         try:
-            if piece.info.file is None:
-                return np.empty(0, np.uint8)
-            return self._file(piece.info.file).read(piece.offset, piece.nbytes, buffer)
+            return self._read_ranges(piece.ranges, buffer)
         finally:
             self._finished_reading(piece.nbytes)
+
+    def _read_ranges(self, ranges: list[ByteRange], buffer: memoryview) -> npt.NDArray[np.uint8]:
+        """The bytes of all ranges one behind the other, none where there are none: a view of the buffer."""
+        if not ranges:
+            return np.empty(0, np.uint8)
+        first, *others = ranges
+        raw = self._file(first.file).read(first.offset, first.nbytes, buffer)
+        if not others:
+            return raw
+        whole = np.frombuffer(buffer, np.uint8)
+        start = first.offset % BLOCK_NBYTES
+        end = start + first.nbytes
+        for file, offset, nbytes in others:
+            # Each to a block of its own, then up to those before: they are small.
+            whole[end : end + nbytes] = self._file(file).read(offset, nbytes, buffer[align(end, BLOCK_NBYTES) :])
+            end += nbytes
+        return whole[start:end]
 
     def _finished_reading(self, nbytes: int) -> None:
         with self._wake:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 
 from offload_sirius.errors import BudgetError
 from offload_sirius.units import format_size
-from offload_sirius.weights.layout import LayerLayout, layer_layout
+from offload_sirius.weights.layout import LayerLayout
 from offload_sirius.weights.plan import (
     MIN_SLOTS,
     Budgets,
@@ -25,6 +25,7 @@ from offload_sirius.weights.plan import (
     Plan,
     as_flag,
     fixed_device_bill,
+    nbytes_for_all_on_host,
     place_on_host,
     spread,
 )
@@ -49,12 +50,12 @@ class HotLayouts:
     """Those that are not hot, likewise."""
 
 
-def hot_layouts(spec: ModelSpec, element_nbytes: int, num_hot: int) -> HotLayouts:
-    """Lay out residents and slots."""
+def hot_layouts(spec: ModelSpec, layout: LayerLayout, num_hot: int) -> HotLayouts:
+    """Lay out residents and slots. layout: of a whole layer."""
     return HotLayouts(
-        resident=layer_layout(replace(spec, ffn_width=num_hot), element_nbytes),
-        whole=layer_layout(spec, element_nbytes, spec.ffn_width),
-        cold=layer_layout(spec, element_nbytes, spec.ffn_width - num_hot),
+        resident=layout.of(replace(spec, ffn_width=num_hot)),
+        whole=layout.of(spec, spec.ffn_width),
+        cold=layout.of(spec, spec.ffn_width - num_hot),
     )
 
 
@@ -76,9 +77,7 @@ def make_hot_plan(spec: ModelSpec, layout: LayerLayout, demand: Demand, budgets:
     resident, num_hot_layers = device.layouts.resident, len(device.hot.layers)
     host = place_on_host(spec, layout, demand, budgets, spec.num_layers)
     if host.num_disk_layers:
-        # With more memory there are also more readers, and the embedding: no less than all of them is sure to do.
-        unlimited = replace(budgets, host_nbytes=1 << 62)
-        needed = sum(place_on_host(spec, layout, demand, unlimited, spec.num_layers).bill.values())
+        needed = nbytes_for_all_on_host(spec, layout, demand, budgets, spec.num_layers)
         raise BudgetError(
             f"host budget {format_size(budgets.host_nbytes)} is too small for --draft resident, which needs all layers in host "
             f"memory: {format_size(needed)}; give at least --host-memory {as_flag(needed)}, or --draft streamed"
@@ -124,10 +123,10 @@ def _split(spec: ModelSpec, layout: LayerLayout, demand: Demand, left_nbytes: in
 
 def _split_all(spec: ModelSpec, layout: LayerLayout, most_hot: int, left_nbytes: int) -> _DeviceSplit | None:
     """Every layer is hot, with as many neurons as there is room for; None where that is too few."""
-    num_hot = _num_hot(spec, layout.element_nbytes, most_hot, left_nbytes)
+    num_hot = _num_hot(spec, layout, most_hot, left_nbytes)
     if num_hot < _least_hot(spec, most_hot):
         return None
-    layouts = hot_layouts(spec, layout.element_nbytes, num_hot)
+    layouts = hot_layouts(spec, layout, num_hot)
     most_nbytes = max(MIN_SLOTS * layouts.whole.kept_nbytes, spec.num_layers * layouts.cold.kept_nbytes)
     slots_nbytes = min(left_nbytes - spec.num_layers * layouts.resident.nbytes, most_nbytes)
     hot = HotPlan(
@@ -144,7 +143,7 @@ def _split_some(spec: ModelSpec, layout: LayerLayout, num_hot: int, left_nbytes:
 
     left >= hot layers * (attention block + hot neurons) + slots * layer
     """
-    layouts, slots_nbytes = hot_layouts(spec, layout.element_nbytes, num_hot), MIN_SLOTS * layout.nbytes
+    layouts, slots_nbytes = hot_layouts(spec, layout, num_hot), MIN_SLOTS * layout.nbytes
     # The ring is not to be longer than the layers are many of which a draft step brings something.
     num_layers = min((left_nbytes - slots_nbytes) // layouts.resident.nbytes, spec.num_layers - MIN_SLOTS)
     if num_layers < LEAST_HOT_LAYERS:
@@ -159,15 +158,14 @@ def _split_some(spec: ModelSpec, layout: LayerLayout, num_hot: int, left_nbytes:
     return _DeviceSplit(layouts=layouts, hot=hot, num_slots=MIN_SLOTS, slots_nbytes=slots_nbytes)
 
 
-def _num_hot(spec: ModelSpec, element_nbytes: int, most: int, left_nbytes: int) -> int:
+def _num_hot(spec: ModelSpec, layout: LayerLayout, most: int, left_nbytes: int) -> int:
     """Hot neurons of each layer for which there is room where all layers have some; 0 where there is room for none.
 
     left >= layers * (attention block + hot neurons) + slots * all neurons of a layer
     """
-    record_nbytes = 3 * spec.width * element_nbytes
-    room = left_nbytes - _all_nbytes(spec, element_nbytes, 0)
-    num_hot = min(most, max(0, room) // (spec.num_layers * record_nbytes))
-    while num_hot and _all_nbytes(spec, element_nbytes, num_hot) > left_nbytes:  # alignment
+    room = left_nbytes - _all_nbytes(spec, layout, 0)
+    num_hot = min(most, max(0, room) // (spec.num_layers * layout.neuron_nbytes))
+    while num_hot and _all_nbytes(spec, layout, num_hot) > left_nbytes:  # alignment
         num_hot -= 1
     return num_hot
 
@@ -180,15 +178,14 @@ def _least_hot(spec: ModelSpec, most: int) -> int:
 def _least_nbytes(spec: ModelSpec, layout: LayerLayout, most_hot: int) -> int:
     """Device bytes of the fewest hot layers, with all that are asked for of their neurons, and of the fewest slots; or of all
     layers with the fewest neurons, whichever is less."""
-    all_nbytes = _all_nbytes(spec, layout.element_nbytes, _least_hot(spec, most_hot))
+    all_nbytes = _all_nbytes(spec, layout, _least_hot(spec, most_hot))
     if spec.num_layers < LEAST_HOT_LAYERS + MIN_SLOTS:
         return all_nbytes
-    resident_nbytes = hot_layouts(spec, layout.element_nbytes, most_hot).resident.nbytes
+    resident_nbytes = hot_layouts(spec, layout, most_hot).resident.nbytes
     return min(all_nbytes, LEAST_HOT_LAYERS * resident_nbytes + MIN_SLOTS * layout.nbytes)
 
 
-def _all_nbytes(spec: ModelSpec, element_nbytes: int, num_hot: int) -> int:
+def _all_nbytes(spec: ModelSpec, layout: LayerLayout, num_hot: int) -> int:
     """Device bytes of all layers with that many hot neurons, and of the fewest slots."""
-    whole = layer_layout(spec, element_nbytes)
-    hot = layer_layout(replace(spec, ffn_width=num_hot), element_nbytes).nbytes if num_hot else whole.attention_nbytes
-    return spec.num_layers * hot + MIN_SLOTS * whole.records_nbytes
+    hot = layout.of(replace(spec, ffn_width=num_hot)).nbytes if num_hot else layout.attention_nbytes
+    return spec.num_layers * hot + MIN_SLOTS * layout.records_nbytes

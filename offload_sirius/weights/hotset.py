@@ -49,9 +49,9 @@ class HotSlot:
 
 def whole_slot(layer: LayerBuffer, num_hot: int) -> HotSlot:
     """A slot for whole layers."""
-    records = KeptNeurons(layer.gate, layer.up_down)
-    hot = KeptNeurons(layer.gate[:num_hot], layer.up_down[:num_hot])
-    cold = KeptNeurons(layer.gate[num_hot:], layer.up_down[num_hot:])
+    records = KeptNeurons(layer.gate_records, layer.up_down, layer.rows)
+    hot = KeptNeurons(layer.gate_records[:num_hot], layer.up_down[:num_hot], layer.rows)
+    cold = KeptNeurons(layer.gate_records[num_hot:], layer.up_down[num_hot:], layer.rows)
     return HotSlot({"records": records, "hot": hot, "cold": cold}, layer)
 
 
@@ -145,7 +145,7 @@ class HotStreamer(Streamer):
             hot, cold = self._hot(layer), self._arrived(layer).neurons["cold"]
             # A piece at a time: a prompt that was unlike its answer may have half of a layer change places.
             for to, source in zip(hot_places.split(EXCHANGED_AT_ONCE), cold_places.split(EXCHANGED_AT_ONCE), strict=True):
-                hot.gate.index_copy_(0, to, cold.gate.index_select(0, source))
+                hot.gate_records.index_copy_(0, to, cold.gate_records.index_select(0, source))
                 hot.up_down.index_copy_(0, to, cold.up_down.index_select(0, source))
         before, num_hot = self._ids[layer], len(self._ids[layer]) - len(cold_ids)
         now = before.clone()
@@ -160,7 +160,7 @@ class HotStreamer(Streamer):
             # Copies of both: half as many at a time.
             for some, others in zip(places.split(SWAPPED_AT_ONCE), other_places.split(SWAPPED_AT_ONCE), strict=True):
                 to, source = torch.cat((some, others)), torch.cat((others, some))
-                hot.gate.index_copy_(0, to, hot.gate.index_select(0, source))
+                hot.gate_records.index_copy_(0, to, hot.gate_records.index_select(0, source))
                 hot.up_down.index_copy_(0, to, hot.up_down.index_select(0, source))
         before, there, other = self._ids[layer], places.to("cpu"), other_places.to("cpu")
         now = before.clone()
@@ -180,7 +180,7 @@ class HotStreamer(Streamer):
 
     def _hot(self, layer: int) -> KeptNeurons:
         buffer = self._layers[layer]
-        return KeptNeurons(buffer.gate, buffer.up_down)
+        return KeptNeurons(buffer.gate_records, buffer.up_down, buffer.rows)
 
     def _moving(self, cargo: Cargo) -> Cargo:
         """What passes in such a pass, or, where nothing does, in the next one in which anything does."""
@@ -217,7 +217,7 @@ class HotStreamer(Streamer):
             attention = self._link.start(layer, "attention", slot.layer)
             nbytes = slot.layer.parts["attention"].numel()
         place = slot.neurons[part]
-        neurons = self._link.gather(layer, self._ids_of(layer, cargo, len(place.gate)), place)
+        neurons = self._link.gather(layer, self._ids_of(layer, cargo, len(place.gate_records)), place)
         return Flight(layer, cargo, part, slot, attention, neurons, nbytes + place.nbytes)
 
     def _ids_of(self, layer: int, cargo: Cargo, count: int) -> Tensor | None:

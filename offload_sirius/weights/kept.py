@@ -81,7 +81,7 @@ class KeptStore:
 
 def gather_neurons(source: LayerBuffer | KeptNeurons, neuron_ids: Tensor | None, kept: KeptNeurons) -> None:
     """Gather neurons, int64 [N], of a layer into their place; None takes all, in order. On any devices."""
-    for records, place in ((source.gate, kept.gate), (source.up_down, kept.up_down)):
+    for records, place in ((source.gate_records, kept.gate_records), (source.up_down, kept.up_down)):
         if neuron_ids is None:
             place.copy_(records)
         else:

@@ -19,9 +19,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from typing import Literal, get_args
 
+from offload_sirius.quantization import WeightFormat
 from offload_sirius_loaders.spec import ModelSpec, Role
 
 Part = Literal["attention", "records", "gate", "kept"]
@@ -68,6 +70,9 @@ class Field:
     offset: int
     """Bytes from the start of the layer."""
     shape: tuple[int, ...]
+    """Of numbers; where rows are quantised, of their bytes."""
+    num_columns: int | None = None
+    """Numbers in a quantised row; None where it is not quantised."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,11 +90,27 @@ class LayerLayout:
     """F"""
     record_nbytes: int = 0
     """An up row and a down column: what is fetched of a neuron whose gate is there."""
+    format: WeightFormat | None = None
+    """Of matrices; None where they are plain numbers, as norms and biases always are."""
 
     @property
     def nbytes(self) -> int:
         """Bytes of a whole layer, alignment included."""
         return self.attention_nbytes + self.records_nbytes
+
+    @property
+    def neuron_nbytes(self) -> int:
+        """A neuron's gate row, up row and down column."""
+        return self.record_nbytes * 3 // 2
+
+    def of(self, spec: ModelSpec, num_kept: int = 0) -> LayerLayout:
+        """A layer of another shape whose weights are held as these are."""
+        return layer_layout(spec, self.element_nbytes, num_kept, self.format)
+
+    @property
+    def nbytes_per_weight(self) -> float:
+        """Bytes that an element of a matrix takes, its share of scales included."""
+        return self.element_nbytes if self.format is None else self.format.bits_per_weight / 8
 
     @property
     def host_nbytes(self) -> int:
@@ -125,14 +146,20 @@ def slice_of(cargo: Cargo) -> Slice:
     return cargo
 
 
-def layer_layout(spec: ModelSpec, element_nbytes: int, num_kept: int = 0) -> LayerLayout:
-    """Lay out a layer of the model with elements of the given size. num_kept: neurons that a sparse step keeps of each layer;
-    0 where that is no fixed set."""
+def layer_layout(
+    spec: ModelSpec, element_nbytes: int, num_kept: int = 0, weight_format: WeightFormat | None = None
+) -> LayerLayout:
+    """Lay out a layer of the model with elements of the given size, its matrices in the given format.
+
+    num_kept: neurons that a sparse step keeps of each layer; 0 where that is no fixed set.
+    """
     assert num_kept <= spec.ffn_width, (num_kept, spec.ffn_width)
     fields: dict[FieldName, Field] = {}
-    attention_nbytes = _place(fields, _attention_shapes(spec), 0, element_nbytes)
-    end = _place(fields, _record_shapes(spec), attention_nbytes, element_nbytes)
-    kept_end = _place(fields, _kept_shapes(spec, num_kept), attention_nbytes, element_nbytes)
+    place = partial(_place, fields, element_nbytes=element_nbytes, weight_format=weight_format)
+    attention_nbytes = place(_attention_shapes(spec), 0)
+    end = place(_record_shapes(spec), attention_nbytes)
+    kept_end = place(_kept_shapes(spec, num_kept), attention_nbytes)
+    row_nbytes = spec.width * element_nbytes if weight_format is None else weight_format.row_nbytes(spec.width)
     return LayerLayout(
         element_nbytes=element_nbytes,
         fields=fields,
@@ -140,7 +167,8 @@ def layer_layout(spec: ModelSpec, element_nbytes: int, num_kept: int = 0) -> Lay
         records_nbytes=end - attention_nbytes,
         kept_nbytes=kept_end - attention_nbytes,
         num_neurons=spec.ffn_width,
-        record_nbytes=2 * spec.width * element_nbytes,
+        record_nbytes=2 * row_nbytes,
+        format=weight_format,
     )
 
 
@@ -181,11 +209,24 @@ def _kept_shapes(spec: ModelSpec, num_kept: int) -> dict[FieldName, tuple[int, .
     return {"kept_gate": (num_kept, spec.width), "kept_up_down": (num_kept, 2, spec.width)}
 
 
-def _place(fields: dict[FieldName, Field], shapes: Mapping[FieldName, tuple[int, ...]], offset: int, element_nbytes: int) -> int:
-    """Append fields one after another, aligned; returns the aligned end."""
+def _place(
+    fields: dict[FieldName, Field],
+    shapes: Mapping[FieldName, tuple[int, ...]],
+    offset: int,
+    *,
+    element_nbytes: int,
+    weight_format: WeightFormat | None,
+) -> int:
+    """Append fields one after another, aligned; returns the aligned end. Vectors are never quantised."""
     for name, shape in shapes.items():
-        fields[name] = Field(offset=offset, shape=shape)
-        offset = align(offset + prod(shape) * element_nbytes)
+        if weight_format is None or len(shape) == 1:
+            fields[name] = Field(offset=offset, shape=shape)
+            nbytes = prod(shape) * element_nbytes
+        else:
+            *rows, num_columns = shape
+            fields[name] = Field(offset=offset, shape=(*rows, weight_format.row_nbytes(num_columns)), num_columns=num_columns)
+            nbytes = prod(fields[name].shape)
+        offset = align(offset + nbytes)
     return offset
 
 

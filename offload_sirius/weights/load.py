@@ -1,23 +1,28 @@
 """Everything that is read before the first token: residents, host layers, head, norm, embedding. In parallel, with progress.
 
 Only the way in differs by device: host memory is read into directly; a device with memory of its own is filled through two
-pinned host buffers of a layer's size, one being read into while the other is uploaded.
+pinned host buffers of a layer's size, one being read into while the other is uploaded. Matrices that are to be quantised are read
+into two places of the largest one's size, one being read into while the other is quantised.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor
 
+from offload_sirius.kernels.packed import QuantizedRows
 from offload_sirius.weights.buffers import LayerBuffer
 from offload_sirius.weights.copiers import layer_jobs
 from offload_sirius.weights.device import DeviceStore, HotDeviceStore
 from offload_sirius.weights.disk import Fill, Job, ReaderPool, tensor_jobs
 from offload_sirius.weights.host import HostStore, allocate_bytes
 from offload_sirius.weights.layout import PARTS
-from offload_sirius.weights.pieces import Piece, head_role, pieces_of
+from offload_sirius.weights.pieces import Piece, head_role, largest_matrix_nbytes, pieces_of
+from offload_sirius.weights.plan import NUM_QUANTISING
+from offload_sirius.weights.quant import quantise_rows
 from offload_sirius_loaders.checkpoint import Checkpoint, TensorInfo
 from offload_sirius_loaders.spec import Role
 
@@ -27,11 +32,17 @@ OnBytes = Callable[[int], None]
 class Loader:
     """Fills host and device stores from a checkpoint."""
 
-    def __init__(self, checkpoint: Checkpoint, readers: ReaderPool, on_bytes: OnBytes) -> None:
-        """on_bytes: called with the bytes of each piece that has been read, by the reader threads."""
+    def __init__(
+        self, checkpoint: Checkpoint, readers: ReaderPool, on_bytes: OnBytes, quantise_from: torch.dtype | None = None
+    ) -> None:
+        """on_bytes: called with the bytes of each piece that has been read, by the reader threads.
+
+        quantise_from: the type in which matrices are read that are to be quantised; None where they are not.
+        """
         self._checkpoint = checkpoint
         self._readers = readers
         self._on_bytes = on_bytes
+        self._quantiser = None if quantise_from is None else _Quantiser(self, checkpoint, quantise_from)
 
     def load_host_layers(self, store: HostStore, layers: Iterable[int]) -> None:
         """Fill the arena."""
@@ -52,7 +63,11 @@ class Loader:
 
     def load_tensor(self, layer: int | None, role: Role, place: Tensor) -> None:
         """Fill one tensor in host memory."""
-        self._readers.submit(tensor_jobs(self.info(layer, role), place), self._on_bytes).wait()
+        self.begin_tensor(layer, role, place).wait()
+
+    def begin_tensor(self, layer: int | None, role: Role, place: Tensor) -> Fill:
+        """Begin to."""
+        return self._readers.submit(tensor_jobs(self.info(layer, role), place), self._on_bytes)
 
     def info(self, layer: int | None, role: Role) -> TensorInfo:
         """Where a tensor is stored."""
@@ -70,11 +85,19 @@ class Loader:
         return [self._readers.submit(layer_jobs(self._checkpoint, layer, part, buffer), self._on_bytes) for part in PARTS]
 
     def _fill_layers(self, layers: Iterable[tuple[int, LayerBuffer]]) -> None:
+        if self._quantiser is not None:
+            self._quantiser.fill_layers(layers)
+            return
         # All at once: the readers' queue never runs dry between two layers.
         for fill in [fill for layer, buffer in layers for fill in self._fill(layer, buffer)]:
             fill.wait()
 
     def _upload_layers(self, residents: dict[int, LayerBuffer], staging: list[LayerBuffer]) -> None:
+        if self._quantiser is not None:
+            for layer, resident in residents.items():
+                self._quantiser.fill_layers([(layer, staging[0])])
+                resident.storage.copy_(staging[0].storage)
+            return
         layers = list(residents)
         fills = {layer: self._fill(layer, buffer) for layer, buffer in zip(layers, staging, strict=False)}
         for index, layer in enumerate(layers):
@@ -96,6 +119,48 @@ class Loader:
             host = flat.view(rows.dtype).view(num_rows, -1)
             self._readers.submit([Job(piece, host, piece.first_row - first) for piece in batch], self._on_bytes).wait()
             rows[first : first + num_rows].copy_(host)
+
+
+class _Quantiser:
+    """Fills layers whose matrices are quantised, tensor by tensor."""
+
+    def __init__(self, loader: Loader, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
+        self._loader = loader
+        self._spec = checkpoint.spec
+        self._dtype = dtype
+        nbytes = largest_matrix_nbytes(checkpoint.spec, dtype.itemsize)
+        self._free = [allocate_bytes(nbytes, torch.device("cpu"), "host") for _ in range(NUM_QUANTISING)]
+        self._waiting: deque[tuple[Fill, Tensor, Tensor, QuantizedRows]] = deque()
+
+    def fill_layers(self, layers: Iterable[tuple[int, LayerBuffer]]) -> None:
+        """One matrix is read while the one before is quantised."""
+        plain: list[Fill] = []
+        for layer, buffer in layers:
+            for role in self._spec.layer_roles():
+                place = buffer.role(role)
+                if isinstance(place, Tensor):
+                    plain.append(self._loader.begin_tensor(layer, role, place))
+                else:
+                    self._begin(layer, role, place)
+        while self._waiting:
+            self._finish_first()
+        for fill in plain:
+            fill.wait()
+
+    def _begin(self, layer: int, role: Role, place: QuantizedRows) -> None:
+        if not self._free:
+            self._finish_first()
+        storage = self._free.pop()
+        nbytes = len(place) * place.width * self._dtype.itemsize
+        matrix = storage[:nbytes].view(self._dtype).view(len(place), place.width)
+        fill = self._loader.begin_tensor(layer, role, matrix.t() if role == "down" else matrix)
+        self._waiting.append((fill, storage, matrix, place))
+
+    def _finish_first(self) -> None:
+        fill, storage, matrix, place = self._waiting.popleft()
+        fill.wait()
+        quantise_rows(matrix, place.form, place.rows)
+        self._free.append(storage)
 
 
 def _batches(pieces: list[Piece], max_rows: int) -> Iterator[list[Piece]]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
+from typing import get_args
 
 from offload_sirius.weights.layout import Part, align, part_of
 from offload_sirius.weights.mapping import HUGE_PAGE_NBYTES
-from offload_sirius.weights.plan import Plan
-from offload_sirius_loaders.checkpoint import Checkpoint, TensorInfo
-from offload_sirius_loaders.spec import Role
+from offload_sirius.weights.plan import NUM_QUANTISING, Plan
+from offload_sirius_loaders.checkpoint import ByteRange, Checkpoint, Element, TensorInfo
+from offload_sirius_loaders.spec import ModelSpec, Role
 
 BLOCK_NBYTES = 4096
 """O_DIRECT wants offset, length and address as multiples of the logical block size, which is at most this."""
@@ -20,46 +22,85 @@ ends that O_DIRECT reads along, it fills its huge pages."""
 
 @dataclass(frozen=True)
 class Piece:
-    """Some rows of one tensor: the unit of reading."""
+    """Some stored rows of one tensor: the unit of reading."""
 
     info: TensorInfo
     first_row: int
     num_rows: int
 
     @property
-    def offset(self) -> int:
-        """First byte in the file."""
-        return self.info.offset + self.first_row * self.info.row_nbytes
+    def ranges(self) -> list[ByteRange]:
+        """Where its bytes are; none where nothing is stored."""
+        return self.info.ranges(self.first_row, self.num_rows)
 
     @property
     def nbytes(self) -> int:
-        """Stored bytes."""
-        return self.num_rows * self.info.row_nbytes
+        """Bytes to read. Pieces that share rows of a companion each read them."""
+        own = self.num_rows * self.info.row_nbytes
+        return own + sum(each.range(self.first_row, self.num_rows).nbytes for each in self.info.companions)
+
+    @property
+    def decoded_nbytes(self) -> int:
+        """Bytes of its numbers."""
+        return self.num_rows * self.info.stored_shape[-1] * _element_nbytes(self.info)
 
 
 def pieces_of(info: TensorInfo) -> list[Piece]:
-    """Cut a tensor into pieces of at most PIECE_NBYTES, stored and decoded, where its rows allow it."""
-    element_nbytes = 4 if info.element == "F32" else 2
-    columns = info.shape[-1]
-    per_row = max(columns * element_nbytes, info.row_nbytes, 1)
+    """Cut a tensor into pieces of at most PIECE_NBYTES, stored (companions apart) and decoded, where its rows allow it."""
+    per_row = max(info.stored_shape[-1] * _element_nbytes(info), info.row_nbytes, 1)
     step = max(PIECE_NBYTES // per_row // info.row_multiple, 1) * info.row_multiple
     return [Piece(info, start, min(step, info.num_rows - start)) for start in range(0, info.num_rows, step)]
 
 
-def reader_nbytes(checkpoint: Checkpoint) -> int:
-    """Host memory one reader thread holds at most: its buffer, and a decoded piece with what decoding needs beside it.
+def _element_nbytes(info: TensorInfo) -> int:
+    return 4 if info.element == "F32" else 2
 
-    piece = bytes of the largest piece (a tensor whose rows must stay together may exceed PIECE_NBYTES)
-    blocks = quantised blocks pass through float32 arrays, about four at a time in the gguf library
+
+def reader_nbytes(checkpoint: Checkpoint) -> int:
+    """Host memory one reader thread holds at most: its buffer, room to turn a piece, and a decoded piece with what decoding
+    needs beside it."""
+    buffer = align(buffer_nbytes(checkpoint), HUGE_PAGE_NBYTES)
+    return buffer + PIECE_NBYTES + max(decoding_nbytes(info) for info in checkpoint.tensors.values())
+
+
+def decoding_nbytes(info: TensorInfo) -> int:
+    """Host memory that decoding a piece takes at most.
+
+    plain = nothing, its numbers are its bytes
+    GGUF blocks = about three float32 arrays beside the result, in the gguf library
+    companions = numbers, and a quarter of that for their codes, with some room; stored by rows of the matrix also scales spread
+        over them, or places in a table of 8-bit floats; each companion once more in a type of its own
     """
-    buffer = align(largest_piece_nbytes(checkpoint) + 2 * BLOCK_NBYTES, HUGE_PAGE_NBYTES)
-    blocks = any(info.dtype not in ("F32", "F16", "BF16") for info in checkpoint.tensors.values())
-    return buffer + PIECE_NBYTES * (4 if blocks else 1)
+    if info.companions:
+        halves = 3 if info.transposed else 6
+        return max(halves * piece.decoded_nbytes // 2 + 2 * piece.nbytes for piece in pieces_of(info))
+    return 0 if info.dtype in get_args(Element) else 3 * PIECE_NBYTES
+
+
+def buffer_nbytes(checkpoint: Checkpoint) -> int:
+    """Bytes of the buffer into which any piece can be read: O_DIRECT reads whole blocks, and each range starts at one."""
+    num_blocks = 4 if any(info.companions for info in checkpoint.tensors.values()) else 2
+    return largest_piece_nbytes(checkpoint) + num_blocks * BLOCK_NBYTES
 
 
 def largest_piece_nbytes(checkpoint: Checkpoint) -> int:
     """Stored bytes of the largest piece of any tensor."""
     return max(max(piece.nbytes for piece in pieces_of(info)) for info in checkpoint.tensors.values())
+
+
+def largest_matrix_nbytes(spec: ModelSpec, element_nbytes: int) -> int:
+    """Bytes of the largest matrix of a layer before it is quantised."""
+    return element_nbytes * max(prod(shape) for shape in spec.layer_roles().values())
+
+
+def quantising_nbytes(spec: ModelSpec, element_nbytes: int) -> int:
+    """Host memory of matrices that are read before they are quantised."""
+    return NUM_QUANTISING * largest_matrix_nbytes(spec, element_nbytes)
+
+
+def read_nbytes(info: TensorInfo) -> int:
+    """Bytes that are read for a whole tensor: the stored ones, those of companions as often as pieces share them."""
+    return sum(piece.nbytes for piece in pieces_of(info)) if info.companions else info.nbytes
 
 
 def load_nbytes(checkpoint: Checkpoint, plan: Plan) -> int:
@@ -70,13 +111,13 @@ def load_nbytes(checkpoint: Checkpoint, plan: Plan) -> int:
         roles.append("embedding")
     infos = [checkpoint.tensors[None, role] for role in roles]
     infos += [checkpoint.tensors[layer, role] for layer in layers for role in checkpoint.spec.layer_roles()]
-    return sum(info.nbytes for info in infos)
+    return sum(read_nbytes(info) for info in infos)
 
 
 def stored_part_nbytes(checkpoint: Checkpoint, layer: int, part: Part) -> int:
     """Bytes that are read from disk for a part of a layer, in the type in which they are stored."""
     roles = (role for role in checkpoint.spec.layer_roles() if part_of(role) == part)
-    return sum(checkpoint.tensors[layer, role].nbytes for role in roles)
+    return sum(read_nbytes(checkpoint.tensors[layer, role]) for role in roles)
 
 
 def head_role(checkpoint: Checkpoint) -> Role:

@@ -15,7 +15,7 @@ and nothing in a correction, a resident one about 0.7 of itself in the one and a
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from offload_sirius.errors import BudgetError
@@ -46,6 +46,9 @@ LEAST_CACHED_SHARE = 0.25
 NUM_STAGING = 2
 """Host buffers of a layer's size through which a device with memory of its own is filled: one is read into, one uploaded."""
 
+NUM_QUANTISING = 2
+"""Host buffers of a matrix's size: one is read into while the other is quantised."""
+
 CHUNK_NBYTES, NUM_CHUNKS = 8 << 20, 4
 """Pinned buffers through which host memory passes that could not be pinned."""
 
@@ -67,6 +70,8 @@ class Demand:
     """The head is the embedding table, so that its rows can be taken from there."""
     staged: bool
     """The device has its own memory: what is read from disk passes through host buffers of a layer's size."""
+    quantising_nbytes: int = 0
+    """Host memory of the matrices that are read before they are quantised; 0 where none are."""
     num_shared_buffers: int | None = None
     """All streamed layers are in host memory and share that many buffers there: for timing shapes that exceed it."""
     sparsity_nbytes: int = 0
@@ -173,6 +178,13 @@ def _make_plan(spec: ModelSpec, layout: LayerLayout, demand: Demand, budgets: Bu
         ahead_nbytes = max(head_ahead, DISK_AHEAD_NBYTES)
         device = _split_room(spec.num_layers, room, layout, left_nbytes, ahead_nbytes, max_cached_neurons)
         host = place_on_host(spec, layout, demand, budgets, spec.num_layers - device.num_resident)
+    if host.num_disk_layers and demand.quantising_nbytes:
+        needed = nbytes_for_all_on_host(spec, layout, demand, budgets, spec.num_layers - device.num_resident)
+        raise BudgetError(
+            f"host budget {format_size(budgets.host_nbytes)} is too small for --quantize, which needs all streamed layers in "
+            f"host memory, as they are quantised while loading: {format_size(needed)}; give at least --host-memory "
+            f"{as_flag(needed)}, or more --device-memory"
+        )
     streamed = spread(spec.num_layers, spec.num_layers - device.num_resident)
     disk = [streamed[index] for index in spread(len(streamed), host.num_disk_layers)]
     on_host = [layer for layer in streamed if layer not in disk]
@@ -300,11 +312,12 @@ def place_on_host(spec: ModelSpec, layout: LayerLayout, demand: Demand, budgets:
 
     readers   = readers * (one read buffer + one decoded piece)
     staging   = what `_staging_nbytes` says, on a device with its own memory
+    quantising = matrices that are read before they are quantised
     embedding = V * D * element, unless the device has it or its rows are read from disk
     layers    = layers in host memory * layer in whole pages
     kept      = layers whose kept neurons are gathered there * their bytes in whole pages
     """
-    most_staging_nbytes = _staging_nbytes(layout, 0) if demand.staged else 0
+    most_staging_nbytes = demand.quantising_nbytes + (_staging_nbytes(layout, 0) if demand.staged else 0)
     needed = MIN_READERS * demand.reader_nbytes + most_staging_nbytes
     if budgets.host_nbytes < needed:
         raise BudgetError(
@@ -318,7 +331,7 @@ def place_on_host(spec: ModelSpec, layout: LayerLayout, demand: Demand, budgets:
     fits = embedding_nbytes <= room - most_staging_nbytes
     place: EmbeddingPlace = "device" if demand.embedding_on_device else "host" if fits else "disk"
     embedding_nbytes = embedding_nbytes if place == "host" else 0
-    host = _host_layers(layout, demand, num_streamed, room - embedding_nbytes)
+    host = _host_layers(layout, demand, num_streamed, room - embedding_nbytes - demand.quantising_nbytes)
     return HostPlacement(
         num_disk_layers=num_streamed - host.num_layers,
         num_buffers=host.num_buffers,
@@ -328,11 +341,19 @@ def place_on_host(spec: ModelSpec, layout: LayerLayout, demand: Demand, budgets:
         bill={
             "readers": num_readers * demand.reader_nbytes,
             "staging": host.staging_nbytes,
+            "quantising": demand.quantising_nbytes,
             "embedding": embedding_nbytes,
             "layers": host.num_buffers * layout.host_nbytes,
             "kept_neurons": host.num_kept * layout.kept_host_nbytes,
         },
     )
+
+
+def nbytes_for_all_on_host(spec: ModelSpec, layout: LayerLayout, demand: Demand, budgets: Budgets, num_streamed: int) -> int:
+    """A host budget in which none of so many layers stays on disk."""
+    # With more memory there are also more readers, and the embedding: no less than all of them is sure to do.
+    unlimited = replace(budgets, host_nbytes=1 << 62)
+    return sum(place_on_host(spec, layout, demand, unlimited, num_streamed).bill.values())
 
 
 @dataclass(frozen=True, kw_only=True)

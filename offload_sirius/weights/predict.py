@@ -296,7 +296,7 @@ def pass_bill(setting: Setting, work: Work, *, decoding: bool) -> PassBill:
     whole_nbytes, sliced_nbytes = (sum(_step_nbytes(setting, work, sliced=each).values()) for each in (False, True))
     mixing = num_layers * _mixing_seconds(setting, work, decoding=decoding)
     overhead = num_layers * work.num_chunks * rates.layer_overhead_seconds + rates.step_overhead_seconds
-    head = _weights_seconds(setting, plan.device_bill["head"], work.num_head_rows, decoding=decoding)
+    head = _head_seconds(setting, work, decoding=decoding)
     nbytes, copy_nbytes = pass_nbytes(setting, work), _copy_nbytes(setting, work)
     copying = copy_nbytes / rates.link_bytes_per_second
     drag, copy_drag = drags(weights + mixing + overhead + head, copying, rates)
@@ -395,15 +395,24 @@ def drags(computing: float, copying: float, rates: Rates) -> tuple[float, float]
 
 def _step_seconds(setting: Setting, work: Work, *, sliced: bool, decoding: bool) -> dict[Step, float]:
     """Computing the steps of a layer, but for attention over the cache."""
+    per_weight = setting.layout.nbytes_per_weight
     return {
-        step: _weights_seconds(setting, nbytes, work.num_rows, decoding=decoding, num_chunks=work.num_chunks)
+        step: _weights_seconds(setting, nbytes, nbytes / per_weight, work.num_rows, work.num_chunks, decoding=decoding)
         for step, nbytes in _step_nbytes(setting, work, sliced=sliced).items()
     }
 
 
-def _weights_seconds(setting: Setting, nbytes: int, num_rows: int, *, decoding: bool, num_chunks: int = 1) -> float:
+def _head_seconds(setting: Setting, work: Work, *, decoding: bool) -> float:
+    """The head is not quantised."""
+    nbytes = setting.plan.device_bill["head"]
+    return _weights_seconds(setting, nbytes, nbytes / setting.layout.element_nbytes, work.num_head_rows, 1, decoding=decoding)
+
+
+def _weights_seconds(
+    setting: Setting, nbytes: int, num_weights: float, num_rows: int, num_chunks: int, *, decoding: bool
+) -> float:
     reading = num_chunks * nbytes / setting.rates.device_bytes_per_second
-    flops = 2 * num_rows * (nbytes // setting.layout.element_nbytes)
+    flops = 2 * num_rows * num_weights
     return max(reading, flops / setting.rates.device_flops_per_second) / _share_of_cores(setting, decoding=decoding)
 
 
@@ -439,7 +448,7 @@ def _pass_seconds(setting: Setting, work: Work, *, decoding: bool) -> _PassSecon
         seconds["attention"] += work.num_chunks * setting.rates.layer_overhead_seconds
         return seconds
 
-    head = _weights_seconds(setting, setting.plan.device_bill["head"], work.num_head_rows, decoding=decoding)
+    head = _head_seconds(setting, work, decoding=decoding)
     return _PassSeconds(
         cargo=work.cargo,
         fetched_nbytes=work.num_fetched * setting.layout.record_nbytes,

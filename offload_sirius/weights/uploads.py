@@ -190,7 +190,7 @@ class SliceRoute:
             return EventTransfer(self._uplink.upload(gathered, slot.parts[part], last_use=last_use, name=name))
         source, place, neuron_ids = self._store.layer(layer), slot.kept, self._kept.ids(layer)
         assert place is not None
-        self._uplink.gather(source.gate, neuron_ids, place.gate, last_use=last_use, name=name)
+        self._uplink.gather(source.gate_records, neuron_ids, place.gate_records, last_use=last_use, name=name)
         # What is queued on the link later is done later: the second event stands for both.
         done = self._uplink.gather(source.up_down, neuron_ids, place.up_down, last_use=last_use, name=name)
         return EventTransfer(done)
@@ -204,7 +204,7 @@ class SliceRoute:
     def gather(self, layer: int, neuron_ids: Tensor | None, place: KeptNeurons, last_use: Event) -> Transfer:
         """See Copier.gather."""
         source, name = self._store.layer(layer), f"layer {layer} neurons"
-        for records, rows in ((source.gate, place.gate), (source.up_down, place.up_down)):
+        for records, rows in ((source.gate_records, place.gate_records), (source.up_down, place.up_down)):
             if neuron_ids is None:
                 done = self._uplink.upload(records, rows, last_use=last_use, name=name)
             else:

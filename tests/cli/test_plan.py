@@ -15,6 +15,7 @@ from offload_sirius.engine.planning import HOST_RESERVE_NBYTES
 from offload_sirius.rates import NAMES, rates_file, rates_from, write_rates
 from offload_sirius.units import GIB
 
+from ..loaders.quantised import WAYS, write_pair
 from .conftest import TINY, Run
 
 LLAMA_70B = (
@@ -208,13 +209,15 @@ def test_four_gib_more_of_either_memory_never_make_a_token_slower(run: Run) -> N
     assert more["host"]["seconds_per_token"] < usual
 
 
-def test_planning_imports_no_torch() -> None:
+def test_planning_imports_no_torch(tmp_path: Path) -> None:
     program = (
         "import sys; from offload_sirius import machine; machine.may_have_gpu = lambda: False; "
         "from offload_sirius.cli import main; code = main(sys.argv[1:]); "
         "sys.exit(str((code, [name for name in ('torch', 'transformers') if name in sys.modules])))"
     )
-    for arguments in (["--model", "synthetic:llama-3-70b", *LLAMA_70B[2:]], ["--model", "synthetic:tiny"]):
+    quantised, _ = write_pair(WAYS["awq"], tmp_path)
+    models = (["synthetic:llama-3-70b", *LLAMA_70B[2:]], ["synthetic:tiny"], [str(quantised), "--prompt-tokens", "8"])
+    for arguments in (["--model", *model] for model in models):
         done = subprocess.run([sys.executable, "-c", program, "plan", *arguments], capture_output=True, text=True, check=False)
         assert done.stderr == "(0, [])\n"
         assert "a token" in done.stdout

@@ -58,6 +58,17 @@ def test_else_config_json_alone_is_fetched(name: str, hub_id: str, fetched: list
     assert opened.checkpoint.tensors[0, "q_bias"].shape == (64,)
 
 
+@pytest.mark.parametrize("written", [{}, {"torch_dtype": "float32"}])
+def test_a_quantised_model_that_is_not_here_counts_16_bits_and_says_so(
+    written: dict[str, str], tmp_path: Path, fetched: list[str]
+) -> None:
+    settings = {"quant_method": "awq", "bits": 4, "group_size": 128}
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG | {"quantization_config": settings} | written))
+    opened = open_shape("someone/model-awq")
+    assert opened.found.endswith("; they are quantised, and here counted as if each had 16 bits on the disk")
+    assert opened.checkpoint.spec.stored_dtype == "BF16"
+
+
 def test_what_is_here_is_opened_as_it_is(tiny_directory: Path, fetched: list[str]) -> None:
     assert open_shape(str(tiny_directory)).found == open_shape("synthetic:tiny").found == ""
     assert not open_shape(str(tiny_directory)).computed

@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from offload_sirius.errors import WeightReadError
+from offload_sirius.weights import pieces
 from offload_sirius.weights.disk import (
     DirectFile,
     Fill,
@@ -24,8 +25,11 @@ from offload_sirius.weights.disk import (
     read_buffers,
     tensor_jobs,
 )
-from offload_sirius.weights.pieces import BLOCK_NBYTES
+from offload_sirius.weights.pieces import BLOCK_NBYTES, pieces_of, read_nbytes
+from offload_sirius_loaders import by_input
 from offload_sirius_loaders.checkpoint import Checkpoint
+
+from ..loaders.quantised import WAYS, one_layer
 
 
 @pytest.fixture
@@ -42,6 +46,28 @@ def test_what_the_readers_put_in_place_is_what_the_plain_way_reads(pool: ReaderP
         assert np.array_equal(place.numpy(), tiny.read(layer, role)), tensor.name
     assert pool.nbytes_read == sum(tensor.nbytes for tensor in tiny.tensors.values())
     assert pool.busy_seconds > 0
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_quantised_matrices_come_in_pieces_with_what_belongs_to_them(
+    way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pieces, "PIECE_NBYTES", 8000)
+    monkeypatch.setattr(by_input, "GROUP_NBYTES", 1)
+    monkeypatch.setattr(by_input, "ANY_ORDER_NBYTES", 1)
+    checkpoint = one_layer(WAYS[way], tmp_path, 104, 120)
+    tensor, expected = checkpoint.tensors[0, "up"], checkpoint.read(0, "up")
+    assert len(pieces_of(tensor)) > 4
+    readers = ReaderPool(checkpoint, 2)
+    try:
+        plain, turned = torch.full((104, 120), torch.nan), torch.full((120, 104), torch.nan)
+        seen: list[int] = []
+        for place in (plain, turned.t()):
+            readers.submit(tensor_jobs(tensor, place), seen.append).wait()
+            assert np.array_equal(place.numpy(), expected)
+        assert sum(seen) == 2 * read_nbytes(tensor) == readers.nbytes_read
+    finally:
+        readers.close()
 
 
 def test_progress_adds_up_to_the_stored_bytes(pool: ReaderPool, tiny: Checkpoint) -> None:

@@ -201,7 +201,7 @@ def test_a_plan_keeps_to_its_budgets_and_one_that_is_refused_says_which_would_do
     assert made.device_nbytes <= budgets.device_nbytes
     assert made.host_nbytes <= budgets.host_nbytes
     assert 1 <= made.hot.num_hot <= most
-    layouts = hot_layouts(spec, element_nbytes, made.hot.num_hot)
+    layouts = hot_layouts(spec, layout, made.hot.num_hot)
     slots, num_hot_layers = made.device_bill["slots"], len(made.hot.layers)
     if num_hot_layers < spec.num_layers:
         assert made.hot.num_hot == most

@@ -22,7 +22,7 @@ from offload_sirius_loaders import open_checkpoint
 
 SPEC = open_checkpoint("synthetic:tiny?ffn=16&width=32&heads=4&kv_heads=2").spec
 NUM_LAYERS, F, N = 5, 16, 6
-LAYOUTS = hot_layouts(SPEC, 4, N)
+LAYOUTS = hot_layouts(SPEC, layer_layout(SPEC, 4), N)
 ALL_NBYTES, HOT_NBYTES, COLD_NBYTES = F * 3 * 32 * 4, N * 3 * 32 * 4, (F - N) * 3 * 32 * 4
 WHOLE = layer_layout(SPEC, 4)
 ALL_LAYERS = tuple(range(NUM_LAYERS))

@@ -356,7 +356,7 @@ def test_slices_are_never_computed_on_before_they_are_there_nor_overwritten_too_
     assert streamer.copied_nbytes == streamer.pass_nbytes["draft"] + streamer.discarded_nbytes + in_flight
 
 
-HOT = hot_layouts(SPEC, 2, 5)
+HOT = hot_layouts(SPEC, layer_layout(SPEC, 2), 5)
 
 
 def hot_streamer(device: SimulatedDevice, num_whole: int, num_cold: int, streamed: set[int]) -> HotStreamer:

@@ -1,0 +1,187 @@
+"""Products of a few tokens with rows of weights on a CPU, by products.c: float32, bfloat16 or quantised rows. Knows no layers.
+
+What a token gives does not depend on the tokens beside it, on the number of rows or on threads, to the bit: the products of a
+correction are those of steps of single tokens.
+
+Seconds of one core, as a share of what torch's linear takes in bfloat16 (benchmarks/products.py, matrix of 14336 x 4096, a Xeon
+with AMX, groups of 128; in brackets the GB/s of weights, of about 14 that a core can read there):
+
+                         1 token        16 tokens   64 tokens
+    linear  torch bf16   1     (10.6)   1           1
+            torch f32    1.51  (14.0)   4.41        3.82
+            bf16         0.85  (12.3)   2.02        3.73
+            f32          1.54  (13.7)   2.86        4.26
+            int8         0.47  (11.5)   1.67        3.46
+            int4         0.35   (7.9)   1.58        3.42
+    down    torch bf16   2.26   (4.7)   1.86        1.27
+            bf16         0.76  (13.9)   2.09        4.03
+            int4         0.34   (8.0)   1.66        3.62
+
+A single token is bound by memory, but for int4, where turning integers into floats takes longer than reading them. Many tokens
+are bound by the float32 units: 48 to 53 of their 61 billion multiply-adds a second are reached. torch has AMX, for bfloat16.
+
+Tried beside this: torch's _weight_int4pack_mm_for_cpu takes as long for one token of bfloat16 and 1.2 to 1.4 times as long for
+more, and wants whole matrices in an order of its own; _weight_int8pack_mm takes 1.1 to 1.6 times as long, in float32 nine times
+and more. AVX512's products of bfloat16 run at half the rate of float32's on that CPU, which makes them no faster.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from offload_sirius.kernels.native import native
+from offload_sirius.kernels.packed import QuantizedRows
+from offload_sirius.quantization import BLOCK
+
+Rows = Tensor | QuantizedRows
+"""N rows of D weights: float32 or bfloat16 [N, D], strided between rows, or quantised ones."""
+
+Activation = Literal["silu", "gelu", "gelu_tanh"]
+
+_ACTIVATION_IDS: dict[Activation, int] = {"silu": 0, "gelu": 1, "gelu_tanh": 2}
+_KIND_IDS: dict[object, int] = {torch.float32: 0, torch.bfloat16: 1, "int8": 2, "int4": 3}
+
+_PLAIN_GROUP_LOG2 = 7
+"""Rows without groups are read in pieces of this many weights, as a power of two."""
+
+
+class _Matrix(ctypes.Structure):
+    """products.c's struct matrix."""
+
+    _fields_ = (
+        ("rows", ctypes.c_void_p),
+        ("stride", ctypes.c_int64),
+        ("ids", ctypes.c_void_p),
+        ("num_rows", ctypes.c_int64),
+        ("width", ctypes.c_int64),
+        ("kind", ctypes.c_int32),
+        ("group_log2", ctypes.c_int32),
+    )
+
+
+def available() -> bool:
+    """Whether the library is there; compiles it where it is not. `native("products").problem` says why there is none."""
+    return native("products").library is not None
+
+
+def linear(x: Tensor, rows: Rows, ids: Tensor | None = None) -> Tensor:
+    """y = x rows^T: x [S, D] -> float32 [S, N]. ids: int64 [N], the rows to take; None takes all."""
+    x, width = _padded(x), x.shape[1]
+    matrix = _matrix(rows, width, ids)
+    out = torch.empty(x.shape[0], matrix.num_rows)
+    _library().offload_sirius_linear(
+        ctypes.byref(matrix), x.data_ptr(), x.stride(0), x.shape[0], out.data_ptr(), out.stride(0), torch.get_num_threads()
+    )
+    return out
+
+
+def gate_up(x: Tensor, gate: Rows, up: Rows, activation: Activation, ids: Tensor | None = None) -> Tensor:
+    """z = activation(x gate^T) * (x up^T): x [S, D] -> float32 [S, N]. ids: int64 [N], the rows to take of both."""
+    x, width = _padded(x), x.shape[1]
+    gates, ups = _matrix(gate, width, ids), _matrix(up, width, ids)
+    assert gates.num_rows == ups.num_rows, (gates.num_rows, ups.num_rows)
+    out = torch.empty(x.shape[0], gates.num_rows)
+    _library().offload_sirius_gate_up(
+        ctypes.byref(gates),
+        ctypes.byref(ups),
+        _ACTIVATION_IDS[activation],
+        x.data_ptr(),
+        x.stride(0),
+        x.shape[0],
+        out.data_ptr(),
+        out.stride(0),
+        torch.get_num_threads(),
+    )
+    return out
+
+
+def down(z: Tensor, rows: Rows, ids: Tensor | None = None) -> Tensor:
+    """y = z rows: z [S, N], N rows of D -> float32 [S, D]. ids: int64 [N], the rows that z belongs to; None takes all."""
+    z = _contiguous(z)
+    width = rows.width if isinstance(rows, QuantizedRows) else rows.shape[1]
+    matrix = _matrix(rows, width, ids)
+    assert z.shape[1] == matrix.num_rows, (z.shape, matrix.num_rows)
+    out = torch.empty(z.shape[0], -(-width // BLOCK) * BLOCK)
+    _library().offload_sirius_down(
+        ctypes.byref(matrix), z.data_ptr(), z.stride(0), z.shape[0], out.data_ptr(), out.stride(0), torch.get_num_threads()
+    )
+    return out[:, :width]
+
+
+def quantise_int4(weights: Tensor, rows: QuantizedRows) -> bool:
+    """float32 [N, D] into rows that hold zeros, as weights/quant.py does it, by quantise.c. False where there is no library.
+
+    Groups with weights that are not finite get a scale that is not.
+    """
+    library = native("quantise").library
+    if library is None:
+        return False
+    weights = _contiguous(weights)
+    library.offload_sirius_quantise_int4(
+        ctypes.c_void_p(weights.data_ptr()),
+        ctypes.c_int64(weights.stride(0)),
+        ctypes.c_int64(weights.shape[0]),
+        ctypes.c_int64(rows.width),
+        ctypes.c_int(rows.form.group),
+        ctypes.c_void_p(rows.rows.data_ptr()),
+        ctypes.c_int64(rows.rows.stride(0)),
+        ctypes.c_int(torch.get_num_threads()),
+    )
+    return True
+
+
+def _library() -> ctypes.CDLL:
+    library = native("products").library
+    assert library is not None, native("products").problem
+    return _declared(library)
+
+
+@cache
+def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
+    """The same, knowing what its functions take."""
+    matrix, address, number = ctypes.POINTER(_Matrix), ctypes.c_void_p, ctypes.c_int64
+    arguments = (address, number, number, address, number, ctypes.c_int)
+    library.offload_sirius_linear.argtypes = (matrix, *arguments)
+    library.offload_sirius_gate_up.argtypes = (matrix, matrix, ctypes.c_int, *arguments)
+    library.offload_sirius_down.argtypes = (matrix, *arguments)
+    return library
+
+
+def _matrix(rows: Rows, width: int, ids: Tensor | None) -> _Matrix:
+    """The caller keeps rows and ids alive."""
+    if isinstance(rows, QuantizedRows):
+        assert rows.width == width, (rows.width, width)
+        storage, kind, group_log2 = rows.rows, _KIND_IDS[rows.form.kind], rows.form.group.bit_length() - 1
+    else:
+        assert rows.shape[1] == width, (rows.shape, width)
+        assert rows.stride(1) == 1, rows.stride()
+        storage, kind, group_log2 = rows, _KIND_IDS[rows.dtype], _PLAIN_GROUP_LOG2
+    assert storage.device.type == "cpu", storage.device
+    assert ids is None or (ids.dtype == torch.int64 and ids.is_contiguous()), ids
+    return _Matrix(
+        rows=storage.data_ptr(),
+        stride=storage.stride(0) * storage.element_size(),
+        ids=None if ids is None else ids.data_ptr(),
+        num_rows=len(storage) if ids is None else len(ids),
+        width=width,
+        kind=kind,
+        group_log2=group_log2,
+    )
+
+
+def _padded(x: Tensor) -> Tensor:
+    """[S, D] -> float32, D rounded up to whole blocks with zeros; x itself where it is so already."""
+    missing = -x.shape[1] % BLOCK
+    return functional.pad(_contiguous(x), (0, missing)) if missing else _contiguous(x)
+
+
+def _contiguous(x: Tensor) -> Tensor:
+    """float32, each row contiguous."""
+    x = x.float()
+    return x if x.stride(1) == 1 else x.contiguous()

@@ -1,0 +1,44 @@
+"""A matrix by its rows, as a layer multiplies with it: plain numbers, or quantised rows, which are not unpacked to memory.
+
+Whoever computes with a matrix need not know which it is; whoever moves rows moves their bytes.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from offload_sirius.kernels.packed import QuantizedRows
+from offload_sirius.kernels.quantized import quantized_down, quantized_linear
+from offload_sirius.quantization import FEW_TOKENS, UNPACKED_ROWS
+
+Matrix = Tensor | QuantizedRows
+"""N rows of K numbers."""
+
+
+def project(x: Tensor, matrix: Matrix, bias: Tensor | None = None) -> Tensor:
+    """x [S, K] times the transposed matrix [N, K], plus bias [N] -> [S, N], in the type of x."""
+    if isinstance(matrix, Tensor):
+        return functional.linear(x, matrix, bias)
+    if len(x) <= FEW_TOKENS:
+        y = quantized_linear(x, matrix).to(x.dtype)
+    else:
+        y = torch.cat([functional.linear(x, rows.dequantised().to(x.dtype)) for rows in _parts(matrix)], dim=1)
+    return y if bias is None else y.add_(bias)
+
+
+def combine(z: Tensor, matrix: Matrix) -> Tensor:
+    """z [S, N] times the matrix [N, K] -> [S, K], in the type of z."""
+    if isinstance(matrix, Tensor):
+        return z @ matrix
+    if len(z) <= FEW_TOKENS:
+        return quantized_down(z, matrix).to(z.dtype)
+    y = torch.zeros(len(z), matrix.width, dtype=torch.float32, device=z.device)
+    for rows, values in zip(_parts(matrix), z.split(UNPACKED_ROWS, dim=1), strict=True):
+        y += values @ rows.dequantised().to(z.dtype)
+    return y.to(z.dtype)
+
+
+def _parts(matrix: QuantizedRows) -> list[QuantizedRows]:
+    return [matrix[start : start + UNPACKED_ROWS] for start in range(0, len(matrix), UNPACKED_ROWS)]

@@ -1,0 +1,64 @@
+"""Quantised rows as tensors: views of their parts, and the weights that they stand for in plain torch. Knows no layers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from offload_sirius.quantization import BLOCK, ZERO_STEPS, WeightFormat
+
+
+@dataclass(frozen=True)
+class QuantizedRows:
+    """N rows of D quantised weights, anywhere: a matrix, or one of the rows of every neuron record."""
+
+    rows: Tensor
+    """uint8 [N, row_nbytes]; the bytes of a row are contiguous, rows may be further apart, by a multiple of 16."""
+    width: int
+    """D"""
+    form: WeightFormat
+
+    def __post_init__(self) -> None:
+        assert self.rows.dtype == torch.uint8, self.rows.dtype
+        assert self.rows.shape[1] == self.form.row_nbytes(self.width), (self.rows.shape, self.width, self.form)
+        assert self.rows.stride(1) == 1, self.rows.stride()
+
+    def __len__(self) -> int:
+        return self.rows.shape[0]
+
+    def __getitem__(self, part: slice) -> QuantizedRows:
+        """Neighbouring rows, as a view."""
+        return QuantizedRows(self.rows[part], self.width, self.form)
+
+    @property
+    def integers(self) -> Tensor:
+        """A view: int8 [N, blocks * 32], or uint8 [N, blocks * 16] for int4."""
+        integers = self.rows[:, : self.form.integers_nbytes(self.width)]
+        return integers.view(torch.int8) if self.form.kind == "int8" else integers
+
+    @property
+    def scales(self) -> Tensor:
+        """A view, float16 [N, groups]."""
+        return self.rows[:, self.form.integers_nbytes(self.width) : self.form.zeros_offset(self.width)].view(torch.float16)
+
+    @property
+    def zeros(self) -> Tensor:
+        """A view, uint8 [N, groups], in sixteenths; int4 has them."""
+        assert self.form.kind == "int4", self.form
+        start = self.form.zeros_offset(self.width)
+        return self.rows[:, start : start + self.form.num_groups(self.width)]
+
+    def dequantised(self) -> Tensor:
+        """The weights that they stand for, float32 [N, D], exactly."""
+        scales = self._spread(self.scales.float())
+        if self.form.kind == "int8":
+            return self.integers[:, : self.width] * scales
+        blocks = self.integers.unflatten(1, (-1, BLOCK // 2))  # [N, blocks * 16] -> [N, blocks, 16]
+        numbers = torch.cat((blocks & 15, blocks >> 4), dim=2).flatten(1)[:, : self.width]  # -> [N, blocks, 32] -> [N, D]
+        return (numbers - self._spread(self.zeros.float() / ZERO_STEPS)) * scales
+
+    def _spread(self, each: Tensor) -> Tensor:
+        """One number a group, [N, groups] -> one a weight, [N, D]."""
+        return each.repeat_interleave(self.form.group, dim=1)[:, : self.width]

@@ -1,0 +1,113 @@
+"""Products of a few tokens with quantised rows: on a GPU by Triton, on a CPU by C, and in plain torch, which is their reference.
+
+    linear    y = x W^T                                         x [S, D], N rows of D -> [S, N]
+    gate_up   z = activation(x Wgate^T) * (x Wup^T)             x [S, D], twice N rows of D -> [S, N]
+    down      y = z W, the sum of z_j times row j               z [S, N], N rows of D -> [S, D]
+
+All give float32. Each takes a subset of the rows by their numbers, which need not be sorted; on the device of the rows, and not
+checked. Meant for a window of tokens: nothing is gained by rows that stay quantised once there are some hundred. Knows no layers.
+"""
+
+from __future__ import annotations
+
+from typing import get_args
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from offload_sirius.kernels import cpu
+from offload_sirius.kernels.cpu import Activation
+from offload_sirius.kernels.gather import has_triton
+from offload_sirius.kernels.packed import QuantizedRows
+
+ACTIVATIONS: tuple[Activation, ...] = get_args(Activation)
+
+REFERENCE_ROWS = 256
+"""Rows that the reference holds in float32 at once."""
+
+
+def quantized_linear(x: Tensor, rows: QuantizedRows, ids: Tensor | None = None) -> Tensor:
+    """y = x rows^T: x [S, D] of any float type -> float32 [S, N]. ids: int64 [N], contiguous; None takes all rows."""
+    if _on_gpu(x):
+        from offload_sirius.kernels import quantized_gpu
+
+        return quantized_gpu.linear(_contiguous(x), rows, ids)
+    return cpu.linear(x, rows, ids) if _by_library(x) else linear_reference(x, rows, ids)
+
+
+def quantized_gate_up(
+    x: Tensor, gate: QuantizedRows, up: QuantizedRows, activation: Activation, ids: Tensor | None = None
+) -> Tensor:
+    """z = activation(x gate^T) * (x up^T): x [S, D] of any float type -> float32 [S, N]. ids: int64 [N], contiguous, of both."""
+    if _on_gpu(x):
+        assert gate.form == up.form, (gate.form, up.form)
+        from offload_sirius.kernels import quantized_gpu
+
+        return quantized_gpu.gate_up(_contiguous(x), gate, up, activation, ids)
+    if _by_library(x):
+        return cpu.gate_up(x, gate, up, activation, ids)
+    return gate_up_reference(x, gate, up, activation, ids)
+
+
+def quantized_down(z: Tensor, rows: QuantizedRows, ids: Tensor | None = None) -> Tensor:
+    """y = z rows: z [S, N] of any float type -> float32 [S, D]. ids: int64 [N], contiguous: the rows that z belongs to.
+
+    On a GPU weights are rounded to the type of z.
+    """
+    if _on_gpu(z):
+        from offload_sirius.kernels import quantized_gpu
+
+        return quantized_gpu.down(_contiguous(z), rows, ids)
+    return cpu.down(z, rows, ids) if _by_library(z) else down_reference(z, rows, ids)
+
+
+def linear_reference(x: Tensor, rows: QuantizedRows, ids: Tensor | None = None) -> Tensor:
+    """quantized_linear in torch."""
+    rows = _taken(rows, ids)
+    parts = [functional.linear(x.float(), part.dequantised()) for part in _parts(rows)]
+    return torch.cat(parts, dim=1) if parts else x.new_empty(x.shape[0], 0, dtype=torch.float32)
+
+
+def gate_up_reference(
+    x: Tensor, gate: QuantizedRows, up: QuantizedRows, activation: Activation, ids: Tensor | None = None
+) -> Tensor:
+    """quantized_gate_up in torch."""
+    return activated(linear_reference(x, gate, ids), activation) * linear_reference(x, up, ids)
+
+
+def down_reference(z: Tensor, rows: QuantizedRows, ids: Tensor | None = None) -> Tensor:
+    """quantized_down in torch."""
+    rows = _taken(rows, ids)
+    y = z.new_zeros(z.shape[0], rows.width, dtype=torch.float32)
+    for part, values in zip(_parts(rows), z.float().split(REFERENCE_ROWS, dim=1), strict=False):
+        y += values @ part.dequantised()
+    return y
+
+
+def activated(gates: Tensor, activation: Activation) -> Tensor:
+    """The activation by its name, elementwise."""
+    if activation == "silu":
+        return functional.silu(gates)
+    return functional.gelu(gates, approximate="tanh" if activation == "gelu_tanh" else "none")
+
+
+def _on_gpu(x: Tensor) -> bool:
+    return x.device.type == "cuda" and has_triton()
+
+
+def _by_library(x: Tensor) -> bool:
+    return x.device.type == "cpu" and cpu.available()
+
+
+def _contiguous(x: Tensor) -> Tensor:
+    """Each row contiguous."""
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+def _taken(rows: QuantizedRows, ids: Tensor | None) -> QuantizedRows:
+    return rows if ids is None else QuantizedRows(rows.rows[ids], rows.width, rows.form)
+
+
+def _parts(rows: QuantizedRows) -> list[QuantizedRows]:
+    return [rows[start : start + REFERENCE_ROWS] for start in range(0, len(rows), REFERENCE_ROWS)]

@@ -1,0 +1,235 @@
+"""Quantising: torch and C against a written-out reference, to the bit, and how far the result is from what it stands for."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from offload_sirius.errors import CheckpointError
+from offload_sirius.kernels import cpu
+from offload_sirius.kernels.native import Native
+from offload_sirius.kernels.packed import QuantizedRows
+from offload_sirius.quantization import GROUPS, KINDS, WeightFormat
+from offload_sirius.weights import quant
+from offload_sirius.weights.quant import dequantise_rows, quantise_reference, quantise_rows, quantization_error
+
+FORMATS = [WeightFormat(kind=kind, group=group) for kind in KINDS for group in GROUPS]
+one = np.float32
+
+
+def normal(*shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape))) * 0.02
+
+
+KINDS_OF_WEIGHTS = {
+    "normal": lambda shape: normal(*shape),
+    "with outliers": lambda shape: normal(*shape) ** 5 * 1e6,
+    "tiny": lambda shape: normal(*shape) * 1e-6,
+    "positive": lambda shape: normal(*shape).abs() + 0.01,
+    "zero": lambda shape: torch.zeros(*shape),
+    "on a grid": lambda shape: (normal(*shape) * 100).round() / 4,
+}
+
+
+def half(value: np.float32) -> np.float32:
+    return one(np.float16(value))
+
+
+def stored_scale(value: np.float32) -> np.float32:
+    return half(max(value, one(2.0**-24)))
+
+
+def stored_zero(value: np.float32) -> np.float32:
+    return one(min(max(np.rint(value * one(16)), one(0)), one(255))) / one(16)
+
+
+def sum_of(values: list[np.float32]) -> np.float32:
+    """Added in halves; of an odd number the last goes to the first."""
+    while len(values) > 1:
+        middle = len(values) // 2
+        added = [values[i] + values[middle + i] for i in range(middle)]
+        if len(values) % 2:
+            added[0] += values[-1]
+        values = added
+    return values[0]
+
+
+def integers_of(steps: list[np.float32], zero: np.float32) -> list[np.float32]:
+    return [one(min(max(np.rint(step + zero), one(0)), one(15))) for step in steps]
+
+
+def solve(weights: list[np.float32]) -> tuple[np.float32, np.float32, list[int]]:
+    """Scale, zero and integers of one group of int4, as the docstring of quant.py says."""
+    lowest, highest = min(*weights, one(0)), max(*weights, one(0))
+    scale = stored_scale((highest - lowest) / one(15))
+    zero = stored_zero(-lowest * (one(1) / scale))
+    best, least = (scale, zero), one(np.inf)
+    for _ in range(quant.NUM_ITERATIONS + 1):
+        steps = [weight * (one(1) / scale) for weight in weights]
+        integers = integers_of(steps, zero)
+        residuals = [step - (integer - zero) for step, integer in zip(steps, integers, strict=True)]
+        error = sum_of([residual * residual for residual in residuals]) * (scale * scale)
+        if error < least:
+            best, least = (scale, zero), error
+        targets = []
+        for step, residual in zip(steps, residuals, strict=True):
+            size = abs(residual)
+            left = one(0) if size == 0 else size - one(1) / np.sqrt(size) * one(1 / quant.BETA)
+            targets.append(step - np.copysign(max(left, one(0)), residual))
+        zero = stored_zero(sum_of([i - t for i, t in zip(integers, targets, strict=True)]) / one(len(weights)))
+        shifted = [integer - zero for integer in integers]
+        factor = sum_of([t * s for t, s in zip(targets, shifted, strict=True)])
+        scale = stored_scale(scale * (factor / max(sum_of([s * s for s in shifted]), one(1e-6))))
+    scale, zero = best
+    return scale, zero, [int(i) for i in integers_of([weight * (one(1) / scale) for weight in weights], zero)]
+
+
+def written_out(weights: list[np.float32], form: WeightFormat) -> bytes:
+    """The bytes of a row, by the text of quantization.py."""
+    width = len(weights)
+    groups = [weights[start : start + form.group] for start in range(0, width, form.group)]
+    blocks = -(-width // 32)
+    if form.kind == "int8":
+        scales = [half(max(map(abs, group)) / one(127)) for group in groups]
+        integers = []
+        for group, scale in zip(groups, scales, strict=True):
+            inverse = one(1) / scale if scale else one(0)
+            integers += [int(min(max(np.rint(weight * inverse), -127), 127)) for weight in group]
+        row = bytes(i % 256 for i in integers).ljust(32 * blocks, b"\0")
+        row += np.array(scales, dtype="<f2").tobytes()
+    else:
+        solved = [solve(group) for group in groups]
+        integers = [i for *_, group in solved for i in group]
+        integers += [0] * (32 * blocks - width)
+        row = bytes(
+            integers[32 * block + place] | integers[32 * block + 16 + place] << 4
+            for block in range(blocks)
+            for place in range(16)
+        )
+        row += np.array([scale for scale, *_ in solved], dtype="<f2").tobytes()
+        row += bytes(int(zero * 16) for _, zero, _ in solved)
+    return row.ljust(form.row_nbytes(width), b"\0")
+
+
+@pytest.mark.parametrize("form", FORMATS, ids=str)
+@pytest.mark.parametrize("kind", KINDS_OF_WEIGHTS)
+def test_bytes_are_those_of_the_written_out_reference(form: WeightFormat, kind: str) -> None:
+    weights = KINDS_OF_WEIGHTS[kind]((3, 200))
+    with np.errstate(over="ignore"):
+        expected = [list(written_out(list(row), form)) for row in weights.numpy()]
+    rows = quantise_rows(weights, form)
+    assert rows.tolist() == expected
+    in_torch = torch.zeros_like(rows)
+    quantise_reference(weights, QuantizedRows(in_torch, 200, form))
+    assert torch.equal(in_torch, rows)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.sampled_from(FORMATS), st.integers(1, 300), st.integers(1, 9), st.integers(0, 2**31), st.sampled_from([1, 5]))
+def test_c_and_torch_give_the_same_bits(form: WeightFormat, width: int, num_rows: int, seed: int, power: int) -> None:
+    weights = torch.randn(num_rows, width, generator=torch.Generator().manual_seed(seed)) ** power
+    rows = quantise_rows(weights, form)
+    in_torch = torch.zeros_like(rows)
+    quantise_reference(weights, QuantizedRows(in_torch, width, form))
+    assert torch.equal(rows, in_torch)
+
+
+@pytest.mark.parametrize("with_library", [True, False], ids=["C", "torch"])
+@pytest.mark.parametrize("form", FORMATS, ids=str)
+def test_a_row_is_the_same_bytes_whatever_rows_and_threads_are_beside_it(
+    form: WeightFormat, with_library: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not with_library:
+        monkeypatch.setattr(cpu, "native", lambda name: Native(library=None, problem="no compiler"))
+    weights = normal(300, 333)  # more than are worked on at once
+    rows = quantise_rows(weights, form)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        assert torch.equal(quantise_rows(weights, form), rows)
+    finally:
+        torch.set_num_threads(before)
+    for part in (slice(0, 1), slice(7, 20), slice(299, 300)):
+        assert torch.equal(quantise_rows(weights[part], form), rows[part])
+
+
+@pytest.mark.parametrize("form", FORMATS, ids=str)
+def test_rows_are_written_where_they_are_wanted_and_nowhere_else(form: WeightFormat) -> None:
+    weights, nbytes = normal(5, 200), form.row_nbytes(200)
+    storage = torch.full((5, 2, nbytes), 7, dtype=torch.uint8)
+    out = quantise_rows(weights, form, storage[:, 1])
+    assert out.data_ptr() == storage[:, 1].data_ptr()
+    assert torch.equal(storage[:, 1], quantise_rows(weights, form))
+    assert (storage[:, 0] == 7).all()
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.sampled_from(FORMATS), st.integers(1, 300), st.integers(0, 2**31), st.sampled_from([1e-3, 1.0, 1e3]))
+def test_no_int8_weight_is_further_off_than_half_a_step(form: WeightFormat, width: int, seed: int, size: float) -> None:
+    weights = torch.randn(2, width, generator=torch.Generator().manual_seed(seed)) * size
+    rows = QuantizedRows(quantise_rows(weights, form), width, form)
+    largest = weights.abs().max()
+    errors = (rows.dequantised() - weights).abs()
+    if form.kind == "int8":
+        # A scale is rounded to 11 bits, which moves the largest weight by a sixteenth of a step.
+        assert (errors <= largest / 127 * 0.57).all()
+    else:
+        # The solver lets the rest of a group have smaller steps at the cost of its outliers, never for more squared error than
+        # covering the group would have: half a step each, and a sixteenth for the zero's and the scale's rounding.
+        assert errors.square().sum() <= width * 2 * (2 * largest / 15 * 0.6) ** 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_weights_of_any_float_type_are_quantised_as_the_float32_they_are(dtype: torch.dtype) -> None:
+    weights = normal(3, 64).to(dtype)
+    form = WeightFormat(kind="int4", group=32)
+    assert torch.equal(quantise_rows(weights, form), quantise_rows(weights.float(), form))
+
+
+def test_the_error_falls_with_bits_and_smaller_groups() -> None:
+    weights = normal(64, 1024)
+    errors = {form: quantization_error(weights, quantise_rows(weights, form), form).relative_rms for form in FORMATS}
+    for kind in KINDS:
+        by_group = [errors[WeightFormat(kind=kind, group=group)] for group in GROUPS]
+        assert by_group == sorted(by_group)
+    assert errors[WeightFormat(kind="int8", group=128)] < 0.008
+    assert errors[WeightFormat(kind="int4", group=128)] < 0.1
+
+
+def test_the_solver_is_better_than_covering_the_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    weights, form = normal(64, 1024), WeightFormat(kind="int4", group=128)
+    rows, covering = quantise_rows(weights, form), torch.zeros(64, form.row_nbytes(1024), dtype=torch.uint8)
+    monkeypatch.setattr(quant, "NUM_ITERATIONS", 0)
+    quantise_reference(weights, QuantizedRows(covering, 1024, form))
+    solved, covered = (quantization_error(weights, each, form).relative_rms for each in (rows, covering))
+    assert solved < 0.96 * covered
+
+
+def test_errors_by_hand() -> None:
+    form = WeightFormat(kind="int8", group=32)
+    weights = torch.tensor([[127.0, 1.25, 0.0]])
+    rows = quantise_rows(weights, form)
+    assert dequantise_rows(rows, 3, form).tolist() == [[127.0, 1.0, 0.0]]
+    error = quantization_error(weights, rows, form)
+    assert error.largest == 0.25
+    assert error.relative_rms == pytest.approx(0.25 / (127.0**2 + 1.25**2) ** 0.5)
+    nothing = torch.zeros(1, 3)
+    assert quantization_error(nothing, quantise_rows(nothing, form), form).relative_rms == 0
+
+
+@pytest.mark.parametrize("with_library", [True, False], ids=["C", "torch"])
+@pytest.mark.parametrize("form", FORMATS, ids=str)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf"), 1e30])
+def test_weights_that_cannot_be_written_are_refused(
+    form: WeightFormat, with_library: bool, value: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not with_library:
+        monkeypatch.setattr(cpu, "native", lambda name: Native(library=None, problem="no compiler"))
+    weights = normal(3, 200)
+    weights[1, 150] = value
+    with pytest.raises(CheckpointError, match=f"weights cannot be written as {form.kind}: some are not finite, or too large"):
+        quantise_rows(weights, form)
