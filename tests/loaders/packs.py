@@ -1,4 +1,4 @@
-"""Packed folders without torch: layers are bytes that anybody can make again. Run as a program, it is killed where it is told to."""
+"""Packed folders without torch: layers are bytes that anybody can make again. As a program it is killed where that is asked."""
 
 from __future__ import annotations
 

@@ -158,7 +158,7 @@ def test_verifying_names_what_is_damaged(directory: Path) -> None:
     found = verify(list(opened.files.values()), lambda nbytes: None)
     assert isinstance(opened, PackedCheckpoint)
     assert [each.partition(", bytes ")[0] for each in found.damaged] == [
-        f"{OUTSIDE_NAME}: model.embed_tokens.weight and lm_head.weight and model.norm.weight",
+        f"{OUTSIDE_NAME}: model.embed_tokens.weight and model.norm.weight and lm_head.weight",
         f"{LAYER}: attention and records",
         f"{LAYER}: records",
     ]
