@@ -13,7 +13,8 @@ import json
 import math
 import os
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,9 @@ BLOCK_NBYTES = 4096
 
 CHECKED_NBYTES = 4 << 20
 """Data that share a checksum."""
+
+CHECK_THREADS = 4
+"""Threads that compare checksums: neither reading nor computing one holds the interpreter's lock."""
 
 PADDING = "padding."
 """Names of padding begin so."""
@@ -99,6 +103,11 @@ class PackFile:
     """What else the header says."""
 
     @property
+    def data_nbytes(self) -> int:
+        """What has checksums."""
+        return self.nbytes - self.head_nbytes
+
+    @property
     def num_pieces(self) -> int:
         """Stretches of data with a checksum each."""
         return len(self.checksums)
@@ -123,6 +132,27 @@ class PackFile:
         start, end = self.piece(index)
         inside = [name for name, tensor in self.tensors.items() if tensor.offset < end and start < tensor.end]
         return f"{self.path.name}: {' and '.join(inside) or 'padding'}, bytes {start} to {end - 1}"
+
+
+def damaged_pieces(files: Sequence[PackFile], on_bytes: Callable[[int], None]) -> list[tuple[PackFile, int]]:
+    """Read all data and compare every checksum: the pieces that are not as they were written, by file and index.
+
+    on_bytes: called with what has been read, by several threads. Raises CheckpointError where something cannot be read.
+    """
+    pieces = [(file, index) for file in files for index in range(file.num_pieces)]
+
+    def is_whole(piece: tuple[PackFile, int]) -> bool:
+        file, index = piece
+        whole = file.is_whole(index)
+        start, end = file.piece(index)
+        on_bytes(end - start)
+        return whole
+
+    executor = ThreadPoolExecutor(CHECK_THREADS, "check")
+    try:
+        return [piece for piece, whole in zip(pieces, executor.map(is_whole, pieces), strict=True) if not whole]
+    finally:
+        executor.shutdown(cancel_futures=True)
 
 
 def write_file(
@@ -151,6 +181,8 @@ def write_file(
             file.write(_head(tensors, checksums.all, notes or {}))
             file.flush()
             os.fsync(file.fileno())
+            # Out of the page cache: whoever verifies is to read the disk, and what others have there is worth more.
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         replace_file(partial, path)
     finally:
         partial.unlink(missing_ok=True)  # gone already where all went well

@@ -10,7 +10,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from offload_sirius_loaders.arch import generation_json
@@ -18,7 +18,9 @@ from offload_sirius_loaders.checkpoint import Checkpoint
 from offload_sirius_loaders.errors import CheckpointError
 from offload_sirius_loaders.pack_file import (
     OutTensor,
+    PackFile,
     Seal,
+    damaged_pieces,
     is_partial,
     read_file,
     seal_of,
@@ -47,7 +49,7 @@ class PackWriter:
     """A folder while it becomes a packed model. One process at a time; close it at the end."""
 
     def __init__(self, directory: Path, job: PackJob, checkpoint: Checkpoint) -> None:
-        """Look at the folder, make it where it is not there, and see what is left to do.
+        """Look at the folder, and make it where it is not there.
 
         checkpoint: what is packed. Raises CheckpointError where the folder is something else, in use, or its disk too small.
         """
@@ -58,6 +60,8 @@ class PackWriter:
         self._config = checked_config(checkpoint.spec, ELEMENT_OF_DTYPE[job.dtype], directory)
         self._tensors = _files(checkpoint, job)
         self._seals: dict[str, Seal] = {}
+        self._unchecked: dict[str, PackFile] = {}
+        """Files of an earlier run, which may not be whole."""
         self._descriptor: int | None = None
         try:
             self.is_finished = self._begin()
@@ -70,8 +74,25 @@ class PackWriter:
             raise
 
     @property
+    def unchecked_nbytes(self) -> int:
+        """What `resume` reads."""
+        return sum(file.data_nbytes for file in self._unchecked.values())
+
+    def resume(self, on_bytes: Callable[[int], None]) -> None:
+        """Check what an earlier run has left, and that there is room for the rest; on_bytes is called by several threads.
+
+        Raises CheckpointError where the disk is too small.
+        """
+        damaged = [file for file, _ in damaged_pieces(list(self._unchecked.values()), on_bytes)]
+        whole = {name: file for name, file in self._unchecked.items() if file not in damaged}
+        self._seals |= {name: seal_of(file.path, file.head_nbytes) for name, file in whole.items()}
+        self._unchecked = {}
+        if not self.is_finished:
+            self._require_space()
+
+    @property
     def missing(self) -> list[str]:
-        """Names of the files with tensors that are still to be written, in order."""
+        """Names of the files with tensors that are still to be written, in order. Known when the rest has been checked."""
         return [] if self.is_finished else [name for name in self._tensors if name not in self._seals]
 
     def tensors(self, name: str) -> Sequence[OutTensor]:
@@ -121,8 +142,7 @@ class PackWriter:
                 return True
             write_small_file(self._directory / MARKER_NAME, marker_text(self._job))
             (self._directory / INDEX_NAME).unlink()  # no model any more, until it is whole again
-        self._begin_or_resume()
-        self._require_space()
+        self._begin_or_go_on()
         return False
 
     def _make_folder(self) -> None:
@@ -136,13 +156,13 @@ class PackWriter:
         self._directory.mkdir()
         sync_folder(self._directory.parent)
 
-    def _begin_or_resume(self) -> None:
+    def _begin_or_go_on(self) -> None:
         for path in self._directory.iterdir():
             if is_partial(path):
                 path.unlink()  # somebody was killed in the middle of it
         if (self._directory / MARKER_NAME).is_file():
             self._require_same(read_marker(self._directory), "is an unfinished packed copy")
-            self._seals = {name: seal for name in self._tensors if (seal := self._whole(name)) is not None}
+            self._unchecked = {name: file for name in self._tensors if (file := self._found(name)) is not None}
             return
         if any(self._directory.iterdir()):
             raise CheckpointError(f"{self._directory}: exists and is no packed copy; give a folder that does not exist")
@@ -161,19 +181,16 @@ class PackWriter:
         if difference := found.difference(self._job):
             raise CheckpointError(f"{self._directory}: {what} {difference}; give another folder, or remove this one")
 
-    def _whole(self, name: str) -> Seal | None:
-        """The seal of a file that an earlier run has finished; None where there is none, or it is broken."""
+    def _found(self, name: str) -> PackFile | None:
+        """A file of an earlier run that seems to be what is wanted; None where there is none."""
         path = self._directory / name
-        if not path.is_file():
-            return None
         try:
-            file = read_file(path)
-            whole = all(file.is_whole(index) for index in range(file.num_pieces))
+            file = read_file(path) if path.is_file() else None
         except CheckpointError:
             return None
-        held = [(tensor.dtype, tensor.shape) for tensor in file.tensors.values()]
-        wanted = [(tensor.dtype, tensor.shape) for tensor in self._tensors[name]]
-        return seal_of(path, file.head_nbytes) if whole and held == wanted else None
+        wanted = {tensor.name: (tensor.dtype, tensor.shape) for tensor in self._tensors[name]}
+        held = {tensor: (stored.dtype, stored.shape) for tensor, stored in file.tensors.items()} if file else {}
+        return file if held == wanted else None
 
     def _require_space(self) -> None:
         """Raises CheckpointError where the disk has too little for what is still to be written."""

@@ -6,9 +6,7 @@ Knows what the bytes of a layer are called and how many there are, not what they
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -44,9 +42,6 @@ from offload_sirius_loaders.shard import StoredTensor
 from offload_sirius_loaders.spec import ModelSpec
 
 ELEMENT_OF_DTYPE: dict[str, Element] = {"bfloat16": "BF16", "float32": "F32"}
-
-CHECK_THREADS = 4
-"""Threads that verify: both reading and checksums leave the interpreter's lock alone."""
 
 ERRORS_NOTE = "errors"
 """Note in a layer's file: what quantising has done to its matrices."""
@@ -112,35 +107,6 @@ def part_tensor(job: PackJob, part: LayerPart) -> OutTensor:
     """A part of any layer, as it is written."""
     nbytes = job.attention_nbytes if part == "attention" else job.records_nbytes
     return OutTensor(name=part, dtype="U8", shape=(nbytes // PACKED_ROW_NBYTES, PACKED_ROW_NBYTES))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Verified:
-    """What reading a whole packed model has shown."""
-
-    nbytes: int
-    """Bytes that were read."""
-    damaged: tuple[str, ...]
-    """What is not as it was written: file, tensor and bytes of each piece."""
-
-
-def verify(files: list[PackFile], on_bytes: Callable[[int], None]) -> Verified:
-    """Read everything and compare all checksums; on_bytes is called by several threads. Raises CheckpointError."""
-    pieces = [(file, index) for file in files for index in range(file.num_pieces)]
-
-    def is_whole(piece: tuple[PackFile, int]) -> bool:
-        whole = piece[0].is_whole(piece[1])
-        start, end = piece[0].piece(piece[1])
-        on_bytes(end - start)
-        return whole
-
-    executor = ThreadPoolExecutor(CHECK_THREADS, "verify")
-    try:
-        whole = list(executor.map(is_whole, pieces))
-    finally:
-        executor.shutdown(cancel_futures=True)
-    damaged = tuple(file.damage(index) for (file, index), good in zip(pieces, whole, strict=True) if not good)
-    return Verified(nbytes=sum(file.nbytes - file.head_nbytes for file in files), damaged=damaged)
 
 
 def _spec(directory: Path, name: str) -> ModelSpec:

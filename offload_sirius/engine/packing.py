@@ -34,9 +34,10 @@ from offload_sirius.weights.plan import MAX_READERS, MIN_READERS
 from offload_sirius.weights.quant import QuantizationError, quantization_error
 from offload_sirius_loaders import open_checkpoint
 from offload_sirius_loaders.checkpoint import Checkpoint
+from offload_sirius_loaders.pack_file import damaged_pieces
 from offload_sirius_loaders.pack_index import OUTSIDE_NAME, PackJob, layer_file_name
 from offload_sirius_loaders.pack_writer import PackWriter
-from offload_sirius_loaders.packed import ERRORS_NOTE, PackedCheckpoint, verify
+from offload_sirius_loaders.packed import ERRORS_NOTE, PackedCheckpoint
 from offload_sirius_loaders.spec import Role
 
 FINGERPRINT_NBYTES = 4096
@@ -44,6 +45,10 @@ FINGERPRINT_NBYTES = 4096
 
 READERS_SHARE = 4
 """Readers take this part of free host memory at most: the pages of what is written want some, too."""
+
+
+NUM_NAMED = 3
+"""Damaged pieces that one line names."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +93,7 @@ def pack(config: EngineConfig, directory: Path, progress: Progress) -> None:
         opened.callback(checkpoint.close)
         writer = PackWriter(directory, job, checkpoint)
         opened.callback(writer.close)
+        _resume(writer, job.source, progress)
         if writer.missing:
             _Packer(checkpoint, layout, DTYPES[dtype], writer, progress).run()
         writer.finish()
@@ -115,18 +121,20 @@ def verify_copy(model: str, progress: Progress) -> int:
     """Read all of a packed copy and compare every checksum; returns the bytes. Raises CheckpointError, naming what is damaged."""
     checkpoint = open_packed_copy(model)
     files = list(checkpoint.files.values())
-    progress.begin(f"verifying {checkpoint.spec.name}", sum(file.nbytes - file.head_nbytes for file in files))
+    nbytes = sum(file.data_nbytes for file in files)
+    progress.begin(f"verifying {checkpoint.spec.name}", nbytes)
     try:
-        found = verify(files, progress.advance)
+        damaged = [file.damage(index) for file, index in damaged_pieces(files, progress.advance)]
     finally:
         progress.end()
-    if found.damaged:
-        shown, num_more = found.damaged[:3], len(found.damaged) - 3
-        more = f", and {num_more} more" if num_more > 0 else ""
+    if damaged:
+        num_more = len(damaged) - NUM_NAMED
+        more = f"; and {num_more} more" if num_more > 0 else ""
         raise CheckpointError(
-            f"{checkpoint.path}: is damaged: {'; '.join(shown)}{more}; remove the files that are named and pack the model again"
+            f"{checkpoint.path}: is damaged: {'; '.join(damaged[:NUM_NAMED])}{more}; "
+            "remove the files that are named and pack the model again"
         )
-    return found.nbytes
+    return nbytes
 
 
 def open_packed_copy(model: str) -> PackedCheckpoint:
@@ -145,6 +153,15 @@ def source_fingerprint(checkpoint: Checkpoint) -> str:
         if info.file is not None:
             digest.update(np.fromfile(info.file, np.uint8, min(info.nbytes, FINGERPRINT_NBYTES), offset=info.offset).tobytes())
     return digest.hexdigest()[:32]
+
+
+def _resume(writer: PackWriter, name: str, progress: Progress) -> None:
+    if writer.unchecked_nbytes:
+        progress.begin(f"checking what there is of {name}", writer.unchecked_nbytes)
+    try:
+        writer.resume(progress.advance)
+    finally:
+        progress.end()
 
 
 class _Packer:

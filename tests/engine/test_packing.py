@@ -205,7 +205,7 @@ class Counted(NoProgress):
         self.total_nbytes, self.nbytes, self._most_nbytes = 0, 0, most_nbytes
 
     def begin(self, what: str, total_nbytes: int) -> None:
-        self.total_nbytes = total_nbytes
+        self.total_nbytes, self.nbytes = total_nbytes, 0
 
     def advance(self, nbytes: int) -> None:
         self.nbytes += nbytes

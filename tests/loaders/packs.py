@@ -46,6 +46,7 @@ def write_pack(directory: Path, job: PackJob = JOB, checkpoint: Checkpoint | Non
     """Write it, or what is missing; returns the names of the files with tensors that were written."""
     writer = PackWriter(directory, job, checkpoint or open_checkpoint(MODEL))
     try:
+        writer.resume(lambda nbytes: None)
         missing = writer.missing
         for name in missing:
             writer.write(name, [chunks(content_of(name, tensor)) for tensor in writer.tensors(name)], {"about": name})

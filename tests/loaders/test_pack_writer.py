@@ -83,6 +83,7 @@ def interrupted(directory: Path) -> None:
 
     writer = PackWriter(directory, JOB, open_checkpoint(MODEL))
     try:
+        writer.resume(lambda nbytes: None)
         writer.write(OUTSIDE_NAME, [chunks(content_of(OUTSIDE_NAME, each)) for each in writer.tensors(OUTSIDE_NAME)])
         with pytest.raises(Stop):
             writer.write(layer_file_name(0), [stop(), iter(())])

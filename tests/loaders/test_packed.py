@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 
 from offload_sirius_loaders import CheckpointError, open_checkpoint
 from offload_sirius_loaders.checkpoint import Checkpoint, TokenizerFiles, read_rows
-from offload_sirius_loaders.pack_file import CHECKED_NBYTES, OutTensor, Seal
+from offload_sirius_loaders.pack_file import CHECKED_NBYTES, OutTensor, Seal, damaged_pieces
 from offload_sirius_loaders.pack_index import INDEX_NAME, OUTSIDE_NAME, PackIndex, PackJob, layer_file_name, read_index
-from offload_sirius_loaders.packed import PackedCheckpoint, open_packed, verify
+from offload_sirius_loaders.packed import open_packed
 
 from .packs import JOB, MODEL, content_of, write_pack
 
@@ -144,9 +144,8 @@ def test_a_file_that_is_missing_or_short_is_named_on_opening(name: str, director
 def test_verifying_reads_every_byte_of_weights_and_finds_nothing(directory: Path) -> None:
     counted: list[int] = []
     opened = open_packed(directory, "m")
-    found = verify(list(opened.files.values()), counted.append)
-    data = sum(file.nbytes - file.head_nbytes for file in opened.files.values())
-    assert (found.damaged, found.nbytes, sum(counted)) == ((), data, data)
+    assert damaged_pieces(list(opened.files.values()), counted.append) == []
+    assert sum(counted) == sum(file.data_nbytes for file in opened.files.values())
 
 
 def test_verifying_names_what_is_damaged(directory: Path) -> None:
@@ -155,9 +154,8 @@ def test_verifying_names_what_is_damaged(directory: Path) -> None:
     flip(directory / LAYER, head + 5)
     flip(directory / LAYER, head + CHECKED_NBYTES + 5)
     flip(directory / OUTSIDE_NAME, opened.files[OUTSIDE_NAME].head_nbytes + 5)
-    found = verify(list(opened.files.values()), lambda nbytes: None)
-    assert isinstance(opened, PackedCheckpoint)
-    assert [each.partition(", bytes ")[0] for each in found.damaged] == [
+    found = damaged_pieces(list(opened.files.values()), lambda nbytes: None)
+    assert [file.damage(index).partition(", bytes ")[0] for file, index in found] == [
         f"{OUTSIDE_NAME}: model.embed_tokens.weight and model.norm.weight and lm_head.weight",
         f"{LAYER}: attention and records",
         f"{LAYER}: records",
