@@ -87,6 +87,16 @@ def test_packing_again_changes_nothing(run: Run, out: Path) -> None:
     assert packed(run, out).out == first
 
 
+def test_a_plan_of_the_copy_takes_as_much_as_one_of_quantising_at_load(run: Run, out: Path) -> None:
+    packed(run, out, "--quantize", "int4")
+    asked = ("--mode", "full", "--device", "cpu", "--device-memory", "64MB", "--prompt-tokens", "8", "--json")
+    copy = json.loads(run("plan", "--model", str(out), *asked).out)["plan"]
+    model = json.loads(run("plan", "--model", MODEL, "--quantize", "int4", *asked).out)["plan"]
+    assert copy["layer_nbytes"] == model["layer_nbytes"]
+    assert copy["device_bill"] == model["device_bill"]
+    assert copy["host_bill"]["quantising"] == 0 < model["host_bill"]["quantising"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

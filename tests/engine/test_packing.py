@@ -26,7 +26,8 @@ from offload_sirius_loaders import open_checkpoint
 from offload_sirius_loaders.pack_index import INDEX_NAME, MARKER_NAME, layer_file_name
 from offload_sirius_loaders.packed import open_packed
 
-from .conftest import CONTEXT, TINY, Load
+from ..weights.simulated import SimulatedUplink
+from .conftest import CONTEXT, TINY, Load, hot_budgets
 
 ASKED: dict[str, Any] = {"max_new_tokens": 20, "ignore_eos": True}
 SAMPLED = {"temperature": 1.1, "top_p": 0.95, "seed": 5}
@@ -123,6 +124,30 @@ def test_drafts_on_packed_layers_that_stay_on_disk_are_corrected_to_the_same_ans
     engine = load(packed, **decoding, **budgets("host and disk", packed, **decoding))
     assert engine.plan.disk_layers
     assert engine.generate("hello", **ASKED).token_ids == at_load.generate("hello", **ASKED).token_ids
+
+
+def test_packed_layers_come_from_disk_to_a_device_with_memory_of_its_own(
+    packed: str, at_load: Engine, load: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uplink = SimulatedUplink()
+    monkeypatch.setattr("offload_sirius.engine.building.uplink_to", lambda device: uplink)
+    engine = load(packed, **budgets("disk", packed, mode="full"))
+    assert len(engine.plan.disk_layers) == 4
+    assert engine.generate("hello", **ASKED).token_ids == at_load.generate("hello", **ASKED).token_ids
+    engine.close()
+    uplink.close()
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if "dtype" not in kind], indirect=True, ids=str)
+def test_hot_neurons_of_a_packed_model_draft_and_are_corrected_to_the_same_answer(
+    packed: str, at_load: Engine, load: Load
+) -> None:
+    decoding = DecodingConfig(keep=0.4, window=4, draft="resident", prior=True)
+    given = hot_budgets(decoding, model=packed, num_slots=3)
+    engine = load(packed, mode="sirius", draft="resident", decoding=decoding, **given)
+    assert engine.plan.hot is not None
+    for _ in range(2):  # the second time with what the first has left of the neurons
+        assert engine.generate("hello", **ASKED).token_ids == at_load.generate("hello", **ASKED).token_ids
 
 
 def test_a_packed_model_s_own_types_are_those_it_runs_in(kind: dict[str, Any], packed: str, load: Load) -> None:
