@@ -22,6 +22,7 @@ from offload_sirius_loaders.pack_file import (
     Seal,
     damaged_pieces,
     is_partial,
+    partial_of,
     read_file,
     seal_of,
     sync_folder,
@@ -157,16 +158,16 @@ class PackWriter:
         sync_folder(self._directory.parent)
 
     def _begin_or_go_on(self) -> None:
-        for path in self._directory.iterdir():
-            if is_partial(path):
-                path.unlink()  # somebody was killed in the middle of it
-        if (self._directory / MARKER_NAME).is_file():
+        marker = self._directory / MARKER_NAME
+        if marker.is_file():
             self._require_same(read_marker(self._directory), "is an unfinished packed copy")
+            for path in filter(is_partial, self._directory.iterdir()):
+                path.unlink()  # somebody was killed in the middle of it
             self._unchecked = {name: file for name in self._tensors if (file := self._found(name)) is not None}
             return
-        if any(self._directory.iterdir()):
+        if set(self._directory.iterdir()) - {partial_of(marker)}:
             raise CheckpointError(f"{self._directory}: exists and is no packed copy; give a folder that does not exist")
-        write_small_file(self._directory / MARKER_NAME, marker_text(self._job))
+        write_small_file(marker, marker_text(self._job))
 
     def _has_all(self, index: PackIndex) -> bool:
         """Whether every file is there, as far as its seal tells."""
@@ -202,7 +203,7 @@ class PackWriter:
         if free_nbytes < needed_nbytes:
             raise CheckpointError(
                 f"{self._directory}: the disk has {free_nbytes / GIB:.2f} GiB free, {needed_nbytes / GIB:.2f} GiB are needed; "
-                "free some, give a folder on another disk, or --quantize"
+                "free some, or give a folder on another disk"
             )
 
     def _small_files(self) -> dict[str, bytes]:

@@ -295,6 +295,7 @@ def plan_model(
 
     Raises BudgetError with the smallest budget that works, ConfigError.
     """
+    assert config == as_packed(config, checkpoint)
     spec, dtype, decoding = checkpoint.spec, dtype_of(config, checkpoint.spec), config.decoding
     element_nbytes, context = ELEMENT_NBYTES[dtype], context_of(config, spec)
     sparse = sparsity_of(decoding, spec)

@@ -82,6 +82,19 @@ def test_verifying_says_that_all_is_well_or_what_is_not(run: Run, out: Path) -> 
     assert ran.err.startswith(f"error: {out}: is damaged: layer-00001.safetensors: attention and records, bytes 4096 to ")
 
 
+def test_ctrl_c_ends_quietly_and_the_same_command_goes_on(run: Run, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("offload_sirius.engine.packing._Packer._write_layer", interrupt)
+        ran = run("pack", "--model", MODEL, "--out", str(out))
+    assert (ran.code, ran.out, ran.err) == (130, "", "")
+    assert {path.name for path in out.iterdir()} == {"packing.json", "outside.safetensors"}
+    packed(run, out)
+    assert not (out / "packing.json").exists()
+
+
 def test_packing_again_changes_nothing(run: Run, out: Path) -> None:
     first = packed(run, out).out
     assert packed(run, out).out == first

@@ -150,7 +150,7 @@ def test_a_finished_folder_that_has_lost_a_file_gets_it_again(name: str, whole: 
 
 def test_a_folder_with_other_things_a_file_and_a_parent_that_is_not_there_are_refused(tmp_path: Path) -> None:
     (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "letter.txt").write_text("dear")
+    (tmp_path / "full" / ".letter.partial").write_text("dear")
     (tmp_path / "file").write_text("")
     for name, message in (
         ("full", "full: exists and is no packed copy; give a folder that does not exist"),
@@ -159,7 +159,7 @@ def test_a_folder_with_other_things_a_file_and_a_parent_that_is_not_there_are_re
     ):
         with pytest.raises(CheckpointError, match=message):
             write_pack(tmp_path / name)
-    assert {path.name for path in tmp_path.rglob("*")} == {"full", "letter.txt", "file"}
+    assert {path.name for path in tmp_path.rglob("*")} == {"full", ".letter.partial", "file"}
 
 
 def test_an_empty_folder_is_as_good_as_none(whole: dict[str, bytes], tmp_path: Path) -> None:
@@ -183,7 +183,9 @@ class DiskUsage(NamedTuple):
 
 def test_a_disk_that_is_too_small_is_refused_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: DiskUsage(2**40, 2**40, 2**23))
-    with pytest.raises(CheckpointError, match=r"m: the disk has 0\.01 GiB free, 0\.01 GiB are needed; free some, give a folder"):
+    with pytest.raises(
+        CheckpointError, match=r"m: the disk has 0\.01 GiB free, 0\.01 GiB are needed; free some, or give a folder on another"
+    ):
         write_pack(tmp_path / "m")
     assert list(tmp_path.iterdir()) == []
 
