@@ -16,6 +16,7 @@ import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -172,7 +173,8 @@ def write_file(
             file.seek(head_nbytes)
             for tensor, chunks in contents:
                 written = 0
-                for chunk in (*chunks, memoryview(bytes(tensor.padding_nbytes))):
+                # One at a time: the next may be made in the memory of the one before.
+                for chunk in chain(chunks, [memoryview(bytes(tensor.padding_nbytes))]):
                     file.write(chunk)
                     checksums.add(chunk)
                     written += len(chunk)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -217,6 +218,14 @@ def test_a_plain_copy_has_no_errors_to_report(tmp_path: Path) -> None:
     report = report_of(packed_as({}, tmp_path / "m"))
     assert (report.errors, report.quantize, report.quantize_group, report.num_layers) == ((), "none", None, 4)
     assert report.nbytes == sum(path.stat().st_size for path in (tmp_path / "m").iterdir() if path.name != INDEX_NAME)
+
+
+def test_an_embedding_larger_than_a_layer_is_written_as_it_is(tmp_path: Path) -> None:
+    source = f"{TINY}&vocab=40000"
+    packed, model = open_checkpoint(packed_as({}, tmp_path / "m", source)), open_checkpoint(source)
+    assert model.tensors[None, "embedding"].nbytes > 2 * PIECE_NBYTES > 10 * packed.infos[-1].nbytes
+    for key in packed.tensors:
+        np.testing.assert_array_equal(packed.read(*key), model.read(*key))
 
 
 class Stop(BaseException):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -65,6 +66,18 @@ def write_one(path: Path, nbytes: int = 2 * CHECKED_NBYTES + 5000) -> bytes:
     content = random_bytes(nbytes)
     write_file(path, [(OutTensor(name="bytes", dtype="U8", shape=(nbytes,)), [memoryview(content)])])
     return content
+
+
+def test_each_piece_may_be_made_in_the_memory_of_the_one_before(tmp_path: Path) -> None:
+    memory = bytearray(100)
+
+    def chunks() -> Iterator[memoryview]:
+        for number in range(5):
+            memory[:] = bytes([number]) * 100
+            yield memoryview(memory)
+
+    write_file(tmp_path / "f.safetensors", [(OutTensor(name="bytes", dtype="U8", shape=(500,)), chunks())])
+    assert load_file(tmp_path / "f.safetensors")["bytes"].tobytes() == b"".join(bytes([number]) * 100 for number in range(5))
 
 
 def test_the_safetensors_library_reads_it(tmp_path: Path) -> None:
