@@ -250,7 +250,7 @@ class DiskCopier:
         trace_copy(self._tracer, layer, part, nbytes, fill.began, time.perf_counter())
 
     def fetch(self, layer: int, neuron_ids: Tensor, slot: LayerBuffer) -> Transfer:
-        """See Copier. Never asked: in a checkpoint's file the down projection has no neuron in one piece."""
+        """See Copier. Never asked: only packed files have a neuron's records in one piece, and single reads take too long."""
         raise AssertionError(f"layer {layer} is on disk")
 
     def gather(self, layer: int, neuron_ids: Tensor | None, place: KeptNeurons) -> Transfer:
