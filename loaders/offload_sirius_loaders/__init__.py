@@ -62,7 +62,13 @@ def hub_id_of(model: str) -> str | None:
 
 
 def _open_path(path: Path, name: str) -> Checkpoint:
+    from offload_sirius_loaders.pack_index import is_packed
+
     try:
+        if is_packed(path):
+            from offload_sirius_loaders.packed import open_packed
+
+            return open_packed(path, name)
         gguf_file = _gguf_file(path)
         if gguf_file:
             from offload_sirius_loaders.gguf import open_gguf

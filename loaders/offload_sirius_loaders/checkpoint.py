@@ -21,10 +21,21 @@ from offload_sirius_loaders.spec import ModelSpec, Role
 Element = Literal["F32", "F16", "BF16"]
 """What `decode` returns: float32, float16, or bfloat16 carried in uint16 (numpy has no bfloat16)."""
 
+Decoded = Literal["F32", "F16", "BF16", "U8"]
+"""An element, or U8: bytes of a packed layer, which are left as they are."""
+
+LayerPart = Literal["attention", "records"]
+"""What a packed layer is stored as: its attention block, its neuron records."""
+
 Key = tuple[int | None, Role]
 """(layer, role); the layer of embedding, head and final norm is None."""
 
-NUMPY_OF_ELEMENT: dict[Element, type[np.generic]] = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}
+NUMPY_OF_ELEMENT: dict[Decoded, type[np.generic]] = {
+    "F32": np.float32,
+    "F16": np.float16,
+    "BF16": np.uint16,
+    "U8": np.uint8,
+}
 
 
 class ByteRange(NamedTuple):
@@ -63,8 +74,8 @@ class TensorInfo:
     name: str
     """Name in the file."""
     dtype: str
-    """Storage type: F32, F16, BF16, a GGUF block type such as Q4_1, or a way of quantising such as AWQ4."""
-    element: Element
+    """Storage type: F32, F16, BF16, a GGUF block type such as Q4_1, a way of quantising such as AWQ4, or U8 of a packed layer."""
+    element: Decoded
     """Type of the numbers after decoding."""
     shape: tuple[int, ...]
     """[rows, columns] or [elements]"""
@@ -105,6 +116,26 @@ class TensorInfo:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PackedLayers:
+    """Layers that are stored byte for byte as they are held in memory, so that nothing is left to do but read them."""
+
+    dtype: str
+    """bfloat16 or float32: what is plain in them."""
+    quantize: str
+    """none, int8 or int4: what their matrices are."""
+    quantize_group: int | None
+    """Weights that share a scale; None where none do."""
+    fields: Mapping[str, tuple[int, ...]]
+    """Name of a tensor -> byte of the layer at which it begins, then its shape."""
+    parts: Mapping[tuple[int, LayerPart], TensorInfo]
+    """Where each part of each layer lies, as rows of some bytes, [n, PACKED_ROW_NBYTES]."""
+
+
+PACKED_ROW_NBYTES = 64
+"""What a part of a packed layer is a multiple of."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class TokenizerFiles:
     """Where a checkpoint's tokenizer is. Exactly one of the three is set; none means that the model has no tokenizer."""
 
@@ -124,7 +155,14 @@ class Checkpoint(ABC):
     """The folder or file, None for synthetic weights."""
     tokenizer: TokenizerFiles
     tensors: Mapping[Key, TensorInfo]
-    """Every tensor the spec asks for, and no other."""
+    """Every tensor the spec asks for, and no other; where layers are packed, those outside of layers."""
+    packed: PackedLayers | None = None
+    """None where layers are stored tensor by tensor."""
+
+    @property
+    def infos(self) -> list[TensorInfo]:
+        """Everything that is stored."""
+        return [*self.tensors.values(), *(self.packed.parts.values() if self.packed else ())]
 
     @abstractmethod
     def decode(self, info: TensorInfo, raw: npt.NDArray[np.uint8], first_row: int, num_rows: int) -> npt.NDArray[Any]:

@@ -15,14 +15,14 @@ import numpy.typing as npt
 from gguf import GGMLQuantizationType
 from gguf.quants import dequantize
 
-from offload_sirius_loaders.checkpoint import Checkpoint, Element, Key, TensorInfo, TokenizerFiles
+from offload_sirius_loaders.checkpoint import Checkpoint, Decoded, Element, Key, TensorInfo, TokenizerFiles
 from offload_sirius_loaders.errors import CheckpointError
 from offload_sirius_loaders.gguf_header import GgufHeader, StoredTensor, read_header
 from offload_sirius_loaders.gguf_spec import ROPE_DIVISORS, read_spec
 from offload_sirius_loaders.spec import ModelSpec, Role
 
 _PLAIN_TYPES: dict[str, Element] = {"F32": "F32", "F16": "F16", "BF16": "BF16"}
-_LITTLE_ENDIAN: dict[Element, str] = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}
+_LITTLE_ENDIAN: dict[Decoded, str] = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 _BLOCK_TYPES = ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K")
 
 _MODEL_TENSORS: dict[Role, str] = {

@@ -97,7 +97,7 @@ def open_safetensors(path: Path, name: str) -> Checkpoint:
     return SafetensorsCheckpoint(
         spec=replace(spec, stored_dtype=_most_common_dtype(tensors)),
         path=path,
-        tokenizer=_tokenizer(file.parent),
+        tokenizer=tokenizer_in(file.parent),
         tensors=tensors,
         quantised=quantised,
     )
@@ -271,7 +271,8 @@ def _most_common_dtype(tensors: Mapping[Key, TensorInfo]) -> str:
     return Counter(info.dtype for info in tensors.values() if len(info.shape) > 1).most_common(1)[0][0]
 
 
-def _tokenizer(directory: Path) -> TokenizerFiles:
+def tokenizer_in(directory: Path) -> TokenizerFiles:
+    """The tokenizer of a folder; none where it has no file that makes one."""
     if any((directory / name).is_file() for name in TOKENIZER_FILES[:3]):
         return TokenizerFiles(directory=directory)
     return TokenizerFiles()

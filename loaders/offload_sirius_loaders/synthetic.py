@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from offload_sirius_loaders.arch import model_spec, tensor_names, tensor_shapes
-from offload_sirius_loaders.checkpoint import NUMPY_OF_ELEMENT, Checkpoint, Element, Key, TensorInfo, TokenizerFiles
+from offload_sirius_loaders.checkpoint import NUMPY_OF_ELEMENT, Checkpoint, Decoded, Element, Key, TensorInfo, TokenizerFiles
 from offload_sirius_loaders.errors import CheckpointError
 from offload_sirius_loaders.json_object import JsonObject
 from offload_sirius_loaders.spec import ModelSpec
@@ -205,7 +205,7 @@ def _phase(name: str, seed: int) -> int:
     return int.from_bytes(digest, "little") % POOL_SIZE
 
 
-def _cast(values: npt.NDArray[np.float32], element: Element) -> npt.NDArray[Any]:
+def _cast(values: npt.NDArray[np.float32], element: Decoded) -> npt.NDArray[Any]:
     """float32 to the element type; bfloat16 is rounded to nearest, ties to even, and carried in uint16."""
     if element != "BF16":
         return values.astype(NUMPY_OF_ELEMENT[element])

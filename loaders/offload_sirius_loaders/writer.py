@@ -14,12 +14,12 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 
 from offload_sirius_loaders.arch import config_json, generation_json, model_spec, tensor_names
-from offload_sirius_loaders.checkpoint import NUMPY_OF_ELEMENT, Checkpoint, TensorInfo, read_rows
+from offload_sirius_loaders.checkpoint import NUMPY_OF_ELEMENT, Checkpoint, Element, TensorInfo, read_rows
 from offload_sirius_loaders.errors import CheckpointError
 from offload_sirius_loaders.safetensors import INDEX_SUFFIX, TOKENIZER_FILES
 from offload_sirius_loaders.shard import LENGTH_NBYTES
@@ -56,7 +56,7 @@ def write_checkpoint(
     when the folder exists, the disk is too small, or config.json has no words for the model.
     """
     outputs = [_Output(name=name, info=checkpoint.tensors[key]) for key, name in tensor_names(checkpoint.spec).items()]
-    config = _config(checkpoint, directory)
+    config = checked_config(checkpoint.spec, cast(Element, checkpoint.tensors[None, "embedding"].element), directory)
     _check_target(directory, sum(output.nbytes for output in outputs))
     # Beside the target, so that the last step is a rename within one file system.
     partial = directory.parent / f".{directory.name}.partial-{secrets.token_hex(4)}"
@@ -80,10 +80,12 @@ def _no_progress(nbytes: int) -> None:
     pass
 
 
-def _config(checkpoint: Checkpoint, directory: Path) -> dict[str, Any]:
-    """config.json, checked by reading it back: a model that it cannot describe must not be written as another one."""
-    spec, embedding = checkpoint.spec, checkpoint.tensors[None, "embedding"]
-    config = config_json(spec, embedding.element)
+def checked_config(spec: ModelSpec, element: Element, directory: Path) -> dict[str, Any]:
+    """config.json of a model whose tensors are stored as `element`, checked by reading it back.
+
+    A model that it cannot describe must not be written as another one. directory: for messages. Raises CheckpointError.
+    """
+    config = config_json(spec, element)
     read_back = model_spec(config, generation_json(spec), name=spec.name)
     if replace(read_back, stored_dtype=spec.stored_dtype) != spec:
         raise CheckpointError(

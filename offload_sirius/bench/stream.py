@@ -23,6 +23,8 @@ from offload_sirius.errors import ConfigError
 from offload_sirius.trace import Tracer
 from offload_sirius.units import MIB
 from offload_sirius.weights.disk_rate import QUEUES, SAMPLE_NBYTES, read_seconds
+from offload_sirius.weights.layout import PARTS
+from offload_sirius.weights.pieces import stored_part_nbytes
 from offload_sirius.weights.plan import MAX_SLOTS, MIN_SLOTS
 from offload_sirius_loaders.checkpoint import Checkpoint
 
@@ -185,7 +187,7 @@ def pass_seconds(engine: Engine, num_passes: int) -> list[float]:
 
 def checkpoint_files(checkpoint: Checkpoint) -> list[Path]:
     """The files that a checkpoint's tensors are in."""
-    return sorted({tensor.file for tensor in checkpoint.tensors.values() if tensor.file is not None})
+    return sorted({info.file for info in checkpoint.infos if info.file is not None})
 
 
 def without_residents(model: Model, config: EngineConfig) -> EngineConfig:
@@ -221,7 +223,7 @@ def _memory_ceiling(nbytes: int) -> Ceiling:
 
 
 def _stored_nbytes(checkpoint: Checkpoint, layers: Sequence[int]) -> int:
-    return sum(info.nbytes for (layer, _), info in checkpoint.tensors.items() if layer in layers)
+    return sum(stored_part_nbytes(checkpoint, layer, part) for layer in layers for part in PARTS)
 
 
 def _disk_bytes_per_second(files: list[Path]) -> float:

@@ -177,6 +177,7 @@ def _report(config: EngineConfig, asked: PlanConfig) -> Report:
     from offload_sirius.cli.console import say
     from offload_sirius.engine.planning import (
         Candidate,
+        as_packed,
         candidates,
         hardware_asked_for,
         plan_model,
@@ -190,6 +191,7 @@ def _report(config: EngineConfig, asked: PlanConfig) -> Report:
     if stored.problem:
         say(stored.problem)
     shape = open_shape(config.model)
+    config = as_packed(config, shape.checkpoint)
     require_prompt(config, shape.checkpoint.spec, asked.prompt_tokens)
     hardware = hardware_asked_for(config, asked, stored)
 

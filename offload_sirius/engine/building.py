@@ -13,6 +13,7 @@ from offload_sirius.engine.engine import Engine
 from offload_sirius.engine.link import Arenas, Origins, make_arenas, make_link, uplink_to
 from offload_sirius.engine.opened import Model
 from offload_sirius.engine.placement import Placement, memory_errors, place
+from offload_sirius.engine.planning import as_packed
 from offload_sirius.engine.progress import Progress
 from offload_sirius.engine.streamed import StreamedModel, hot_model, streamed_model
 from offload_sirius.errors import ConfigError
@@ -39,6 +40,7 @@ from offload_sirius_loaders.writer import write_checkpoint
 def build(model: Model, config: EngineConfig, progress: Progress, tracer: Tracer | None = None) -> Engine:
     """Plan where the weights go, bring them there, and join everything that a pass needs."""
     began = time.perf_counter()
+    config = as_packed(config, model.checkpoint)
     placement = place(model.checkpoint, config)
     checkpoint = _on_disk(model.checkpoint, progress) if placement.plan.disk_layers else model.checkpoint
     with memory_errors(placement.plan), ExitStack() as stores:
@@ -88,7 +90,8 @@ def _join(
 
     progress.begin(f"loading {spec.name}", load_nbytes(checkpoint, plan))
     try:
-        loader = Loader(checkpoint, readers, progress.advance, quantise_from=None if layout.format is None else dtype)
+        is_quantised_now = layout.format is not None and checkpoint.packed is None
+        loader = Loader(checkpoint, readers, progress.advance, quantise_from=dtype if is_quantised_now else None)
         loader.load_device(device, arenas.on_the_way)
         loader.load_host_layers(arenas.layers, plan.host_layers[: plan.num_host_buffers])
         embedding = _embedding(placement, loader, readers, device)

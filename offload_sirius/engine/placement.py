@@ -19,6 +19,7 @@ from offload_sirius.engine.planning import (
     Candidate,
     Hardware,
     Planned,
+    as_packed,
     candidates,
     free_host_nbytes,
     host_hardware,
@@ -74,6 +75,7 @@ class Placement:
 
 def place(checkpoint: Checkpoint, config: EngineConfig) -> Placement:
     """Decide. Raises BudgetError with the smallest budget that works, DeviceError, ConfigError."""
+    config = as_packed(config, checkpoint)
     device = find_device(config.device)
     hardware = hardware_of(device)
     stored = read_rates(rates_file(cache_folder()))

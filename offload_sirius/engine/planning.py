@@ -13,7 +13,7 @@ from typing import Any
 from offload_sirius import machine
 from offload_sirius.config import DecodingConfig, Draft, EngineConfig, PlanConfig, ResidentFirst, Sparsity, tree_nodes
 from offload_sirius.engine.windows import window_speeds
-from offload_sirius.errors import BudgetError, ConfigError
+from offload_sirius.errors import BudgetError, CheckpointError, ConfigError
 from offload_sirius.model.costs import (
     CHUNK_SIZE,
     activation_nbytes,
@@ -290,10 +290,12 @@ class Planned:
 def plan_model(
     checkpoint: Checkpoint, config: EngineConfig, hardware: Hardware, *, batch: int = 1, computed: bool | None = None
 ) -> Planned:
-    """Decide. computed: the weights are in no file; default: as the checkpoint says.
+    """Decide. config: of a packed model as `as_packed` gives it. computed: the weights are in no file; default: as the checkpoint
+    says.
 
     Raises BudgetError with the smallest budget that works, ConfigError.
     """
+    assert config == as_packed(config, checkpoint)
     spec, dtype, decoding = checkpoint.spec, dtype_of(config, checkpoint.spec), config.decoding
     element_nbytes, context = ELEMENT_NBYTES[dtype], context_of(config, spec)
     sparse = sparsity_of(decoding, spec)
@@ -310,7 +312,7 @@ def plan_model(
         reader_nbytes=reader_nbytes(checkpoint),
         embedding_on_device=spec.tied_head,
         staged=hardware.own_memory,
-        quantising_nbytes=quantising_nbytes(spec, element_nbytes) if layout.format else 0,
+        quantising_nbytes=quantising_nbytes(spec, element_nbytes) if layout.format and not checkpoint.packed else 0,
         num_shared_buffers=config.shared_host_buffers,
         sparsity_nbytes=sparsity_nbytes(spec, decoding, element_nbytes),
         num_cached_neurons=num_kept if sparse == "cats" else 0,
@@ -357,6 +359,44 @@ def sparsity_of(decoding: DecodingConfig, spec: ModelSpec) -> Sparsity | None:
 def records_drafts(config: EngineConfig) -> bool:
     """Whether draft steps that move nothing are recorded where the device can. Those of a tree have ever other shapes."""
     return config.cuda_graphs and config.decoding.tree_width == 1
+
+
+def as_packed(config: EngineConfig, checkpoint: Checkpoint) -> EngineConfig:
+    """The settings, with those filled in that a packed model has decided: the types in which its layers are held.
+
+    Raises ConfigError where others are asked for, CheckpointError where its layers are laid out in another way than here.
+    """
+    packed = checkpoint.packed
+    if packed is None:
+        return config
+    name = checkpoint.spec.name
+    if config.dtype not in ("auto", packed.dtype):
+        raise ConfigError(
+            f"--dtype is {config.dtype}, and {name} is packed in {packed.dtype}; leave it out, or pack the model anew with it"
+        )
+    asked = (config.quantize, config.quantize_group or packed.quantize_group)
+    if config.quantize != "none" and asked != (packed.quantize, packed.quantize_group):
+        own = "is packed without" if packed.quantize == "none" else f"is packed with {packed.quantize}"
+        group = "" if packed.quantize_group is None else f" in groups of {packed.quantize_group}"
+        wanted = config.quantize if config.quantize_group is None else f"{config.quantize} in groups of {config.quantize_group}"
+        raise ConfigError(f"--quantize is {wanted}, and {name} {own}{group}; leave it out, or pack the model anew with it")
+    config = replace(
+        config,
+        dtype=packed.dtype,  # type: ignore[arg-type]  # checked by EngineConfig, as is the next
+        quantize=packed.quantize,  # type: ignore[arg-type]
+        quantize_group=packed.quantize_group,
+    )
+    layout = layer_layout(checkpoint.spec, ELEMENT_NBYTES[dtype_of(config, checkpoint.spec)], 0, config.weight_format)
+    if packed.fields != field_places(layout):
+        raise CheckpointError(
+            f"{checkpoint.path}: its layers are laid out in another way than by this version of the program; pack the model anew"
+        )
+    return config
+
+
+def field_places(layout: LayerLayout) -> dict[str, tuple[int, ...]]:
+    """Name of each tensor of a layer -> byte at which it begins, then its shape."""
+    return {name: (field.offset, *field.shape) for name, field in layout.fields.items()}
 
 
 def dtype_of(config: EngineConfig, spec: ModelSpec) -> DtypeName:

@@ -144,7 +144,8 @@ def fingerprint(checkpoint: Checkpoint) -> str:
     """16 digits, of the model's shape and the first gate rows of every layer: what training further changes."""
     digest = hashlib.sha256(repr(checkpoint.spec).encode())
     for layer in range(checkpoint.spec.num_layers):
-        info = checkpoint.tensors[layer, "gate"]
+        # Records begin with the first gate row.
+        info = checkpoint.packed.parts[layer, "records"] if checkpoint.packed else checkpoint.tensors[layer, "gate"]
         raw = np.empty(0, np.uint8)
         if info.file is not None:
             raw = np.fromfile(info.file, np.uint8, info.row_multiple * info.row_nbytes, offset=info.offset)

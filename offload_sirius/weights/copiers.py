@@ -25,6 +25,7 @@ from offload_sirius.weights.disk import Fill, Job, ReaderPool, tensor_jobs
 from offload_sirius.weights.host import HostStore
 from offload_sirius.weights.kept import KeptStore, gather_neurons, gather_rows
 from offload_sirius.weights.layout import Part, part_of
+from offload_sirius.weights.pieces import packed_part
 from offload_sirius_loaders.checkpoint import Checkpoint
 from offload_sirius_loaders.spec import Role
 
@@ -196,7 +197,13 @@ class HostCopier:
 
 
 def layer_jobs(checkpoint: Checkpoint, layer: int, part: Part, buffer: LayerBuffer) -> list[Job]:
-    """Everything there is to read of a part of a layer, each tensor with its place in the buffer. None of it is quantised."""
+    """Everything there is to read of a part of a layer, each tensor with its place in the buffer: none that is to be quantised.
+
+    Of a packed layer the bytes of the part are read as they are.
+    """
+    if checkpoint.packed is not None:
+        info = packed_part(checkpoint.packed, layer, part)
+        return tensor_jobs(info, buffer.parts[part].view(info.shape))
     jobs: list[Job] = []
     roles: list[Role] = [role for role in checkpoint.spec.layer_roles() if part_of(role) == part]
     for role in roles:
@@ -243,7 +250,7 @@ class DiskCopier:
         trace_copy(self._tracer, layer, part, nbytes, fill.began, time.perf_counter())
 
     def fetch(self, layer: int, neuron_ids: Tensor, slot: LayerBuffer) -> Transfer:
-        """See Copier. Never asked: in a checkpoint's file the down projection has no neuron in one piece."""
+        """See Copier. Never asked: only packed files have a neuron's records in one piece, and single reads take too long."""
         raise AssertionError(f"layer {layer} is on disk")
 
     def gather(self, layer: int, neuron_ids: Tensor | None, place: KeptNeurons) -> Transfer:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,25 +29,38 @@ from offload_sirius_loaders.spec import Role
 
 OnBytes = Callable[[int], None]
 
+OnQuantised = Callable[[int, Role, Tensor, QuantizedRows], None]
+"""Layer, role, the matrix [N, D] with a row for each of the quantised ones, and those."""
+
 
 class Loader:
     """Fills host and device stores from a checkpoint."""
 
     def __init__(
-        self, checkpoint: Checkpoint, readers: ReaderPool, on_bytes: OnBytes, quantise_from: torch.dtype | None = None
+        self,
+        checkpoint: Checkpoint,
+        readers: ReaderPool,
+        on_bytes: OnBytes,
+        quantise_from: torch.dtype | None = None,
+        on_quantised: OnQuantised | None = None,
     ) -> None:
         """on_bytes: called with the bytes of each piece that has been read, by the reader threads.
 
-        quantise_from: the type in which matrices are read that are to be quantised; None where they are not.
+        quantise_from: the type in which matrices are read that are to be quantised; None where they are not, or are so already.
+        on_quantised: is shown each of them beside what it was quantised to.
         """
         self._checkpoint = checkpoint
         self._readers = readers
         self._on_bytes = on_bytes
-        self._quantiser = None if quantise_from is None else _Quantiser(self, checkpoint, quantise_from)
+        self._quantiser = None if quantise_from is None else _Quantiser(self, checkpoint, quantise_from, on_quantised)
 
     def load_host_layers(self, store: HostStore, layers: Iterable[int]) -> None:
         """Fill the arena."""
         self._fill_layers((layer, store.layer(layer)) for layer in layers)
+
+    def load_layer(self, layer: int, buffer: LayerBuffer) -> None:
+        """Fill one layer in host memory."""
+        self._fill_layers([(layer, buffer)])
 
     def load_device(self, device: DeviceStore | HotDeviceStore, staging: list[LayerBuffer]) -> None:
         """Fill head, final norm and residents. staging: host buffers to pass through; none where the device is the host."""
@@ -111,26 +125,43 @@ class Loader:
     def _upload_tensor(self, info: TensorInfo, place: Tensor, staging: Tensor) -> None:
         """Fill a tensor on a device, as many rows at a time as the staging buffer, uint8 [n], has room for."""
         rows = place.view(info.num_rows, -1)
-        row_nbytes = rows.shape[1] * rows.element_size()
+        for first, host in self.row_batches(info, place.dtype, staging):
+            rows[first : first + len(host)].copy_(host)
+
+    def row_batches(self, info: TensorInfo, dtype: torch.dtype, staging: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """A tensor in host memory, as many rows at a time as the staging buffer, uint8 [n], has room for: first row, [r, C]."""
+        row_nbytes = info.stored_shape[-1] * dtype.itemsize
         for batch in _batches(pieces_of(info), staging.numel() // row_nbytes):
             first, num_rows = batch[0].first_row, sum(piece.num_rows for piece in batch)
             fits = num_rows * row_nbytes <= staging.numel()  # a layer of a small model may be smaller than one piece
             flat = staging[: num_rows * row_nbytes] if fits else torch.empty(num_rows * row_nbytes, dtype=torch.uint8)
-            host = flat.view(rows.dtype).view(num_rows, -1)
+            host = flat.view(dtype).view(num_rows, -1)
             self._readers.submit([Job(piece, host, piece.first_row - first) for piece in batch], self._on_bytes).wait()
-            rows[first : first + num_rows].copy_(host)
+            yield first, host
+
+
+class _Waiting(NamedTuple):
+    """A matrix that is being read to be quantised."""
+
+    layer: int
+    role: Role
+    fill: Fill
+    storage: Tensor
+    matrix: Tensor
+    place: QuantizedRows
 
 
 class _Quantiser:
     """Fills layers whose matrices are quantised, tensor by tensor."""
 
-    def __init__(self, loader: Loader, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
+    def __init__(self, loader: Loader, checkpoint: Checkpoint, dtype: torch.dtype, on_quantised: OnQuantised | None) -> None:
         self._loader = loader
+        self._on_quantised = on_quantised
         self._spec = checkpoint.spec
         self._dtype = dtype
         nbytes = largest_matrix_nbytes(checkpoint.spec, dtype.itemsize)
         self._free = [allocate_bytes(nbytes, torch.device("cpu"), "host") for _ in range(NUM_QUANTISING)]
-        self._waiting: deque[tuple[Fill, Tensor, Tensor, QuantizedRows]] = deque()
+        self._waiting: deque[_Waiting] = deque()
 
     def fill_layers(self, layers: Iterable[tuple[int, LayerBuffer]]) -> None:
         """One matrix is read while the one before is quantised."""
@@ -154,13 +185,15 @@ class _Quantiser:
         nbytes = len(place) * place.width * self._dtype.itemsize
         matrix = storage[:nbytes].view(self._dtype).view(len(place), place.width)
         fill = self._loader.begin_tensor(layer, role, matrix.t() if role == "down" else matrix)
-        self._waiting.append((fill, storage, matrix, place))
+        self._waiting.append(_Waiting(layer, role, fill, storage, matrix, place))
 
     def _finish_first(self) -> None:
-        fill, storage, matrix, place = self._waiting.popleft()
-        fill.wait()
-        quantise_rows(matrix, place.form, place.rows)
-        self._free.append(storage)
+        waiting = self._waiting.popleft()
+        waiting.fill.wait()
+        quantise_rows(waiting.matrix, waiting.place.form, waiting.place.rows)
+        if self._on_quantised is not None:
+            self._on_quantised(waiting.layer, waiting.role, waiting.matrix, waiting.place)
+        self._free.append(waiting.storage)
 
 
 def _batches(pieces: list[Piece], max_rows: int) -> Iterator[list[Piece]]:

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from math import prod
 from typing import get_args
 
-from offload_sirius.weights.layout import Part, align, part_of
+from offload_sirius.weights.layout import PARTS, Part, align, part_of
 from offload_sirius.weights.mapping import HUGE_PAGE_NBYTES
 from offload_sirius.weights.plan import NUM_QUANTISING, Plan
-from offload_sirius_loaders.checkpoint import ByteRange, Checkpoint, Element, TensorInfo
+from offload_sirius_loaders.checkpoint import ByteRange, Checkpoint, Decoded, PackedLayers, TensorInfo
 from offload_sirius_loaders.spec import ModelSpec, Role
 
 BLOCK_NBYTES = 4096
@@ -52,21 +52,24 @@ def pieces_of(info: TensorInfo) -> list[Piece]:
     return [Piece(info, start, min(step, info.num_rows - start)) for start in range(0, info.num_rows, step)]
 
 
+_ELEMENT_NBYTES: dict[Decoded, int] = {"F32": 4, "F16": 2, "BF16": 2, "U8": 1}
+
+
 def _element_nbytes(info: TensorInfo) -> int:
-    return 4 if info.element == "F32" else 2
+    return _ELEMENT_NBYTES[info.element]
 
 
 def reader_nbytes(checkpoint: Checkpoint) -> int:
     """Host memory one reader thread holds at most: its buffer, room to turn a piece, and a decoded piece with what decoding
     needs beside it."""
     buffer = align(buffer_nbytes(checkpoint), HUGE_PAGE_NBYTES)
-    return buffer + PIECE_NBYTES + max(decoding_nbytes(info) for info in checkpoint.tensors.values())
+    return buffer + PIECE_NBYTES + max(decoding_nbytes(info) for info in checkpoint.infos)
 
 
 def decoding_nbytes(info: TensorInfo) -> int:
     """Host memory that decoding a piece takes at most.
 
-    plain = nothing, its numbers are its bytes
+    plain and packed = nothing, its numbers are its bytes
     GGUF blocks = about three float32 arrays beside the result, in the gguf library
     companions = numbers, and a quarter of that for their codes, with some room; stored by rows of the matrix also scales spread
         over them, or places in a table of 8-bit floats; each companion once more in a type of its own
@@ -74,18 +77,18 @@ def decoding_nbytes(info: TensorInfo) -> int:
     if info.companions:
         halves = 3 if info.transposed else 6
         return max(halves * piece.decoded_nbytes // 2 + 2 * piece.nbytes for piece in pieces_of(info))
-    return 0 if info.dtype in get_args(Element) else 3 * PIECE_NBYTES
+    return 0 if info.dtype in get_args(Decoded) else 3 * PIECE_NBYTES
 
 
 def buffer_nbytes(checkpoint: Checkpoint) -> int:
     """Bytes of the buffer into which any piece can be read: O_DIRECT reads whole blocks, and each range starts at one."""
-    num_blocks = 4 if any(info.companions for info in checkpoint.tensors.values()) else 2
+    num_blocks = 4 if any(info.companions for info in checkpoint.infos) else 2
     return largest_piece_nbytes(checkpoint) + num_blocks * BLOCK_NBYTES
 
 
 def largest_piece_nbytes(checkpoint: Checkpoint) -> int:
     """Stored bytes of the largest piece of any tensor."""
-    return max(max(piece.nbytes for piece in pieces_of(info)) for info in checkpoint.tensors.values())
+    return max(max(piece.nbytes for piece in pieces_of(info)) for info in checkpoint.infos)
 
 
 def largest_matrix_nbytes(spec: ModelSpec, element_nbytes: int) -> int:
@@ -110,14 +113,26 @@ def load_nbytes(checkpoint: Checkpoint, plan: Plan) -> int:
     if plan.embedding_place == "host":
         roles.append("embedding")
     infos = [checkpoint.tensors[None, role] for role in roles]
-    infos += [checkpoint.tensors[layer, role] for layer in layers for role in checkpoint.spec.layer_roles()]
+    infos += [info for layer in layers for part in PARTS for info in part_infos(checkpoint, layer, part)]
     return sum(read_nbytes(info) for info in infos)
 
 
 def stored_part_nbytes(checkpoint: Checkpoint, layer: int, part: Part) -> int:
     """Bytes that are read from disk for a part of a layer, in the type in which they are stored."""
-    roles = (role for role in checkpoint.spec.layer_roles() if part_of(role) == part)
-    return sum(read_nbytes(checkpoint.tensors[layer, role]) for role in roles)
+    return sum(read_nbytes(info) for info in part_infos(checkpoint, layer, part))
+
+
+def part_infos(checkpoint: Checkpoint, layer: int, part: Part) -> list[TensorInfo]:
+    """What is stored of a part of a layer: its tensors, or where layers are packed the one range of bytes that it is."""
+    if checkpoint.packed is not None:
+        return [packed_part(checkpoint.packed, layer, part)]
+    return [checkpoint.tensors[layer, role] for role in checkpoint.spec.layer_roles() if part_of(role) == part]
+
+
+def packed_part(packed: PackedLayers, layer: int, part: Part) -> TensorInfo:
+    """The bytes of a part of a packed layer. No slices: those are gathered in memory."""
+    assert part == "attention" or part == "records", part
+    return packed.parts[layer, part]
 
 
 def head_role(checkpoint: Checkpoint) -> Role:

@@ -183,7 +183,7 @@ def _make_plan(spec: ModelSpec, layout: LayerLayout, demand: Demand, budgets: Bu
         raise BudgetError(
             f"host budget {format_size(budgets.host_nbytes)} is too small for --quantize, which needs all streamed layers in "
             f"host memory, as they are quantised while loading: {format_size(needed)}; give at least --host-memory "
-            f"{as_flag(needed)}, or more --device-memory"
+            f"{as_flag(needed)}, more --device-memory, or as --model a copy that `offload-sirius pack --quantize` has made"
         )
     streamed = spread(spec.num_layers, spec.num_layers - device.num_resident)
     disk = [streamed[index] for index in spread(len(streamed), host.num_disk_layers)]

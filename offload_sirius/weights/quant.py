@@ -81,11 +81,14 @@ def dequantise_rows(rows: Tensor, width: int, form: WeightFormat) -> Tensor:
 
 def quantization_error(weights: Tensor, rows: Tensor, form: WeightFormat) -> QuantizationError:
     """Of rows uint8 [N, row_nbytes] that stand for weights [N, D]."""
-    weights = weights.float()
-    errors = dequantise_rows(rows, weights.shape[1], form) - weights
-    power = weights.square().mean().item()
-    relative = (errors.square().mean().item() / power) ** 0.5 if power else 0.0
-    return QuantizationError(largest=errors.abs().max().item(), relative_rms=relative)
+    largest = squares = power = 0.0
+    step = max(1, CHUNK_WEIGHTS // weights.shape[1])
+    for chunk, chunk_rows in zip(weights.split(step), rows.split(step), strict=True):
+        errors = dequantise_rows(chunk_rows, weights.shape[1], form) - chunk.float()
+        largest = max(largest, errors.abs().max().item())
+        squares += errors.square().sum(dtype=torch.float64).item()
+        power += chunk.float().square().sum(dtype=torch.float64).item()
+    return QuantizationError(largest=largest, relative_rms=(squares / power) ** 0.5 if power else 0.0)
 
 
 def quantise_reference(weights: Tensor, rows: QuantizedRows) -> None:
