@@ -115,7 +115,8 @@ def test_the_part_of_products_measures_a_small_matrix_without_a_gpu(suite: Modul
     command = (*part.command, "--device", "cpu", "--rows", "512", "--width", "256")
     rows = suite.figures_of(command, 120.0, tmp_path)["rows"]
     assert [(row["what"], row["num_tokens"]) for row in rows] == 2 * [("linear", 1), ("down", 1), ("linear", 64), ("down", 64)]
-    int8, int4 = 512 * (256 + 2 * 4), 512 * (128 + 3 * 2 + 10)  # integers, scales, zeros, padding to 16 bytes
+    # Integers, scales, zeros, padding to 16 bytes.
+    int8, int4 = 512 * (256 + 4 * 2 + 8), 512 * (128 + 2 * 2 + 2 + 10)
     assert [round(row["bytes_per_second"] * row["seconds"]) for row in rows] == 4 * [int8] + 4 * [int4]
 
 
@@ -136,7 +137,7 @@ def test_the_part_of_scripted_acceptance_measures_a_small_shape_without_a_gpu(su
     for acceptance, aal in windows.items():
         scripted = (1 - acceptance**16) / (1 - acceptance)
         assert 6 * scripted - 1 < 6 * aal <= 6 * scripted + 0.01, "six windows give whole tokens"
-    cold = 8 * (688 - figures["num_hot"]) * 3 * (128 + 3 * 2 + 10)
+    cold = 8 * (688 - figures["num_hot"]) * 3 * (128 + 2 * 2 + 2 + 10)
     assert figures["rows"][0]["correction_nbytes"] == cold
 
 
