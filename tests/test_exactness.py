@@ -245,3 +245,68 @@ def test_corrected_drafts_are_the_full_model_s_answer(
     assert found.passes.full == 0
     assert found.acceptance is not None
     assert 0 < found.acceptance < 1, "some drafts stood and some did not"
+
+
+HOT_MEMORY = {"int8": "210MB", "int4": "180MB"}
+"""Device memory for attention, half of the neurons of every layer, and some slots."""
+STREAMED_MEMORY = {"int8": "180MB", "int4": "165MB"}
+"""Less than all layers take."""
+
+NUM_FORCED = 48
+LEAST_AGREEMENT = {"int8": 0.97, "int4": 0.75}
+"""With the unquantised model."""
+
+
+@pytest.fixture(scope="module", params=["int8", "int4"])
+def quantised(request: pytest.FixtureRequest, folder: Path) -> Iterator[Engine]:
+    """All layers resident in that many bits."""
+    with load(folder, quantize=request.param) as engine:
+        yield engine
+
+
+@pytest.mark.parametrize(
+    ("decoding", "sampling", "memory"),
+    [
+        ({"keep": 0.5, "window": 5, "tree_width": 2, "draft": "resident"}, DRAWN, HOT_MEMORY),
+        ({"keep": 0.75, "window": 6, "draft": "streamed"}, GREEDY, STREAMED_MEMORY),
+    ],
+    ids=["hot", "streamed"],
+)
+def test_corrected_drafts_of_quantised_weights_are_the_answer_of_all_of_them(
+    decoding: dict[str, Any],
+    sampling: dict[str, Any],
+    memory: dict[str, str],
+    quantised: Engine,
+    folder: Path,
+    opening: list[int],
+) -> None:
+    kind = quantised.config.quantize
+    asked: dict[str, Any] = {"max_new_tokens": NUM_DRAFTED, "ignore_eos": True, **sampling}
+    expected = quantised.generate(opening, **asked)
+    place = {"device_memory": memory[kind], "link_gbps": 8.0}
+    with load(folder, mode="sirius", quantize=kind, **decoding, **place) as engine:
+        assert engine.plan.host_layers
+        assert (engine.plan.hot is not None) == (decoding["draft"] == "resident")
+        found = engine.generate(opening, **asked)
+    assert found.token_ids == expected.token_ids
+    assert found.passes.full == 0
+    assert found.acceptance is not None
+    assert 0 < found.acceptance < 1, "some drafts stood and some did not"
+
+
+def test_quantised_weights_find_the_tokens_of_the_unquantised_model(
+    quantised: Engine, resident: Engine, prompts: list[list[int]]
+) -> None:
+    num_same = 0
+    for prompt in prompts[:2]:
+        answer = resident.generate(prompt, max_new_tokens=NUM_FORCED, ignore_eos=True).token_ids
+        num_same += sum(here == there for here, there in zip(likeliest(quantised, prompt, answer), answer, strict=True))
+    assert num_same / (2 * NUM_FORCED) >= LEAST_AGREEMENT[quantised.config.quantize]
+
+
+def likeliest(engine: Engine, prompt: Sequence[int], answer: Sequence[int]) -> list[int]:
+    """What a model would say instead of each token of an answer, having read prompt and answer so far."""
+    transformer = engine._transformer
+    transformer.cache.truncate(0)
+    first = transformer.prefill(torch.tensor(prompt))
+    return [int(first.argmax()), *transformer.step(torch.tensor(answer[:-1])).argmax(dim=1).tolist()]

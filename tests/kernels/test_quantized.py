@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from offload_sirius.kernels.quantized import (
     quantized_gate_up,
     quantized_linear,
 )
-from offload_sirius.quantization import GROUPS, KINDS, WeightFormat
+from offload_sirius.quantization import GROUPS, KINDS, Kind, WeightFormat
 from offload_sirius.weights.quant import quantise_rows
 
 FORMATS = [WeightFormat(kind=kind, group=group) for kind in KINDS for group in GROUPS]
@@ -52,10 +53,17 @@ def assert_near(ours: Tensor, plain: Tensor, tolerance: float) -> None:
     assert (ours - plain).abs().max() <= tolerance * plain.abs().max(), ((ours - plain).abs().max(), plain.abs().max())
 
 
-def assert_kernels_are_references(gpu: Any, device: str, dtype: torch.dtype, tolerance: float) -> None:
-    """For every format: odd numbers of rows and weights, one token and some, all rows and a few."""
-    for form in FORMATS:
-        for num_rows, width, num_tokens in ((37, 200, 3), (5, 41, 1), (20, 96, 17)):
+def assert_kernels_are_references(
+    gpu: Any,
+    device: str,
+    dtype: torch.dtype,
+    tolerance: float,
+    forms: Sequence[WeightFormat] = FORMATS,
+    shapes: Sequence[tuple[int, int, int]] = ((37, 200, 3), (5, 41, 1), (20, 96, 17)),
+) -> None:
+    """Odd numbers of rows and weights, one token and some, all rows and a few."""
+    for form in forms:
+        for num_rows, width, num_tokens in shapes:
             gate, up = records(num_rows, width, form, device)
             x = normal(num_tokens, width).to(device, dtype)
             few = torch.tensor([3, 1, 4], device=device)
@@ -151,20 +159,39 @@ def _compile_source(kernel: Any, signature: dict[str, str], constexprs: dict[str
     return str(compiled.asm["ptx"])
 
 
+# Each size of each kernel takes a GPU's compiler about a second: no more of them than show something new.
+NUM_SIZES = 8
+"""That are tried on a new shape."""
+
+
 @pytest.mark.gpu
 @needs_triton
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-5), (torch.bfloat16, 1e-2)], ids=str)
-def test_the_kernels_on_a_gpu_give_what_the_references_do(dtype: torch.dtype, tolerance: float) -> None:
+@pytest.mark.parametrize("index", range(NUM_SIZES))
+def test_the_kernels_on_a_gpu_give_what_the_references_do_in_every_size(index: int, monkeypatch: pytest.MonkeyPatch) -> None:
     from offload_sirius.kernels import quantized_gpu
 
-    assert_kernels_are_references(quantized_gpu, "cuda", dtype, tolerance)
+    sizes = quantized_gpu._linear_rows.configs
+    assert len(sizes) == NUM_SIZES
+    monkeypatch.setattr(quantized_gpu._linear_rows, "configs", sizes[index : index + 1])
+    form = FORMATS[index % len(FORMATS)]
+    assert_kernels_are_references(quantized_gpu, "cuda", torch.bfloat16, 1e-2, [form], [(37, 200, 17)])
 
 
 @pytest.mark.gpu
 @needs_triton
 @pytest.mark.parametrize("form", FORMATS, ids=str)
-def test_public_products_on_a_gpu_take_the_kernels(form: WeightFormat) -> None:
-    gate, up = records(256, 512, form, "cuda")
+def test_the_kernels_on_a_gpu_give_what_the_references_do_in_float32(form: WeightFormat, monkeypatch: pytest.MonkeyPatch) -> None:
+    from offload_sirius.kernels import quantized_gpu
+
+    monkeypatch.setattr(quantized_gpu._linear_rows, "configs", quantized_gpu._linear_rows.configs[:1])
+    assert_kernels_are_references(quantized_gpu, "cuda", torch.float32, 2e-5, [form], [(37, 200, 3)])
+
+
+@pytest.mark.gpu
+@needs_triton
+@pytest.mark.parametrize("kind", KINDS)
+def test_public_products_on_a_gpu_take_the_kernels_and_tune_them(kind: Kind) -> None:
+    gate, up = records(256, 512, WeightFormat(kind=kind, group=128), "cuda")
     x, z = normal(16, 512).cuda(), normal(16, 256).cuda()
     assert_near(quantized_linear(x, gate), linear_reference(x, gate), 2e-5)
     assert_near(quantized_gate_up(x, gate, up, "silu"), gate_up_reference(x, gate, up, "silu"), 2e-5)
