@@ -122,6 +122,8 @@ class StreamedModel:
 
     def correct(self, token_ids: Tensor, tree: TokenTree | None = None, *, following: Pass) -> Tensor:
         """See Model."""
+        if isinstance(self.sparsity, HotSet):
+            self.sparsity.num_unheard = 0 if tree is None else tree.num_grafted
         return self._transformer.step(token_ids, tree, self._begin("correction", following))
 
     def keep(self, length: int, offsets: Sequence[int] = ()) -> None:

@@ -72,6 +72,9 @@ class HotSet:
         """Hot neurons by their places, those first that drafts compute, then cold ones, sorted."""
         self.prior: NeuronPrior | None = None
         """Has a say, and learns; None where it shall not."""
+        self.num_unheard = 0
+        """Tokens at the end of a correction of which the statistic is to learn nothing: what was looked up mostly is not said.
+        With them a correction of SmolLM2-135M gave 4.16 tokens, without them 4.25 (12 prompts, windows of 8)."""
         self.num_exchanged = 0
         """Neurons that became hot, of all layers and windows."""
         self.prefill = ChoosingFeedForward(self)
@@ -185,7 +188,12 @@ class LearningFeedForward(BothFeedForward):
     def observe(self, layer: int, hot_z: Tensor, cold_z: Tensor) -> None:
         """See BothFeedForward."""
         if self._hot_set.prior is not None:
-            self.learn(layer, said_by(hot_z, cold_z))
+            self.learn(layer, self.heard(hot_z, cold_z))
+
+    def heard(self, hot_z: Tensor, cold_z: Tensor) -> Tensor:
+        """What neurons say of the tokens that are to be learnt from, by their places, float32 [F]."""
+        count = len(hot_z) - self._hot_set.num_unheard
+        return said_by(hot_z[:count], cold_z[:count])
 
     def learn(self, layer: int, said: Tensor) -> None:
         """said: what neurons say of a window, by their places, float32 [F]."""
@@ -209,7 +217,7 @@ class RefreshingFeedForward(LearningFeedForward):
     def observe(self, layer: int, hot_z: Tensor, cold_z: Tensor) -> None:
         """See BothFeedForward."""
         hot_set = self._hot_set
-        said = said_by(hot_z, cold_z)
+        said = self.heard(hot_z, cold_z)
         self.learn(layer, said)
         hot_set.squared_scores[layer].index_add_(0, hot_set.ids[layer], said)
 

@@ -248,6 +248,20 @@ def test_full_passes_and_drafts_leave_set_and_statistic_as_they_are() -> None:
     assert torch.equal(hot_set.squared_scores, scores)
 
 
+def test_of_tokens_that_are_not_to_be_heard_nothing_is_learnt() -> None:
+    x = tokens(6, 3)
+    found, squared = [], []
+    for num_unheard, rows in ((2, x), (0, x[:4])):
+        prior = prior_of(torch.zeros(LAYERS, F))
+        hot_set, source = prefilled(F // 2, prior=prior)
+        hot_set.num_unheard = num_unheard
+        found.append(run(hot_set, source, hot_set.correction, [rows]))
+        squared.append((hot_set.squared_scores, prior.sums))
+    assert all(torch.allclose(six[:4], four, atol=1e-6) for six, four in zip(*found, strict=True)), "but they are computed"
+    for six, four in zip(*squared, strict=True):
+        assert torch.allclose(six, four, atol=1e-6)
+
+
 def test_without_refresh_the_set_stays_as_the_prompt_chose_it() -> None:
     hot_set, source = prefilled(7, None)
     ids = hot_set.ids.clone()
