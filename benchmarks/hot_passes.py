@@ -124,7 +124,7 @@ def config_of(options: argparse.Namespace) -> EngineConfig:
         link_gbps=options.link_gbps,
         max_context=CONTEXT,
         shared_host_buffers=options.shared_host_buffers,
-        decoding=DecodingConfig(draft="resident", keep=options.keep, window=WINDOW),
+        decoding=DecodingConfig(draft="resident", keep=options.keep, window=WINDOW, lookup=False, prior=False),
     )
 
 
