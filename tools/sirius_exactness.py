@@ -212,10 +212,12 @@ def settings(folder: Path, row: Row, threads: int | None) -> dict[str, Any]:
     shared: dict[str, Any] = {"model": str(folder), "dtype": "float32", "max_context": CONTEXT, "quantize": row.quantize}
     drafts = {"mode": "sirius", "sparsity": row.sparsity, "keep": row.keep, "refresh": row.refresh}
     # Rows shall not depend on those before them.
-    drafts |= {"window": 16, "tree_width": 8, "threads": threads, "prior": False}
+    drafts |= {"window": 16, "tree_width": 8, "prior": False}
     if row.place == "resident":
-        return shared | drafts
-    streamed = shared | drafts | {"device_memory": part_of_layers(EngineConfig(**shared, decoding=FULL), HELD_SHARE)}
+        return shared | drafts | {"threads": threads}
+    decoding = DecodingConfig(**drafts, draft="streamed")
+    budget = part_of_layers(EngineConfig(**shared, decoding=decoding), HELD_SHARE)
+    streamed = shared | drafts | {"threads": threads, "device_memory": budget}
     if row.place == "link":
         return streamed | {"link_gbps": LINK_GBPS}
     return streamed | {"host_memory": third_on_host(folder)}

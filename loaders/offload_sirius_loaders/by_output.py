@@ -72,7 +72,7 @@ class ByOutput:
             file=weight.file,
             offset=weight.offset,
             nbytes=weight.nbytes,
-            row_multiple=matrix.zeros_per_word,
+            row_multiple=matrix.cell_rows * matrix.zeros_per_word if matrix.zeros_per_word > 1 else 1,
             companions=self._companions(linear, matrix),
         )
         return info, matrix

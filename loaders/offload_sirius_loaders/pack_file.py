@@ -239,8 +239,8 @@ def seal_of(path: Path, head_nbytes: int | None = None) -> Seal:
 
 
 def partial_of(path: Path) -> Path:
-    """Where a file is written before it has its name."""
-    return path.with_name(f".{path.name}{PARTIAL_SUFFIX}")
+    """Where this process writes a file before it has its name."""
+    return path.with_name(f".{path.name}.{os.getpid()}{PARTIAL_SUFFIX}")
 
 
 def is_partial(path: Path) -> bool:

@@ -22,7 +22,6 @@ from offload_sirius_loaders.pack_file import (
     Seal,
     damaged_pieces,
     is_partial,
-    partial_of,
     read_file,
     seal_of,
     sync_folder,
@@ -165,8 +164,11 @@ class PackWriter:
                 path.unlink()  # somebody was killed in the middle of it
             self._unchecked = {name: file for name in self._tensors if (file := self._found(name)) is not None}
             return
-        if set(self._directory.iterdir()) - {partial_of(marker)}:
+        left = list(self._directory.iterdir())
+        if not all(is_partial(path) and path.name.startswith(f".{MARKER_NAME}.") for path in left):
             raise CheckpointError(f"{self._directory}: exists and is no packed copy; give a folder that does not exist")
+        for path in left:
+            path.unlink()  # somebody was killed before there was a marker
         write_small_file(marker, marker_text(self._job))
 
     def _has_all(self, index: PackIndex) -> bool:
@@ -245,7 +247,7 @@ def _locked(directory: Path) -> int:
         os.close(descriptor)
         raise CheckpointError(f"{directory}: is being packed by another process; wait for it, or stop it") from error
     except OSError:
-        pass  # a file system without locks
+        pass  # a file system without locks: what two processes write has names of its own, and one of them fails
     return descriptor
 
 

@@ -72,16 +72,18 @@ def variants_of(
     accepts: Iterable[Accept],
     tree_widths: Iterable[int],
     drafts: Iterable[Draft],
+    draft_keep: float | None = None,
 ) -> tuple[DecodingConfig, ...]:
     """The cross product, each once; mode full is left out, as it is measured anyway. Raises ConfigError.
 
-    shared: what all have in common; its threshold of cats only those with cats.
+    shared: what all have in common; its threshold of cats only those with cats. draft_keep: of drafts that may be resident.
     """
     variants: list[DecodingConfig] = []
     corrected = list(product(windows, tree_widths, accepts))
     for sparsity, keep, draft in product(sparsities, keeps, drafts):
         gates = shared.cats_threshold if sparsity == "cats" else None
-        sparse = replace(shared, mode="sparse", sparsity=sparsity, keep=keep, cats_threshold=gates, draft=draft)
+        fewer = None if draft == "streamed" or sparsity == "cats" else draft_keep
+        sparse = replace(shared, mode="sparse", sparsity=sparsity, keep=keep, cats_threshold=gates, draft=draft, draft_keep=fewer)
         if "sparse" in modes:
             variants.append(sparse)
         if "sirius" in modes:
@@ -111,7 +113,7 @@ def name_of(variant: DecodingConfig, forced_aal: Fraction | None = None) -> str:
 
 def roomiest(variants: Sequence[DecodingConfig]) -> DecodingConfig:
     """The one whose load has room for all of them. They keep the same neurons."""
-    return max(variants, key=lambda variant: variant.max_nodes)
+    return max(variants, key=lambda variant: (variant.max_drafted_nodes, variant.max_nodes))
 
 
 def forced_tokens(aal: Fraction, num_windows: int) -> int:

@@ -133,11 +133,11 @@ def decode(
         refresh_decay=refresh_decay,
         overlap=overlap,
         prior=prior,
-        draft_keep=draft_keep,
         lookup=lookup,
     )
     variants = variants_of(
         shared,
+        draft_keep=draft_keep,
         modes=_values("--modes", modes, _mode),  # type: ignore[arg-type]  # checked by DecodingConfig, as are the next
         sparsities=_values("--sparsity", sparsity, str),  # type: ignore[arg-type]
         keeps=_values("--keep", keep, float),

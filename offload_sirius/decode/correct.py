@@ -57,7 +57,8 @@ class Corrector:
         # What the draft has put there is sparse: the full model's keys and values take its place.
         self._model.keep(start)
         layout = None if tree.is_line else tree.layout(range(len(tree)), start=start, device=self._model.device)
-        logits = self._model.correct(torch.tensor(tree.token_ids), layout, following=following)
+        num_grafted = len(tree) - tree.num_drafted
+        logits = self._model.correct(torch.tensor(tree.token_ids), layout, following=following, num_grafted=num_grafted)
         self._stats.num_passes["correction"] += 1
         with during(self._tracer, "sample", "accept drafted tokens"):
             acceptance = self._accept(tree, logits, sequence)

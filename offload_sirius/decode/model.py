@@ -42,7 +42,7 @@ class Model(Protocol):
     def draft(self, token_ids: Tensor, tree: TokenTree | None = None, *, following: Pass) -> Tensor:
         """The same by the sparse model; a tree says where tokens stand that do not follow each other."""
 
-    def correct(self, token_ids: Tensor, tree: TokenTree | None = None, *, following: Pass) -> Tensor:
+    def correct(self, token_ids: Tensor, tree: TokenTree | None = None, *, following: Pass, num_grafted: int = 0) -> Tensor:
         """The same by the full model, for a whole window."""
 
     def keep(self, length: int, offsets: Sequence[int] = ()) -> None:

@@ -115,5 +115,4 @@ class DraftTree:
         return TokenTree(
             positions=torch.tensor([start + self.depths[node] for node in slots]).to(device),
             mask=functional.pad(seen.to(device), (start, 0), value=True),  # -> [S, T]
-            num_grafted=sum(node >= self.num_drafted for node in nodes),
         )

@@ -177,8 +177,9 @@ def _captured(
 
 def _prior(checkpoint: Checkpoint, placement: Placement, progress: Progress) -> NeuronPrior | None:
     """What earlier runs say about the neurons, where somebody wants to know."""
-    if placement.plan.hot is None or not placement.planned.config.decoding.with_prior:
-        return None
+    config = placement.planned.config
+    if placement.plan.hot is None or not config.decoding.with_prior or config.shared_host_buffers is not None:
+        return None  # layers that share buffers say what other layers' weights would
     file = PriorFile(prior_path(cache_folder(), checkpoint), progress.warn)
     return NeuronPrior(file, checkpoint.spec, device=placement.device)
 

@@ -84,6 +84,8 @@ class StreamedModel:
         if isinstance(self.sparsity, HotSet):
             num_drafted = decoding.num_drafted(self._transformer.spec.ffn_width, self.sparsity.num_hot)
             self.sparsity.begin(num_drafted, self._prior if decoding.with_prior else None)
+            assert isinstance(self._source, HotStreamer)
+            self._source.corrects = decoding.mode == "sirius"
             self._plays = self._captured is not None and self._captured.num_drafted == num_drafted
 
     def end_answer(self) -> None:
@@ -120,10 +122,10 @@ class StreamedModel:
         played = self._captured.step(token_ids) if self._captured is not None and self._plays and tree is None else None
         return self._transformer.step(token_ids, tree, feed_forward) if played is None else played
 
-    def correct(self, token_ids: Tensor, tree: TokenTree | None = None, *, following: Pass) -> Tensor:
+    def correct(self, token_ids: Tensor, tree: TokenTree | None = None, *, following: Pass, num_grafted: int = 0) -> Tensor:
         """See Model."""
         if isinstance(self.sparsity, HotSet):
-            self.sparsity.num_unheard = 0 if tree is None else tree.num_grafted
+            self.sparsity.num_unheard = num_grafted
         return self._transformer.step(token_ids, tree, self._begin("correction", following))
 
     def keep(self, length: int, offsets: Sequence[int] = ()) -> None:

@@ -106,6 +106,8 @@ def gate_up(x: Tensor, gate: Rows, up: Rows, activation: Activation, ids: Tensor
 def down(z: Tensor, rows: Rows, ids: Tensor | None = None) -> Tensor:
     """y = z rows: z [S, N], N rows of D -> float32 [S, D]. ids: int64 [N], the rows that z belongs to; None takes all."""
     z = _contiguous(z)
+    if len(z) == 0:
+        return torch.zeros(0, rows.width if isinstance(rows, QuantizedRows) else rows.shape[1])
     width = rows.width if isinstance(rows, QuantizedRows) else rows.shape[1]
     matrix = _matrix(rows, width, ids)
     assert z.shape[1] == matrix.num_rows, (z.shape, matrix.num_rows)

@@ -21,7 +21,7 @@ def project(x: Tensor, matrix: Matrix, bias: Tensor | None = None) -> Tensor:
     """x [S, K] times the transposed matrix [N, K], plus bias [N] -> [S, N], in the type of x."""
     if isinstance(matrix, Tensor):
         return functional.linear(x, matrix, bias)
-    if len(x) <= FEW_TOKENS:
+    if len(x) <= FEW_TOKENS or len(matrix) == 0:
         y = quantized_linear(x, matrix).to(x.dtype)
     else:
         y = torch.cat([functional.linear(x, rows.dequantised().to(x.dtype)) for rows in _parts(matrix)], dim=1)
@@ -32,7 +32,7 @@ def combine(z: Tensor, matrix: Matrix) -> Tensor:
     """z [S, N] times the matrix [N, K] -> [S, K], in the type of z."""
     if isinstance(matrix, Tensor):
         return z @ matrix
-    if len(z) <= FEW_TOKENS:
+    if len(z) <= FEW_TOKENS or len(matrix) == 0:
         return quantized_down(z, matrix).to(z.dtype)
     y = torch.zeros(len(z), matrix.width, dtype=torch.float32, device=z.device)
     for rows, values in zip(_parts(matrix), z.split(UNPACKED_ROWS, dim=1), strict=True):

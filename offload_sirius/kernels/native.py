@@ -94,6 +94,8 @@ def _compile(source: Path, command: list[str], library: Path) -> None:
         if done.returncode != 0:
             said = next((line for line in done.stderr.splitlines() if "error" in line), f"exit code {done.returncode}")
             raise ConfigError(f"{command[0]} could not compile {source.name}: {said.strip()}; set CC to another compiler")
+        with partial.open("rb") as written:
+            os.fsync(written.fileno())  # an empty library under its name would stay there
         os.replace(partial, library)
     except subprocess.TimeoutExpired as error:
         raise ConfigError(f"{command[0]} did not compile {source.name} in {TIMEOUT_SECONDS} s; set CC to another one") from error

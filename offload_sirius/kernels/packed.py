@@ -56,8 +56,8 @@ class QuantizedRows:
         if self.form.kind == "int8":
             return self.integers[:, : self.width] * scales
         blocks = self.integers.unflatten(1, (-1, BLOCK // 2))  # [N, blocks * 16] -> [N, blocks, 16]
-        numbers = torch.cat((blocks & 15, blocks >> 4), dim=2).flatten(1)[:, : self.width]  # -> [N, blocks, 32] -> [N, D]
-        return (numbers - self._spread(self.zeros.float() / ZERO_STEPS)) * scales
+        numbers = torch.cat((blocks & 15, blocks >> 4), dim=2).flatten(1)[:, : self.width].float()  # -> [N, blocks, 32] -> [N, D]
+        return numbers.sub_(self._spread(self.zeros.float() / ZERO_STEPS)).mul_(scales)
 
     def _spread(self, each: Tensor) -> Tensor:
         """One number a group, [N, groups] -> one a weight, [N, D]."""

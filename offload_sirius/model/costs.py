@@ -76,11 +76,11 @@ def activation_nbytes(
 def unpacking_nbytes(spec: ModelSpec, element_nbytes: int, step_rows: int) -> int:
     """Upper bound of the device bytes that products with quantised matrices take beside their operands.
 
-    rows     = rows that are dequantised at once, in float32 and as they are computed with
+    rows     = rows that are dequantised at once: as bytes, in float32 with their scales and zeros, and as they are computed with
     products = of a step's tokens, in float32
     """
     width = max(spec.width, spec.num_heads * spec.head_dim)
-    rows = UNPACKED_ROWS * width * (4 + 4 + element_nbytes)  # numbers, their scales, and both together
+    rows = UNPACKED_ROWS * width * (1 + 3 * 4 + element_nbytes)
     products = 2 * min(step_rows, FEW_TOKENS) * max(spec.ffn_width, 2 * width) * 4  # the gates' and the ups'
     return rows + products
 

@@ -42,8 +42,6 @@ class TokenTree:
     Tokens on different branches may have the same."""
     mask: Tensor
     """bool [S, T] on the device, T = length of the cache + S: true where a token (row) sees a slot of the cache (column)."""
-    num_grafted: int = 0
-    """Of the step's tokens the last ones that no draft has proposed. They are computed like all others."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -15,7 +15,6 @@ import hashlib
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
@@ -24,7 +23,7 @@ from torch import Tensor
 from offload_sirius.cache import safe_name
 from offload_sirius.errors import ConfigError
 from offload_sirius.files import require_writable, write_whole
-from offload_sirius_loaders.checkpoint import Checkpoint
+from offload_sirius_loaders.checkpoint import Checkpoint, read_rows
 from offload_sirius_loaders.spec import ModelSpec
 
 PSEUDO_TOKENS = 32
@@ -61,7 +60,7 @@ class NeuronPrior:
 
     def learn(self, layer: int, neuron_ids: Tensor, said: Tensor) -> None:
         """Add what neurons, int64 [F], have said of a correction's tokens: sums of shares, float32 [F], in their order."""
-        self.sums[layer].index_add_(0, neuron_ids, said)
+        self.sums[layer].index_add_(0, neuron_ids, torch.where(said.isfinite(), said, 0))  # broken weights teach nothing
 
     def keep(self) -> None:
         """An answer has ended: write the file. What broken weights have said is forgotten."""
@@ -146,8 +145,7 @@ def fingerprint(checkpoint: Checkpoint) -> str:
     for layer in range(checkpoint.spec.num_layers):
         # Records begin with the first gate row.
         info = checkpoint.packed.parts[layer, "records"] if checkpoint.packed else checkpoint.tensors[layer, "gate"]
-        raw = np.empty(0, np.uint8)
+        # Of random weights, which are in no file, the shape says which they are.
         if info.file is not None:
-            raw = np.fromfile(info.file, np.uint8, info.row_multiple * info.row_nbytes, offset=info.offset)
-        digest.update(np.ascontiguousarray(checkpoint.decode(info, raw, 0, info.row_multiple)).tobytes())
+            digest.update(read_rows(info, 0, min(info.row_multiple, info.num_rows)).tobytes())
     return digest.hexdigest()[:16]

@@ -114,10 +114,12 @@ class Fill:
         with self._lock:
             calls, self._when_over = self._when_over, []
             self._over = True
-        for call in calls:
-            call()
-        self._told = True
-        self._latch.release()
+        try:
+            for call in calls:
+                call()
+        finally:
+            self._told = True
+            self._latch.release()
 
 
 class DirectFile:

@@ -90,6 +90,8 @@ class HotStreamer(Streamer):
             passing["hot"] = sorted(streamed_layers)
         self._passing = {cargo: frozenset(each) for cargo, each in passing.items()}
         self._overlap = overlap
+        self.corrects = True
+        """Whether corrections follow drafts: else there is nothing to fetch for."""
         self._ring = Ring(passing, slots, self._send, wraps=overlap)
         self._cargo: Cargo = "records"
         self._front: Flight[HotSlot] | None = None
@@ -101,7 +103,7 @@ class HotStreamer(Streamer):
         """
         self._phase, self._cargo = phase, cargo
         self._ring.begin(self._moving(cargo), self._moving(following))
-        if cargo == "hot" and self._overlap:
+        if cargo == "hot" and self._overlap and self.corrects:
             self._ring.fill()  # the link works while the draft computes
 
     def attention(self, layer: int) -> LayerBuffer:

@@ -42,9 +42,9 @@ def test_the_small_table_has_one_sparse_and_one_corrected_row() -> None:
 
 
 def test_rows_say_how_many_of_the_resident_neurons_drafts_compute() -> None:
-    assert names(
-        DecodingConfig(keep=0.75, draft_keep=0.25, draft="resident"), keeps=[0.75], drafts=["resident"], modes=["sparse"]
-    ) == ["griffin 0.25 of 0.75 resident sparse"]
+    asked = {"keeps": [0.75], "drafts": ["resident", "streamed"], "modes": ["sparse"]}
+    found = [name_of(variant) for variant in variants_of(SHARED, **PLAIN | asked, draft_keep=0.6)]
+    assert found == ["griffin 0.6 of 0.75 resident sparse", "griffin 0.75 streamed sparse"]
 
 
 def test_rows_are_a_cross_product_in_the_order_of_the_lists() -> None:

@@ -67,7 +67,7 @@ class NoisyDraft:
     def draft(self, token_ids: Tensor, tree: TokenTree | None = None, *, following: Pass) -> Tensor:
         return self._sparse.step(token_ids, tree)
 
-    def correct(self, token_ids: Tensor, tree: TokenTree | None = None, *, following: Pass) -> Tensor:
+    def correct(self, token_ids: Tensor, tree: TokenTree | None = None, *, following: Pass, num_grafted: int = 0) -> Tensor:
         return self._target.step(token_ids, tree)
 
     def keep(self, length: int, offsets: Sequence[int] = ()) -> None:

@@ -68,7 +68,7 @@ class ToyModel:
     def draft(self, token_ids: Tensor, tree: TokenTree | None = None, *, following: Pass) -> Tensor:
         return self._append("draft", token_ids, tree, following)
 
-    def correct(self, token_ids: Tensor, tree: TokenTree | None = None, *, following: Pass) -> Tensor:
+    def correct(self, token_ids: Tensor, tree: TokenTree | None = None, *, following: Pass, num_grafted: int = 0) -> Tensor:
         assert all(slot.exact for slot in self.cache), "the draft's keys and values are still there"
         return self._append("correction", token_ids, tree, following)
 

@@ -360,6 +360,13 @@ def test_a_full_step_brings_what_is_cold_and_a_sparse_answer_no_more_than_the_pr
     assert (sparse.prefill, sparse.draft, sparse.correction, sparse.full) == (LAYERS * records, 0, 0, 0)
 
 
+def test_a_sparse_answer_fetches_nothing_for_corrections_that_do_not_come(hot: Any) -> None:
+    loaded = hot()
+    loaded.generate(mode="sparse")
+    assert loaded.streamer.copied_nbytes == loaded.streamer.pass_nbytes["prefill"]
+    assert loaded.generate().link.bytes.discarded == 0
+
+
 def test_nothing_is_fetched_in_vain_but_what_waits_for_a_correction_when_the_answer_ends(hot: Any) -> None:
     loaded = hot()
     assert loaded.generate().link.bytes.discarded == 0

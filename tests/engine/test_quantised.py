@@ -57,6 +57,10 @@ def test_the_answer_is_that_of_the_plain_numbers(way: str, load: Load, tmp_path:
     assert streamed.generate(PROMPT, **ANSWER).token_ids == expected
     drafted = load(quantised, dtype="float32", mode="sirius", **from_disk(quantised, DRAFTED))
     assert drafted.generate(PROMPT, **ANSWER).token_ids == expected
+    hot = load(quantised, dtype="float32", mode="sirius", draft="resident", keep=0.5, window=4)
+    assert hot.plan.hot is not None
+    for _ in range(2):  # the second knows what the first has taught
+        assert hot.generate(PROMPT, **ANSWER).token_ids == expected
 
 
 def test_by_default_they_are_computed_in_bfloat16(load: Load, tmp_path: Path) -> None:

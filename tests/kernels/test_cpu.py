@@ -139,6 +139,12 @@ def test_no_rows_give_nothing() -> None:
     assert torch.equal(cpu.down(torch.zeros(2, 0), rows), torch.zeros(2, 64))
 
 
+def test_no_tokens_give_nothing() -> None:
+    rows = normal(4, 64)
+    assert cpu.linear(normal(2, 64)[:0], rows).shape == (0, 4)
+    assert cpu.down(torch.zeros(0, 4), rows).shape == (0, 64)
+
+
 @pytest.mark.skipif(room.os.uname().machine != "x86_64", reason="names instructions of x86")
 @pytest.mark.parametrize("instructions", ["x86-64", "haswell"])
 def test_the_ways_for_lesser_cpus_give_the_same_products(
