@@ -1,6 +1,6 @@
 """Quantising: rows of float weights become the bytes of quantization.py. Knows no layers and no files.
 
-int8 takes a group's largest weight for its scale. int4 begins with the scale and zero that just cover the group, and improves
+int8 takes the scale that the largest weight needs. int4 begins with the scale and zero that cover the group, and improves
 both after HQQ (Badri and Shaji, "Half-Quadratic Quantization of Large Machine Learning Models", mobiusml.github.io/hqq_blog,
 2023), which looks at weights only and needs no data. For the integers q that a scale and zero give, in steps of the scale,
 
@@ -111,7 +111,7 @@ def quantise_reference(weights: Tensor, rows: QuantizedRows) -> None:
 def _quantise_groups(groups: Tensor, rows: QuantizedRows, first: int) -> Tensor:
     """groups [n, g, group] -> their integers, as floats. Writes scales, and zeros, of the g groups from `first` on."""
     if rows.form.kind == "int8":
-        scales = (groups.abs().amax(dim=2, keepdim=True) / MAX_INT8).half().float()  # [n, g, 1]
+        scales = _reaching_scale(groups.abs().amax(dim=2, keepdim=True))  # [n, g, 1]
         integers = (groups * _inverse(scales)).round_().clamp_(-MAX_INT8, MAX_INT8)
     else:
         scales, zeros = _solved(groups)
@@ -119,6 +119,13 @@ def _quantise_groups(groups: Tensor, rows: QuantizedRows, first: int) -> Tensor:
         rows.zeros[:, first : first + groups.shape[1]] = (zeros * ZERO_STEPS).squeeze(2).to(torch.uint8)
     rows.scales[:, first : first + groups.shape[1]] = scales.squeeze(2).half()
     return integers
+
+
+def _reaching_scale(largest: Tensor) -> Tensor:
+    """The smallest in float16 that reaches the largest weight: one that does not would cut it off, by much where it is tiny."""
+    scales = (largest / MAX_INT8).half()
+    short = scales.float() * MAX_INT8 < largest
+    return torch.where(short, (scales.view(torch.int16) + 1).view(torch.float16), scales).float()
 
 
 def _check(rows: QuantizedRows) -> None:
