@@ -9,8 +9,8 @@ another order first, at random and everywhere alike: the same model, of whose we
 block. That is what "unquantised" stands for here. It answers every prompt greedily, and each format is then asked for the next
 token behind the prompt and behind every beginning of that answer: agreement is the share of places at which it finds the same
 token likeliest, and KL the mean divergence of its distribution from the unquantised model's, in nats. Perplexity is that of
-docs/architecture.md, a small text, in pieces of 512 tokens: it compares the formats with each other, and says nothing of how good
-the model is.
+the first 4096 tokens of docs/architecture.md, a small text, in pieces of 512: it compares the formats with each other, and says
+nothing of how good the model is.
 
 peers: hqq and torchao, installed into a folder of this run's own, quantise the linear layers of the same model in transformers
 to 4 bits in groups of 32, with no data either, and are asked the same. Their groups run along the inputs of every matrix; ours
@@ -59,7 +59,7 @@ FORMATS = (
     WeightFormat(kind="int4", group=128),
 )
 PEER_GROUP = 32
-PIECE_TOKENS = 512
+PIECE_TOKENS, TEXT_TOKENS = 512, 4096
 LEAST_INT8_AGREEMENT = 0.98
 MOST_LESS_THAN_PEERS = 0.01
 
@@ -149,6 +149,8 @@ PEERS = (
 def main() -> int:
     """Returns the exit status."""
     options = arguments()
+    if options.threads:
+        torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory(prefix="quantization-") as scratch:
         return compare(options, Path(scratch))
 
@@ -161,13 +163,13 @@ def compare(options: argparse.Namespace, scratch: Path) -> int:
     put_in_another_order(directory, model.spec)
     prompts = [str(json.loads(line)["prompt"]) for line in PROMPTS.read_text(encoding="utf-8").splitlines()][: options.limit]
     context = max(PIECE_TOKENS, *(len(model.encode(prompt)) + options.max_new_tokens for prompt in prompts))
-    text_ids = model.tokenizer.encode(TEXT.read_text(encoding="utf-8"))
+    text_ids = model.tokenizer.encode(TEXT.read_text(encoding="utf-8"))[:TEXT_TOKENS]
 
     rows: list[Row] = []
     answers: list[Answer] = []
     plain: list[Tensor] = []
     for form in FORMATS:
-        with load(directory, form, context) as engine:
+        with load(directory, form, context, options.threads) as engine:
             if form is None:
                 answers = [answer_to(engine, prompt, options.max_new_tokens) for prompt in prompts]
                 plain = [our_logits(engine, answer) for answer in answers]
@@ -195,6 +197,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--limit", type=int, help="no more prompts of data/prompts.jsonl than these")
     parser.add_argument("--max-new-tokens", type=int, default=64, help="longest answer, default %(default)s")
+    parser.add_argument("--threads", type=int, help="threads to compute with")
     names = [peer.name for peer in PEERS]
     parser.add_argument("--peers", nargs="*", choices=names, default=names, help="other quantisers, default all")
     parser.add_argument("--out", type=Path, help="result file, default benchmarks/results/quantization-DATE.json")
@@ -224,10 +227,11 @@ def put_in_another_order(directory: Path, spec: ModelSpec) -> None:
         save_file(tensors, file, metadata={"format": "pt"})
 
 
-def load(directory: Path, form: WeightFormat | None, context: int) -> Engine:
+def load(directory: Path, form: WeightFormat | None, context: int, threads: int | None) -> Engine:
     """All of it resident on the CPU."""
     quantised = {} if form is None else {"quantize": form.kind, "quantize_group": form.group}
-    return offload_sirius.load(str(directory), mode="full", dtype="float32", device="cpu", max_context=context, **quantised)
+    settings: dict[str, Any] = {"dtype": "float32", "device": "cpu", "max_context": context, "threads": threads}
+    return offload_sirius.load(str(directory), mode="full", **settings, **quantised)
 
 
 def answer_to(engine: Engine, prompt: str, max_new_tokens: int) -> Answer:

@@ -223,7 +223,7 @@ def smallest_host_memory() -> str:
 def test_the_copy_row_has_the_neurons_of_a_draft_that_is_on_the_device(
     streamed: Callable[..., tuple[Engine, Tracer]], tmp_path: Path
 ) -> None:
-    engine, tracer = streamed(mode="sirius", draft="resident", window=4, lookup=False, prior=False)
+    engine, tracer = streamed(mode="sirius", draft="resident", resident_first="neurons", window=4)
     engine.generate([1, 2, 3], max_new_tokens=8, ignore_eos=True)
     copied_nbytes = engine._streamer.copied_nbytes
     engine.close()
