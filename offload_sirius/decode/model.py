@@ -43,7 +43,7 @@ class Model(Protocol):
         """The same by the sparse model; a tree says where tokens stand that do not follow each other."""
 
     def correct(self, token_ids: Tensor, tree: TokenTree | None = None, *, following: Pass, num_grafted: int = 0) -> Tensor:
-        """The same by the full model, for a whole window."""
+        """The same by the full model, for a whole window. num_grafted: its last tokens, which no draft has proposed."""
 
     def keep(self, length: int, offsets: Sequence[int] = ()) -> None:
         """Keep the first `length` positions, and behind them those at length + offset, offsets ascending; take the rest back."""
