@@ -74,9 +74,16 @@ def available() -> bool:
 
 def linear(x: Tensor, rows: Rows, ids: Tensor | None = None) -> Tensor:
     """y = x rows^T: x [S, D] -> float32 [S, N]. ids: int64 [N], the rows to take; None takes all."""
-    x, width = _padded(x), x.shape[1]
-    matrix = _matrix(rows, width, ids)
+    matrix = _matrix(rows, x.shape[1], ids)
     out = torch.empty(x.shape[0], matrix.num_rows)
+    if tiles := _tiles_for(matrix):
+        x = _readable(x)
+        packed = _operand(x)
+        tiles.offload_sirius_tiles_linear(
+            ctypes.byref(matrix), *_tokens(x), packed.data_ptr(), out.data_ptr(), out.stride(0), torch.get_num_threads()
+        )
+        return out
+    x = _padded(x)
     _library().offload_sirius_linear(
         ctypes.byref(matrix), x.data_ptr(), x.stride(0), x.shape[0], out.data_ptr(), out.stride(0), torch.get_num_threads()
     )
@@ -105,16 +112,20 @@ def gate_up(x: Tensor, gate: Rows, up: Rows, activation: Activation, ids: Tensor
 
 def down(z: Tensor, rows: Rows, ids: Tensor | None = None) -> Tensor:
     """y = z rows: z [S, N], N rows of D -> float32 [S, D]. ids: int64 [N], the rows that z belongs to; None takes all."""
-    z = _contiguous(z)
-    if len(z) == 0:
-        return torch.zeros(0, rows.width if isinstance(rows, QuantizedRows) else rows.shape[1])
     width = rows.width if isinstance(rows, QuantizedRows) else rows.shape[1]
+    if len(z) == 0:
+        return torch.zeros(0, width)
     matrix = _matrix(rows, width, ids)
     assert z.shape[1] == matrix.num_rows, (z.shape, matrix.num_rows)
     out = torch.empty(z.shape[0], -(-width // BLOCK) * BLOCK)
-    _library().offload_sirius_down(
-        ctypes.byref(matrix), z.data_ptr(), z.stride(0), z.shape[0], out.data_ptr(), out.stride(0), torch.get_num_threads()
-    )
+    if tiles := _tiles_for(matrix):
+        z = _readable(z)
+        tiles.offload_sirius_tiles_down(ctypes.byref(matrix), *_tokens(z), out.data_ptr(), out.stride(0), torch.get_num_threads())
+    else:
+        z = _contiguous(z)
+        _library().offload_sirius_down(
+            ctypes.byref(matrix), z.data_ptr(), z.stride(0), z.shape[0], out.data_ptr(), out.stride(0), torch.get_num_threads()
+        )
     return out[:, :width]
 
 
@@ -138,6 +149,46 @@ def quantise_int4(weights: Tensor, rows: QuantizedRows) -> bool:
         ctypes.c_int(torch.get_num_threads()),
     )
     return True
+
+
+@cache
+def tiles() -> ctypes.CDLL | None:
+    """tiles.c, where this CPU has what it takes, and this process may use it."""
+    library = native("tiles").library
+    if library is None or not library.offload_sirius_tiles_ready():
+        return None
+    matrix, address, number, integer = ctypes.POINTER(_Matrix), ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+    tokens = (address, integer, number, number)
+    library.offload_sirius_tiles_linear.argtypes = (matrix, *tokens, address, address, number, integer)
+    library.offload_sirius_tiles_down.argtypes = (matrix, *tokens, address, number, integer)
+    return library
+
+
+def _tiles_for(matrix: _Matrix) -> ctypes.CDLL | None:
+    """Rows of float32 would be three times as much work in bfloat16 as their tokens' numbers make it."""
+    return tiles() if matrix.kind != _KIND_IDS[torch.float32] else None
+
+
+def _tokens(x: Tensor) -> tuple[int, int, int, int]:
+    """Address, kind, bytes from token to token, number of tokens."""
+    return x.data_ptr(), _KIND_IDS[x.dtype], x.stride(0) * x.element_size(), x.shape[0]
+
+
+def _readable(x: Tensor) -> Tensor:
+    """float32 or bfloat16, each row contiguous."""
+    if x.dtype not in (torch.float32, torch.bfloat16):
+        x = x.float()
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+def _operand(x: Tensor) -> Tensor:
+    """Room for the tokens as tiles.c packs them."""
+    num_tokens, width = x.shape
+    num_parts = 1 if x.dtype == torch.bfloat16 else 3
+    num_columns = 1 if num_tokens == 1 else -(-num_tokens // 16) * 16
+    packed = torch.empty(-(-width // BLOCK) * BLOCK * num_columns * num_parts, dtype=torch.bfloat16)
+    assert packed.data_ptr() % 64 == 0, packed.data_ptr()
+    return packed
 
 
 def _library() -> ctypes.CDLL:

@@ -1,7 +1,7 @@
 """The C files of this room as libraries: compiled on first use by the machine's own compiler, kept in the cache folder. Knows no
 tensors.
 
-A file's name says what it was made of: source, command, compiler and the CPU's instructions, so that a cache folder shared by
+A file's name says what it was made of: source and headers, command, compiler and the CPU's instructions, so that a cache folder shared by
 different machines is safe. One process compiles while others wait, and the file appears whole. Without a compiler there is no
 library, and whoever asked computes by other means.
 
@@ -25,7 +25,7 @@ from typing import Literal
 from offload_sirius.cache import made_cache_folder
 from offload_sirius.errors import ConfigError
 
-Name = Literal["products", "quantise"]
+Name = Literal["products", "tiles", "quantise"]
 """A C file, and the library that is made of it."""
 
 COMPILERS = ("gcc", "cc")
@@ -34,7 +34,7 @@ COMPILERS = ("gcc", "cc")
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC", "-Wl,--as-needed")
 """The math flags change no result: nobody looks at errno or at the flags of a floating point unit."""
 
-OWN_FLAGS: dict[Name, tuple[str, ...]] = {"products": (), "quantise": ("-ffp-contract=off",)}
+OWN_FLAGS: dict[Name, tuple[str, ...]] = {"products": (), "tiles": (), "quantise": ("-ffp-contract=off",)}
 """Quantising gives the bits of its torch reference, which rounds each product."""
 
 TIMEOUT_SECONDS = 120
@@ -105,7 +105,8 @@ def _compile(source: Path, command: list[str], library: Path) -> None:
 
 def _fingerprint(source: Path, command: list[str]) -> str:
     compiler = Path(command[0]).resolve().stat()
-    parts = (source.read_text(), *command, str(compiler.st_size), str(compiler.st_mtime_ns), _instructions())
+    texts = (path.read_text() for path in (source, *sorted(source.parent.glob("*.h"))))
+    parts = (*texts, *command, str(compiler.st_size), str(compiler.st_mtime_ns), _instructions())
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 

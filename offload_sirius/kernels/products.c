@@ -7,15 +7,10 @@
    Work is done in blocks that stay in the nearest cache: weights of some rows become float32 there, once, and meet all tokens.
    Vectors are as wide as the registers that the compiler was told of. */
 
+#include "matrix.h"
+
 #include <math.h>
 #include <stddef.h>
-#include <stdint.h>
-#include <string.h>
-#if defined(__F16C__) || defined(__AVX2__)
-#include <immintrin.h>
-#endif
-
-#define INLINE static inline __attribute__((always_inline))
 
 /* Floats of a register; accumulators of a dot product, so many that 4 rows of 3 tokens fit into the registers. */
 #if defined(__AVX512F__)
@@ -31,11 +26,7 @@ typedef float vec_anywhere __attribute__((vector_size(4 * LANES), aligned(4), ma
 typedef uint16_t halves __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
 typedef uint32_t words __attribute__((vector_size(4 * LANES)));
 
-enum kind { FLOAT32, BFLOAT16, INT8, INT4 };
-enum activation { SILU, GELU, GELU_TANH };
-
 enum {
-    UNIT = 32,        /* weights that are decoded at once; all blocks are multiples of it */
     NUM_VECS = UNIT / LANES,
     BLOCK = 512,      /* weights of a row in the buffer of a dot product */
     STEP = BLOCK + 16, /* floats from row to row in it: a power of two would put all into the same places of the cache */
@@ -45,47 +36,9 @@ enum {
     DOWN_ROWS = 8,    /* neurons that are summed before their sum is added */
     DOWN_COLUMNS = 512,
     STRIP = 4 * NUM_SUMS, /* vectors of columns that are summed in registers */
-    LINE = 64,
 };
-
-struct matrix {
-    const char *rows;
-    int64_t stride;       /* bytes from row to row */
-    const int64_t *ids;   /* which rows; NULL: the first ones */
-    int64_t num_rows;
-    int64_t width;        /* weights of a row */
-    int32_t kind;
-    int32_t group_log2;   /* of the number of weights that share a scale */
-};
-
-INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-INLINE int64_t rounded_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
-
-INLINE const char *row_of(const struct matrix *m, int64_t index) {
-    return m->rows + (m->ids ? m->ids[index] : index) * m->stride;
-}
-
-INLINE float from_half(uint16_t half) {
-#if defined(__F16C__)
-    return _cvtsh_ss(half);
-#else
-    uint32_t sign = (uint32_t)(half & 0x8000) << 16, rest = half & 0x7fff, bits;
-    if (rest < 0x400) { /* subnormal: a multiple of 2^-24 */
-        float value = (float)rest * 0x1p-24f;
-        return sign ? -value : value;
-    }
-    bits = sign | (rest >= 0x7c00 ? 0x7f800000 | (rest & 0x3ff) << 13 : (rest << 13) + (112u << 23));
-    float value;
-    memcpy(&value, &bits, 4);
-    return value;
-#endif
-}
 
 /* ---- weights become float32 ---- */
-
-INLINE int64_t place_of(int kind, int64_t column) {
-    return kind == FLOAT32 ? 4 * column : kind == BFLOAT16 ? 2 * column : kind == INT8 ? column : column / 2;
-}
 
 /* Columns that can be read in whole units: those of rows that are not padded may end within one. */
 INLINE int64_t whole_width(int kind, int64_t width) {
@@ -101,10 +54,10 @@ INLINE struct group group_at(int kind, int group_log2, const char *row, int64_t 
     struct group g = {{0}, {0}};
     if (kind == FLOAT32 || kind == BFLOAT16)
         return g;
-    const int64_t index = column >> group_log2, scales_at = place_of(kind, rounded_up(width, UNIT));
-    g.factor += from_half(((const uint16_t *)(row + scales_at))[index]);
+    const int64_t index = column >> group_log2;
+    g.factor += from_half(((const uint16_t *)(row + scales_place(kind, width)))[index]);
     if (kind == INT4) {
-        const uint8_t *zeros = (const uint8_t *)row + scales_at + 2 * (((width - 1) >> group_log2) + 1);
+        const uint8_t *zeros = (const uint8_t *)row + zeros_place(kind, width, group_log2);
         g.summand += (float)zeros[index] * g.factor[0] * -0.0625f;
 #if defined(__AVX512F__)
         const vec numbers = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
@@ -167,12 +120,6 @@ INLINE void unit_at(int kind, const struct group *g, const char *row, int64_t co
         else if (v < NUM_VECS / 2)
             vecs_of_nibbles(g, from + LANES * v, out + v, out + NUM_VECS / 2 + v);
     }
-}
-
-/* Ask for the bytes of these columns of a row that will be read soon. */
-INLINE void fetch_ahead(int kind, const char *row, int64_t first, int64_t end) {
-    for (int64_t at = place_of(kind, first); at < place_of(kind, end); at += LINE)
-        __builtin_prefetch(row + at);
 }
 
 /* The last weights of a row that is not padded, less than UNIT, and zeros behind them. */
@@ -338,12 +285,6 @@ INLINE float activated(int activation, float g) {
     if (activation == GELU)
         return 0.5f * g * (1 + erff(g * 0.70710678118654752f));
     return 0.5f * g * (1 + tanhf(0.79788456080286536f * (g + 0.044715f * g * g * g)));
-}
-
-/* Pieces that a thread takes at once: enough of them that one which is held up does not hold up all. */
-INLINE int64_t piece_of(int64_t num_tiles, int num_threads) {
-    int64_t piece = num_tiles / (8 * num_threads);
-    return piece > 0 ? piece : 1;
 }
 
 /* x [num_tokens, width rounded up to UNIT, zeros behind width], out [num_tokens, num_rows]: out = x rows^T. Strides in floats. */

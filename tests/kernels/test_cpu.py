@@ -54,6 +54,19 @@ WAYS: dict[str, Callable[[Tensor], Rows]] = {
 ways = pytest.mark.parametrize("way", WAYS)
 
 
+@pytest.fixture(params=["tiles", "vectors"])
+def unit(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """What computes: tiles.c where the CPU has such a unit, and products.c, which is everywhere."""
+    if request.param == "vectors":
+        monkeypatch.setattr(cpu, "tiles", lambda: None)
+    elif cpu.tiles() is None:
+        pytest.skip("this CPU does not multiply matrices")
+    return str(request.param)
+
+
+both_units = pytest.mark.usefixtures("unit")
+
+
 def exact(rows: Rows) -> Tensor:
     """What they stand for, in float64."""
     return (rows.dequantised() if isinstance(rows, QuantizedRows) else rows).double()
@@ -65,6 +78,7 @@ def assert_near(ours: Tensor, exactly: Tensor) -> None:
     assert (ours - exactly).abs().max() <= 2e-6 * exactly.abs().max(), (ours - exactly).abs().max()
 
 
+@both_units
 @ways
 @pytest.mark.parametrize(("num_rows", "width"), SHAPES)
 def test_products_are_those_of_the_weights_that_rows_stand_for(way: str, num_rows: int, width: int) -> None:
@@ -74,6 +88,7 @@ def test_products_are_those_of_the_weights_that_rows_stand_for(way: str, num_row
     assert_near(cpu.down(z, rows), z.double() @ exact(rows))
 
 
+@both_units
 @ways
 @pytest.mark.parametrize(("num_rows", "width"), SHAPES)
 def test_a_token_gives_the_same_bits_whatever_is_beside_it(way: str, num_rows: int, width: int) -> None:
@@ -89,6 +104,7 @@ def test_a_token_gives_the_same_bits_whatever_is_beside_it(way: str, num_rows: i
     assert torch.equal(one, linear[:, -1:]), "a row's product does not depend on the rows beside it either"
 
 
+@both_units
 @ways
 def test_threads_change_no_bit(way: str) -> None:
     rows = WAYS[way](normal(101, 576))
@@ -114,6 +130,7 @@ def test_gate_up_is_the_activation_of_one_product_times_the_other(activation: cp
     assert torch.isfinite(cpu.gate_up(x * 1000, gate, up, activation)).all()
 
 
+@both_units
 @ways
 def test_some_rows_give_what_those_rows_alone_give(way: str) -> None:
     rows = WAYS[way](normal(50, 192))
@@ -125,6 +142,7 @@ def test_some_rows_give_what_those_rows_alone_give(way: str) -> None:
     assert torch.equal(cpu.down(z, rows, ids), cpu.down(z, taken))
 
 
+@both_units
 def test_tokens_may_be_of_any_float_type_and_strided() -> None:
     rows, x = normal(20, 64), normal(6, 128).bfloat16()
     view = x[::2, :64]
@@ -133,12 +151,45 @@ def test_tokens_may_be_of_any_float_type_and_strided() -> None:
     assert torch.equal(cpu.linear(turned, rows), cpu.linear(turned.contiguous(), rows))
 
 
+@both_units
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@ways
+def test_tokens_of_sixteen_bits_meet_weights_that_are_not_rounded(way: str, dtype: torch.dtype) -> None:
+    rows, x, z = WAYS[way](normal(37, 300)), normal(20, 300).to(dtype), normal(20, 37).to(dtype)
+    assert_near(cpu.linear(x, rows), x.double() @ exact(rows).t())
+    assert_near(cpu.linear(x, rows), cpu.linear(x.float(), rows))
+    # Numbers times scales keep sixteen bits, where they had eight.
+    down, exactly = cpu.down(z, rows), z.double() @ exact(rows)
+    assert (down - exactly).abs().max() <= 2e-5 * exactly.abs().max()
+    assert torch.equal(cpu.down(z[:1], rows), down[:1])
+
+
+@both_units
+def test_tokens_of_any_size_keep_their_bits() -> None:
+    rows = quantised(FORMATS[0], normal(5, 64))
+    for size in (1e-30, 1e-10, 1e10, 1e30):
+        x, z = normal(3, 64) * size, normal(3, 5) * size
+        assert_near(cpu.linear(x, rows), x.double() @ exact(rows).t())
+        assert_near(cpu.down(z, rows), z.double() @ exact(rows))
+
+
+def test_torch_may_use_the_same_unit_in_between() -> None:
+    weights, x = normal(64, 256).bfloat16(), normal(40, 256).bfloat16()
+    theirs, ours = torch.nn.functional.linear(x, weights), cpu.linear(x, weights)
+    for count in (40, 1, 17, 40):
+        assert torch.equal(cpu.linear(x[:count], weights), ours[:count])
+        assert torch.equal(torch.nn.functional.linear(x, weights), theirs)
+        assert torch.equal(cpu.down(x[:count, :64], weights), cpu.down(x[:, :64], weights)[:count])
+
+
+@both_units
 def test_no_rows_give_nothing() -> None:
     rows = normal(4, 64)[:0]
     assert cpu.linear(normal(2, 64), rows).shape == (2, 0)
     assert torch.equal(cpu.down(torch.zeros(2, 0), rows), torch.zeros(2, 64))
 
 
+@both_units
 def test_no_tokens_give_nothing() -> None:
     rows = normal(4, 64)
     assert cpu.linear(normal(2, 64)[:0], rows).shape == (0, 4)
@@ -157,6 +208,7 @@ def test_the_ways_for_lesser_cpus_give_the_same_products(
     library = ctypes.CDLL(str(compiled("products", tmp_path, find_compiler())))
     matrices = {way: make(normal(13, 1000)) for way, make in WAYS.items()}
     monkeypatch.setattr(cpu, "native", lambda name: Native(library=library))
+    monkeypatch.setattr(cpu, "tiles", lambda: None)
     for way, rows in matrices.items():
         x, z = normal(7, 1000), normal(7, 13)
         assert_near(cpu.linear(x, rows), x.double() @ exact(rows).t())

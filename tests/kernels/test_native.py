@@ -94,7 +94,7 @@ def test_what_is_no_library_is_a_problem_and_not_an_error(
 
 
 @needs_compiler
-def test_both_files_compile_without_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_files_compile_without_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(room, "FLAGS", (*room.FLAGS, "-Wall", "-Wextra", "-Werror"))
     for name in room.OWN_FLAGS:
         assert compiled(name, tmp_path, find_compiler()).exists()

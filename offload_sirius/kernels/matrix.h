@@ -1,0 +1,74 @@
+/* Rows of weights, as products.c and tiles.c are handed them by cpu.py. */
+
+#pragma once
+
+#include <stdint.h>
+#include <string.h>
+#if defined(__F16C__) || defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#define INLINE static inline __attribute__((always_inline))
+
+enum kind { FLOAT32, BFLOAT16, INT8, INT4 };
+enum activation { SILU, GELU, GELU_TANH };
+
+enum {
+    UNIT = 32, /* weights that are decoded at once; all blocks are multiples of it */
+    LINE = 64, /* of a cache, in bytes */
+};
+
+struct matrix {
+    const char *rows;
+    int64_t stride;       /* bytes from row to row */
+    const int64_t *ids;   /* which rows; NULL: the first ones */
+    int64_t num_rows;
+    int64_t width;        /* weights of a row */
+    int32_t kind;
+    int32_t group_log2;   /* of the number of weights that share a scale */
+};
+
+INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+INLINE int64_t rounded_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
+
+INLINE const char *row_of(const struct matrix *m, int64_t index) {
+    return m->rows + (m->ids ? m->ids[index] : index) * m->stride;
+}
+
+INLINE int64_t place_of(int kind, int64_t column) {
+    return kind == FLOAT32 ? 4 * column : kind == BFLOAT16 ? 2 * column : kind == INT8 ? column : column / 2;
+}
+
+/* Where the scales of a quantised row begin, float16 each, and the zeros of an int4 row, in sixteenths. */
+INLINE int64_t scales_place(int kind, int64_t width) { return place_of(kind, rounded_up(width, UNIT)); }
+INLINE int64_t zeros_place(int kind, int64_t width, int group_log2) {
+    return scales_place(kind, width) + 2 * (((width - 1) >> group_log2) + 1);
+}
+
+/* Ask for the bytes of these columns of a row that will be read soon. */
+INLINE void fetch_ahead(int kind, const char *row, int64_t first, int64_t end) {
+    for (int64_t at = place_of(kind, first); at < place_of(kind, end); at += LINE)
+        __builtin_prefetch(row + at);
+}
+
+INLINE float from_half(uint16_t half) {
+#if defined(__F16C__)
+    return _cvtsh_ss(half);
+#else
+    uint32_t sign = (uint32_t)(half & 0x8000) << 16, rest = half & 0x7fff, bits;
+    if (rest < 0x400) { /* subnormal: a multiple of 2^-24 */
+        float value = (float)rest * 0x1p-24f;
+        return sign ? -value : value;
+    }
+    bits = sign | (rest >= 0x7c00 ? 0x7f800000 | (rest & 0x3ff) << 13 : (rest << 13) + (112u << 23));
+    float value;
+    memcpy(&value, &bits, 4);
+    return value;
+#endif
+}
+
+/* Pieces that a thread takes at once: enough of them that one which is held up does not hold up all. */
+INLINE int64_t piece_of(int64_t num_tiles, int num_threads) {
+    int64_t piece = num_tiles / (8 * num_threads);
+    return piece > 0 ? piece : 1;
+}
