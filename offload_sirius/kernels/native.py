@@ -1,9 +1,9 @@
 """The C files of this room as libraries: compiled on first use by the machine's own compiler, kept in the cache folder. Knows no
 tensors.
 
-A file's name says what it was made of: source and headers, command, compiler and the CPU's instructions, so that a cache folder shared by
-different machines is safe. One process compiles while others wait, and the file appears whole. Without a compiler there is no
-library, and whoever asked computes by other means.
+A file's name says what it was made of: source and headers, command, compiler and the CPU's instructions, so that a cache folder
+shared by different machines is safe. One process compiles while others wait, and the file appears whole. Without a compiler there
+is no library, and whoever asked computes by other means.
 
 Threads are OpenMP's, and of the very runtime that torch has loaded: a second one would have threads of its own, which wait in
 loops for work and take the cores from the others.
