@@ -143,7 +143,7 @@ class Report:
         from offload_sirius.engine.planning import plan_figures, prediction_figures
         from offload_sirius.rates import NAMES
 
-        draft, windows = self.prediction.draft, self.prediction.windows
+        draft, windows, form = self.prediction.draft, self.prediction.windows, self.planned.layout.format
         return {
             "model": self.planned.spec.name,
             "shape": self.shape.found or None,
@@ -155,6 +155,7 @@ class Report:
             "correction_bill": asdict(windows[0].correction.bill) if windows else None,
             "prompt_bill": asdict(self.prediction.prompt),
             "rates": {name: {"value": getattr(self.rates, name), "source": self.rates.sources[name]} for name in NAMES},
+            "quantized_rates": None if form is None else asdict(self.rates.of_quantized(form.kind)),
             "with_4_gib_more": {
                 "device": prediction_figures(self.more_device),
                 "host": prediction_figures(self.more_host),

@@ -201,6 +201,9 @@ def _weights(report: Report, bill: PassBill, num_rows: int) -> str:
     """Whichever of bytes and arithmetic takes the layers' time."""
     planned, rates, nbytes = report.planned, report.rates, bill.weights_nbytes
     layers = _layers(planned.spec.num_layers, nbytes, planned.layout.nbytes)
+    form = planned.layout.format
+    if form is not None and num_rows == 1:
+        return f"{layers}: {_gb(nbytes)} / {rates.of_quantized(form.kind).bytes_per_second / 1e9:.4g} GB/s"
     flops = 2 * num_rows * nbytes / planned.layout.nbytes_per_weight
     if math.isclose(bill.weights_seconds, nbytes / rates.device_bytes_per_second, rel_tol=1e-6):
         return f"{layers}: {_gb(nbytes)} / {rates.device_bytes_per_second / 1e9:.4g} GB/s"
@@ -279,11 +282,23 @@ def _foot_lines(report: Report) -> list[str]:
                 ("matmul", "device_flops_per_second", 1e12, "TFLOPS"),
                 ("a layer's overhead", "layer_overhead_seconds", 1e-3, "ms"),
             )
-        ),
+        )
+        + _quantized_rate(report),
     ]
-    if "assumed" in rates.sources.values() and report.planned.hardware.device != "described":
+    form = report.planned.layout.format
+    sources = {*rates.sources.values(), *([] if form is None else [rates.of_quantized(form.kind).source])}
+    if "assumed" in sources and report.planned.hardware.device != "described":
         lines.append("assumed rates may be far off; measure this machine's with `offload-sirius doctor --measure`")
     return lines
+
+
+def _quantized_rate(report: Report) -> str:
+    """, int4 weights 756 GB/s (assumed)"""
+    form = report.planned.layout.format
+    if form is None:
+        return ""
+    quantized = report.rates.of_quantized(form.kind)
+    return f", {form.kind} weights {quantized.bytes_per_second / 1e9:.4g} GB/s ({quantized.source})"
 
 
 def _caveats(report: Report) -> list[str]:

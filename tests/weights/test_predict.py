@@ -10,7 +10,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from offload_sirius.rates import Rates, rates_from
+from offload_sirius.quantization import Kind, WeightFormat
+from offload_sirius.rates import QuantizedRates, Rates, rates_from
 from offload_sirius.units import GIB, MIB
 from offload_sirius.weights.hot_plan import make_hot_plan
 from offload_sirius.weights.layout import LayerLayout, layer_layout
@@ -104,6 +105,26 @@ def test_a_pass_of_residents_takes_what_computing_them_takes() -> None:
     expected = predict(setting(made), TOKEN, PROMPT)
     assert expected.seconds_per_token == pytest.approx(80 * layer + HEAD / MEMORY + STEP_OVERHEAD, rel=1e-12)
     assert expected.bound == "compute"
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_quantised_layers_are_read_at_their_own_rate_and_each_further_token_adds_its_arithmetic(kind: Kind) -> None:
+    layout = layer_layout(SPEC, 2, 0, WeightFormat(kind=kind))
+    quantized = QuantizedRates(bytes_per_second=5e11, flops_per_second=9e13, unpacking_bytes_per_second=4e10, source="given")
+    made, rates = plan(300 * GIB, 10 * GIB, layout), replace(RATES, quantized={kind: quantized})
+    weights = layout.nbytes / layout.nbytes_per_weight
+
+    def layer_seconds(num_rows: int, num_chunks: int = 1) -> float:
+        work = replace(TOKEN, num_rows=num_rows, num_chunks=num_chunks)
+        return predict(setting(made, rates, layout=layout), work, PROMPT).token.weights_seconds / 80
+
+    assert layer_seconds(1) == pytest.approx(layout.nbytes / 5e11)
+    assert layer_seconds(16) == pytest.approx(layout.nbytes / 5e11 + 15 * 2 * weights / 9e13)
+    assert layer_seconds(1024, 2) == pytest.approx(2 * layout.nbytes / 4e10 + 1024 * 2 * weights / FLOPS)
+    assumed = predict(setting(made, layout=layout), TOKEN, PROMPT)
+    assert assumed.token.weights_seconds == pytest.approx(80 * layout.nbytes / RATES.of_quantized(kind).bytes_per_second)
+    assert assumed.sources[f"{kind}_weights"] == "assumed"
+    assert assumed.token.head_seconds == pytest.approx(HEAD / MEMORY)
 
 
 def test_the_bill_of_a_token_is_bytes_over_rates() -> None:
