@@ -44,6 +44,9 @@ DTYPES: tuple[Dtype, ...] = get_args(Dtype)
 Quantize = Literal["none", "int8", "int4"]
 QUANTIZES: tuple[Quantize, ...] = get_args(Quantize)
 
+QuantizeHead = Literal["none", "int8"]
+QUANTIZE_HEADS: tuple[QuantizeHead, ...] = get_args(QuantizeHead)
+
 
 def help_of(config: type, name: str) -> str:
     """The help text of a field, which the command line prints."""
@@ -279,6 +282,10 @@ class EngineConfig:
         + ", ".join(f"{group} for {kind}" for kind, group in DEFAULT_GROUPS.items())
         + ".",
     )
+    quantize_head: QuantizeHead = _setting(
+        "none",
+        "Hold the head, which makes the logits, in 8 bits: int8 or none. The embedding stays as it is, also where both are one.",
+    )
     max_context: int | None = _setting(None, "Positions to plan the KV cache for. Default: prompt and answer, 4096 in Python.")
     auto: bool = _setting(False, "Choose by predicted speed what is left to choose: bfloat16 or float32, where --dtype is auto.")
     threads: int | None = _setting(
@@ -302,6 +309,8 @@ class EngineConfig:
         _require(known and len(parts) <= 2, "device", self.device, "auto, cuda, cuda:N or cpu")
         _require(self.dtype in DTYPES, "dtype", self.dtype, "one of " + ", ".join(DTYPES))
         _require(self.quantize in QUANTIZES, "quantize", self.quantize, "one of " + ", ".join(QUANTIZES))
+        heads = "one of " + ", ".join(QUANTIZE_HEADS)
+        _require(self.quantize_head in QUANTIZE_HEADS, "quantize-head", self.quantize_head, heads)
         if self.quantize_group is not None:
             _require(self.quantize != "none", "quantize-group", self.quantize_group, "left out without --quantize")
             _require(
@@ -325,6 +334,13 @@ class EngineConfig:
         if self.quantize == "none":
             return None
         return WeightFormat(kind=self.quantize, group=self.quantize_group or DEFAULT_GROUPS[self.quantize])
+
+    @property
+    def head_format(self) -> WeightFormat | None:
+        """The same of the head."""
+        if self.quantize_head == "none":
+            return None
+        return WeightFormat(kind=self.quantize_head, group=DEFAULT_GROUPS[self.quantize_head])
 
     @property
     def device_size(self) -> Size:

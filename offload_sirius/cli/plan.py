@@ -51,6 +51,7 @@ def plan(
     dtype: flags.Dtype = _ENGINE.dtype,
     quantize: flags.Quantize = _ENGINE.quantize,
     quantize_group: flags.QuantizeGroup = _ENGINE.quantize_group,
+    quantize_head: flags.QuantizeHead = _ENGINE.quantize_head,
     max_context: flags.MaxContext = _ENGINE.max_context,
     auto: flags.Auto = _ENGINE.auto,
     cuda_graphs: flags.CudaGraphs = _ENGINE.cuda_graphs,
@@ -94,6 +95,7 @@ def plan(
         dtype=dtype,  # type: ignore[arg-type]  # checked by EngineConfig
         quantize=quantize,  # type: ignore[arg-type]
         quantize_group=quantize_group,
+        quantize_head=quantize_head,  # type: ignore[arg-type]
         max_context=max_context,
         auto=auto,
         cuda_graphs=cuda_graphs,
@@ -143,7 +145,7 @@ class Report:
         from offload_sirius.engine.planning import plan_figures, prediction_figures
         from offload_sirius.rates import NAMES
 
-        draft, windows, form = self.prediction.draft, self.prediction.windows, self.planned.layout.format
+        draft, windows = self.prediction.draft, self.prediction.windows
         return {
             "model": self.planned.spec.name,
             "shape": self.shape.found or None,
@@ -155,7 +157,7 @@ class Report:
             "correction_bill": asdict(windows[0].correction.bill) if windows else None,
             "prompt_bill": asdict(self.prediction.prompt),
             "rates": {name: {"value": getattr(self.rates, name), "source": self.rates.sources[name]} for name in NAMES},
-            "quantized_rates": None if form is None else asdict(self.rates.of_quantized(form.kind)),
+            "quantized_rates": {kind: asdict(self.rates.of_quantized(kind)) for kind in self.planned.quantized_kinds},
             "with_4_gib_more": {
                 "device": prediction_figures(self.more_device),
                 "host": prediction_figures(self.more_host),

@@ -285,20 +285,15 @@ def _foot_lines(report: Report) -> list[str]:
         )
         + _quantized_rate(report),
     ]
-    form = report.planned.layout.format
-    sources = {*rates.sources.values(), *([] if form is None else [rates.of_quantized(form.kind).source])}
-    if "assumed" in sources and report.planned.hardware.device != "described":
+    if "assumed" in report.prediction.sources.values() and report.planned.hardware.device != "described":
         lines.append("assumed rates may be far off; measure this machine's with `offload-sirius doctor --measure`")
     return lines
 
 
 def _quantized_rate(report: Report) -> str:
     """, int4 weights 756 GB/s (assumed)"""
-    form = report.planned.layout.format
-    if form is None:
-        return ""
-    quantized = report.rates.of_quantized(form.kind)
-    return f", {form.kind} weights {quantized.bytes_per_second / 1e9:.4g} GB/s ({quantized.source})"
+    rates = {kind: report.rates.of_quantized(kind) for kind in report.planned.quantized_kinds}
+    return "".join(f", {kind} weights {each.bytes_per_second / 1e9:.4g} GB/s ({each.source})" for kind, each in rates.items())
 
 
 def _caveats(report: Report) -> list[str]:

@@ -6,6 +6,8 @@ import time
 from contextlib import ExitStack
 from pathlib import Path
 
+import torch
+
 from offload_sirius.cache import cache_folder, safe_name
 from offload_sirius.config import EngineConfig
 from offload_sirius.engine.captured import CapturedStep, ResidentLayers, recorder_on
@@ -84,8 +86,9 @@ def _join(
     arenas = make_arenas(placement, spec, uplink)
     stores.callback(arenas.close)
     store = DeviceStore if plan.hot is None else HotDeviceStore
-    device = store(plan, spec, layout, dtype, placement.device)
-    if layout.format is not None and placement.device.type == "cpu" and (problem := native("products").problem):
+    device = store(plan, spec, layout, dtype, placement.device, placement.head_format)
+    quantised = layout.format is not None or placement.head_format is not None
+    if quantised and placement.device.type == "cpu" and (problem := native("products").problem):
         progress.warn(problem)
 
     progress.begin(f"loading {spec.name}", load_nbytes(checkpoint, plan))
@@ -205,6 +208,7 @@ def _decoded(
 def _embedding(placement: Placement, loader: Loader, readers: ReaderPool, device: DeviceStore | HotDeviceStore) -> Embedding:
     where = placement.plan.embedding_place
     if where == "device":
+        assert isinstance(device.head, torch.Tensor)
         return TableEmbedding(device.head, placement.device)
     if where == "host":
         return TableEmbedding(loader.load_embedding(placement.dtype), placement.device)

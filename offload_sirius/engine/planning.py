@@ -24,6 +24,7 @@ from offload_sirius.model.costs import (
     recorded_steps_nbytes,
     unpacking_nbytes,
 )
+from offload_sirius.quantization import Kind
 from offload_sirius.rates import DtypeName, Rates, Stored, assumed_cpu_rates, assumed_gpu_rates
 from offload_sirius.sparsity.costs import num_fetched, sparsity_nbytes
 from offload_sirius.units import MIB, Size, format_size
@@ -178,6 +179,12 @@ class Planned:
         """The model's shape."""
         return self.checkpoint.spec
 
+    @property
+    def quantized_kinds(self) -> list[Kind]:
+        """Of all weights that are quantised."""
+        forms = (self.layout.format, self.config.head_format)
+        return list(dict.fromkeys(form.kind for form in forms if form is not None))
+
     def with_more(self, *, device_nbytes: int = 0, host_nbytes: int = 0) -> Planned:
         """The same with larger budgets, whether or not this machine has as much."""
         budgets = Budgets(
@@ -207,6 +214,7 @@ class Planned:
             own_memory=self.hardware.own_memory,
             paced_bytes_per_second=_per_second(emulated, 1e9),
             rates=rates,
+            head_format=self.config.head_format,
             overlap=self.config.decoding.overlap,
         )
 
@@ -310,7 +318,8 @@ def plan_model(
         activation_nbytes=computing_nbytes(config, spec, context, element_nbytes, batch)
         + (recorded_steps_nbytes(spec, context, element_nbytes) if recorded else 0),
         reader_nbytes=reader_nbytes(checkpoint),
-        embedding_on_device=spec.tied_head,
+        embedding_on_device=spec.tied_head and config.head_format is None,
+        head_format=config.head_format,
         staged=hardware.own_memory,
         quantising_nbytes=quantising_nbytes(spec, element_nbytes) if layout.format and not checkpoint.packed else 0,
         num_shared_buffers=config.shared_host_buffers,
@@ -342,7 +351,8 @@ def computing_nbytes(config: EngineConfig, spec: ModelSpec, num_tokens: int, ele
     decoding = config.decoding
     observed, step_rows = sparsity_of(decoding, spec) is not None, decoding.max_nodes
     nbytes = activation_nbytes(spec, num_tokens, element_nbytes, batch=batch, step_rows=step_rows, observed=observed)
-    return nbytes + (unpacking_nbytes(spec, element_nbytes, step_rows) if config.weight_format else 0)
+    quantised = config.weight_format is not None or config.head_format is not None
+    return nbytes + (unpacking_nbytes(spec, element_nbytes, step_rows) if quantised else 0)
 
 
 def plan_for(spec: ModelSpec, layout: LayerLayout, demand: Demand, budgets: Budgets) -> Plan:

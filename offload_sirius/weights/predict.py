@@ -83,6 +83,8 @@ class Setting:
     paced_bytes_per_second: float | None
     """The rate of an emulated link, which paces real copies."""
     rates: Rates
+    head_format: WeightFormat | None = None
+    """How the head is held; None: as plain numbers."""
     overlap: bool = True
     """Where layers are partly resident: the link fetches for a pass before it begins."""
 
@@ -217,8 +219,8 @@ def predict(setting: Setting, token: Work, prompt: Work) -> Prediction:
 
 def _sources(setting: Setting) -> dict[str, str]:
     """Where the rates come from, those of quantised weights included where there are any."""
-    form = setting.layout.format
-    quantized = {} if form is None else {f"{form.kind}_weights": setting.rates.of_quantized(form.kind).source}
+    forms = (setting.layout.format, setting.head_format)
+    quantized = {f"{form.kind}_weights": setting.rates.of_quantized(form.kind).source for form in forms if form is not None}
     return {**setting.rates.sources, **quantized}
 
 
@@ -292,7 +294,7 @@ def pass_bill(setting: Setting, work: Work, *, decoding: bool) -> PassBill:
                quantised ones as `_quantized_seconds` says
     mixing   = layers * max(bytes of keys and values / memory rate, arithmetic / arithmetic rate)
     overhead = layers * chunks * a layer's + a step's
-    head     = max(bytes / memory rate, 2 * tokens * elements / arithmetic rate)
+    head     = max(bytes / memory rate, 2 * tokens * elements / arithmetic rate), or as quantised layers
     drags    as above: what copying takes from computing, and computing from copying
 
     Of layers of which the pass takes slices, bytes and parts are those of the slices.
@@ -413,9 +415,8 @@ def _step_seconds(setting: Setting, work: Work, *, sliced: bool, decoding: bool)
 
 
 def _head_seconds(setting: Setting, work: Work, *, decoding: bool) -> float:
-    """The head is not quantised."""
     nbytes, element_nbytes = setting.plan.device_bill["head"], setting.layout.element_nbytes
-    return _weights_seconds(setting, nbytes, None, element_nbytes, work.num_head_rows, 1, decoding=decoding)
+    return _weights_seconds(setting, nbytes, setting.head_format, element_nbytes, work.num_head_rows, 1, decoding=decoding)
 
 
 def _weights_seconds(

@@ -125,6 +125,8 @@ def test_quantised_layers_are_read_at_their_own_rate_and_each_further_token_adds
     assert assumed.token.weights_seconds == pytest.approx(80 * layout.nbytes / RATES.of_quantized(kind).bytes_per_second)
     assert assumed.sources[f"{kind}_weights"] == "assumed"
     assert assumed.token.head_seconds == pytest.approx(HEAD / MEMORY)
+    of_head = predict(setting(made, rates, layout=layout, head_format=layout.format), TOKEN, PROMPT)
+    assert of_head.token.head_seconds == pytest.approx(HEAD / 5e11), "the bill says how many bytes the head has"
 
 
 def test_the_bill_of_a_token_is_bytes_over_rates() -> None:
