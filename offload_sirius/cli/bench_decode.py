@@ -83,6 +83,7 @@ def decode(
     accept: Annotated[str, _list("accept", "RULES")] = _DECODING.accept,
     threshold: flags.Threshold = _DECODING.threshold,
     draft: Annotated[str, _list("draft", "PLACES")] = _DECODING.draft,
+    draft_quantize: flags.DraftQuantize = _DECODING.draft_quantize,
     resident_first: flags.ResidentFirst = _DECODING.resident_first,
     refresh: flags.Refresh = _DECODING.refresh,
     refresh_decay: flags.RefreshDecay = _DECODING.refresh_decay,
@@ -139,6 +140,7 @@ def decode(
     variants = variants_of(
         shared,
         draft_keep=draft_keep,
+        draft_quantize=draft_quantize,  # type: ignore[arg-type]  # checked by DecodingConfig
         modes=_values("--modes", modes, _mode),  # type: ignore[arg-type]  # checked by DecodingConfig, as are the next
         sparsities=_values("--sparsity", sparsity, str),  # type: ignore[arg-type]
         keeps=_values("--keep", keep, float),

@@ -51,6 +51,7 @@ Window = Annotated[str, _option(DecodingConfig, "window", DECODING, metavar="N|a
 Accept = Annotated[str, _option(DecodingConfig, "accept", DECODING, metavar="RULE")]
 Threshold = Annotated[float, _option(DecodingConfig, "threshold", DECODING, metavar="P")]
 Draft = Annotated[str, _option(DecodingConfig, "draft", DECODING, metavar="PLACE")]
+DraftQuantize = Annotated[str, _option(DecodingConfig, "draft_quantize", DECODING, metavar="KIND")]
 ResidentFirst = Annotated[str, _option(DecodingConfig, "resident_first", DECODING, metavar="WHAT")]
 Refresh = Annotated[
     bool, typer.Option("--refresh/--no-refresh", help=help_of(DecodingConfig, "refresh"), rich_help_panel=DECODING)

@@ -39,6 +39,7 @@ def plan(
     keep: flags.Keep = _DECODING.keep,
     window: flags.Window = str(_DECODING.window),
     draft: flags.Draft = _DECODING.draft,
+    draft_quantize: flags.DraftQuantize = _DECODING.draft_quantize,
     resident_first: flags.ResidentFirst = _DECODING.resident_first,
     prior: flags.Prior = _DECODING.prior,
     draft_keep: flags.DraftKeep = _DECODING.draft_keep,
@@ -80,6 +81,7 @@ def plan(
         keep=keep,
         window=window,
         draft=draft,  # type: ignore[arg-type]
+        draft_quantize=draft_quantize,  # type: ignore[arg-type]
         resident_first=resident_first,  # type: ignore[arg-type]
         prior=prior,
         draft_keep=draft_keep,
@@ -167,6 +169,7 @@ class Report:
                 {
                     "dtype": each.planned.dtype,
                     "draft": each.planned.config.decoding.draft,
+                    "draft_quantize": each.planned.config.decoding.draft_quantize,
                     "predicted": prediction_figures(each.prediction),
                 }
                 for each in self.candidates

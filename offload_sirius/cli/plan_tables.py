@@ -201,9 +201,8 @@ def _weights(report: Report, bill: PassBill, num_rows: int) -> str:
     """Whichever of bytes and arithmetic takes the layers' time."""
     planned, rates, nbytes = report.planned, report.rates, bill.weights_nbytes
     layers = _layers(planned.spec.num_layers, nbytes, planned.layout.nbytes)
-    form = planned.layout.format
-    if form is not None and num_rows == 1:
-        return f"{layers}: {_gb(nbytes)} / {rates.of_quantized(form.kind).bytes_per_second / 1e9:.4g} GB/s"
+    if planned.quantized_kinds and num_rows == 1:
+        return f"{layers}: {_gb(nbytes)} / {nbytes / bill.weights_seconds / 1e9:.4g} GB/s"
     flops = 2 * num_rows * nbytes / planned.layout.nbytes_per_weight
     if math.isclose(bill.weights_seconds, nbytes / rates.device_bytes_per_second, rel_tol=1e-6):
         return f"{layers}: {_gb(nbytes)} / {rates.device_bytes_per_second / 1e9:.4g} GB/s"
@@ -249,6 +248,8 @@ def _drafts(planned: Planned) -> str:
     if planned.plan.hot is None:
         return "streamed"
     num_hot, num_layers = len(planned.plan.hot.layers), planned.spec.num_layers
+    if (form := planned.plan.hot.draft_format) is not None:
+        return f"{form.kind} copy of {planned.plan.hot.num_hot} of {planned.spec.ffn_width} neurons"
     return "resident" if num_hot == num_layers else f"resident in {num_hot} of {num_layers} layers"
 
 

@@ -16,6 +16,7 @@ from offload_sirius.kernels.matrix import Matrix
 from offload_sirius.kernels.packed import QuantizedRows
 from offload_sirius.quantization import WeightFormat
 from offload_sirius.weights.buffers import LayerBuffer, kept_neurons
+from offload_sirius.weights.copy_plan import copy_layout
 from offload_sirius.weights.host import allocate_bytes
 from offload_sirius.weights.hot_plan import hot_layouts
 from offload_sirius.weights.hotset import HotSlot, whole_slot
@@ -117,6 +118,54 @@ class HotDeviceStore:
         """Bytes of everything allocated here."""
         layers = sum(layer.storage.nbytes for layer in self.layers.values())
         return self.head.nbytes + self.final_norm.nbytes + layers + self._slot_memory.nbytes
+
+
+class CopyDeviceStore:
+    """Fixed buffers on a device that holds a quantised copy of every layer for drafts."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        spec: ModelSpec,
+        layout: LayerLayout,
+        dtype: torch.dtype,
+        device: torch.device,
+        head_format: WeightFormat | None = None,
+    ) -> None:
+        """See DeviceStore."""
+        assert plan.hot is not None
+        assert plan.hot.draft_format is not None
+        self.device = device
+        self.head = _head(spec, head_format, dtype=dtype, device=device)
+        self.final_norm = _matrix(spec.width, dtype=dtype, device=device)
+        copied_spec = replace(spec, ffn_width=plan.hot.num_hot)
+        copied = copy_layout(spec, layout, plan.hot.draft_format, plan.hot.num_hot)
+        self.residents: dict[int, LayerBuffer] = {}
+        """Layers that are resident as they are: none."""
+        self.layers = {
+            layer: LayerBuffer(allocate_bytes(copied.nbytes, device, "device"), copied_spec, copied, dtype)
+            for layer in plan.hot.layers
+        }
+        """The copy of every layer."""
+        self.slots = [
+            LayerBuffer(allocate_bytes(layout.nbytes, device, "device"), spec, layout, dtype) for _ in range(plan.num_slots)
+        ]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of everything allocated here."""
+        layers = [*self.layers.values(), *self.slots]
+        return self.head.nbytes + self.final_norm.nbytes + sum(layer.storage.nbytes for layer in layers)
+
+
+AnyDeviceStore = DeviceStore | HotDeviceStore | CopyDeviceStore
+
+
+def store_for(plan: Plan) -> type[DeviceStore] | type[HotDeviceStore] | type[CopyDeviceStore]:
+    """The kind of store that the plan fills."""
+    if plan.hot is None:
+        return DeviceStore
+    return HotDeviceStore if plan.hot.draft_format is None else CopyDeviceStore
 
 
 def _head(spec: ModelSpec, head_format: WeightFormat | None, *, dtype: torch.dtype, device: torch.device) -> Matrix:

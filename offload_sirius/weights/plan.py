@@ -50,8 +50,9 @@ NUM_STAGING = 2
 NUM_QUANTISING = 2
 """Host buffers of a matrix's size: one is read into while the other is quantised."""
 
-HEAD_QUANTISING_NBYTES = 16 << 20
-"""Host memory through which the head is read that is quantised, some rows at a time: plain ones, and what they become."""
+ROWS_QUANTISING_NBYTES = 16 << 20
+"""Host memory for rows of the head, or of layers of which there is a copy, and what they become: they are quantised some at a
+time."""
 
 CHUNK_NBYTES, NUM_CHUNKS = 8 << 20, 4
 """Pinned buffers through which host memory passes that could not be pinned."""
@@ -84,6 +85,8 @@ class Demand:
     """Device bytes that choosing neurons takes."""
     num_hot: int = 0
     """Neurons of each layer that are wanted on the device for good, where layers are to be partly resident."""
+    draft_format: WeightFormat | None = None
+    """Of a copy that these neurons are to be, with all attention blocks; None: they are the layers' own."""
     hot_layers_first: bool = False
     """Where not all of that fits: all of those neurons of some layers rather than fewer of every layer."""
     num_cached_neurons: int = 0
@@ -110,6 +113,9 @@ class HotPlan:
     """Slots for the F - N others of a layer, in the memory of those for all of them."""
     cold_nbytes: int
     """Bytes of the others."""
+    draft_format: WeightFormat | None = None
+    """How a copy is held on which drafts compute, and which is what is on the device: then a correction brings all of a layer,
+    and its slots are those of whole layers. None: hot neurons are the layer's own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -323,12 +329,13 @@ def place_on_host(spec: ModelSpec, layout: LayerLayout, demand: Demand, budgets:
 
     readers   = readers * (one read buffer + one decoded piece)
     staging   = what `_staging_nbytes` says, on a device with its own memory
-    quantising = matrices that are read before they are quantised, and rows of the head
+    quantising = matrices that are read before they are quantised, and rows of the head or for a copy
     embedding = V * D * element, unless the device has it or its rows are read from disk
     layers    = layers in host memory * layer in whole pages
     kept      = layers whose kept neurons are gathered there * their bytes in whole pages
     """
-    quantising_nbytes = demand.quantising_nbytes + (0 if demand.head_format is None else HEAD_QUANTISING_NBYTES)
+    some_at_a_time = demand.head_format is not None or demand.draft_format is not None
+    quantising_nbytes = demand.quantising_nbytes + (ROWS_QUANTISING_NBYTES if some_at_a_time else 0)
     most_staging_nbytes = quantising_nbytes + (_staging_nbytes(layout, 0) if demand.staged else 0)
     needed = MIN_READERS * demand.reader_nbytes + most_staging_nbytes
     if budgets.host_nbytes < needed:

@@ -219,7 +219,8 @@ def predict(setting: Setting, token: Work, prompt: Work) -> Prediction:
 
 def _sources(setting: Setting) -> dict[str, str]:
     """Where the rates come from, those of quantised weights included where there are any."""
-    forms = (setting.layout.format, setting.head_format)
+    copied = None if setting.plan.hot is None else setting.plan.hot.draft_format
+    forms = (setting.layout.format, copied, setting.head_format)
     quantized = {f"{form.kind}_weights": setting.rates.of_quantized(form.kind).source for form in forms if form is not None}
     return {**setting.rates.sources, **quantized}
 
@@ -356,9 +357,12 @@ def _partly_resident_nbytes(plan: Plan, layout: LayerLayout, work: Work) -> dict
     """Of a layer whose attention block and hot neurons are on the device, or come for a draft step.
 
     All neurons at once while the hot ones are chosen, else those, or the best of them, and, where all are needed, the others.
+    Where there is a copy, that in a draft step, and else all of the layer itself.
     """
     assert plan.hot is not None
     cargo = work.cargo
+    if plan.hot.draft_format is not None and cargo == "hot":
+        return {"attention": plan.device_bill["attention"] // len(plan.hot.layers), "hot": _hot_nbytes(plan)}
     steps: dict[Step, int] = {"attention": layout.part_nbytes("attention")}
     if cargo == "records":
         return steps | {"records": layout.part_nbytes("records")}
@@ -374,8 +378,10 @@ def _hot_nbytes(plan: Plan) -> int:
 
 def _slice_nbytes(setting: Setting, work: Work) -> int:
     """Bytes of a layer's slices: of what is computed, all that is not on the device already."""
-    steps = _step_nbytes(setting, work, sliced=True)
-    there: tuple[Step, ...] = ("held",) if setting.plan.hot is None else ("attention", "hot")
+    steps, hot = _step_nbytes(setting, work, sliced=True), setting.plan.hot
+    if hot is not None and hot.draft_format is not None:
+        return 0 if work.cargo == "hot" else sum(steps.values())
+    there: tuple[Step, ...] = ("held",) if hot is None else ("attention", "hot")
     return sum(nbytes for step, nbytes in steps.items() if step not in there)
 
 
@@ -406,12 +412,18 @@ def drags(computing: float, copying: float, rates: Rates) -> tuple[float, float]
 
 def _step_seconds(setting: Setting, work: Work, *, sliced: bool, decoding: bool) -> dict[Step, float]:
     """Computing the steps of a layer, but for attention over the cache."""
-    form, element_nbytes = setting.layout.format, setting.layout.element_nbytes
+    form, element_nbytes = _format_of(setting, work), setting.layout.element_nbytes
 
     def seconds(nbytes: int) -> float:
         return _weights_seconds(setting, nbytes, form, element_nbytes, work.num_rows, work.num_chunks, decoding=decoding)
 
     return {step: seconds(nbytes) for step, nbytes in _step_nbytes(setting, work, sliced=sliced).items()}
+
+
+def _format_of(setting: Setting, work: Work) -> WeightFormat | None:
+    """How the weights are held that the pass computes on."""
+    hot = setting.plan.hot
+    return setting.layout.format if hot is None or work.cargo != "hot" else hot.draft_format or setting.layout.format
 
 
 def _head_seconds(setting: Setting, work: Work, *, decoding: bool) -> float:
@@ -728,5 +740,24 @@ class _HotReplay(_Replay):
         return {"attention": attention, "records": self._bring_from_host(layout.part_nbytes("records"))}
 
 
+class _CopyReplay(_HotReplay):
+    """The same where drafts compute on a copy: all of each layer passes, but for draft steps. See weights/draft_copy.py."""
+
+    def __init__(self, setting: Setting) -> None:
+        super().__init__(setting)
+        self._passing = {"records": self._streamed}
+        self._num_slots = {"records": setting.plan.num_slots}
+        self._same_slots = True
+
+    def _moving(self, cargo: Cargo) -> Cargo:
+        return "records"
+
+    def _bring_hot(self, cargo: Cargo) -> dict[Step, Arrival]:
+        return {part: self._bring_from_host(self._setting.layout.part_nbytes(part)) for part in PARTS}
+
+
 def _replay_of(setting: Setting) -> _Replay:
-    return _Replay(setting) if setting.plan.hot is None else _HotReplay(setting)
+    hot = setting.plan.hot
+    if hot is None:
+        return _Replay(setting)
+    return _HotReplay(setting) if hot.draft_format is None else _CopyReplay(setting)
