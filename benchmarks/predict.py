@@ -2,6 +2,7 @@
 
     python benchmarks/predict.py             # three shapes, three device budgets, two link rates: some ten minutes
     python benchmarks/predict.py --shape 0   # one of the shapes
+    python benchmarks/predict.py --quantize int4
 
 The ceiling is the measurement itself. Rates are measured anew for each shape and budget, before anything of it is known: the
 speed of a shared machine changes within minutes, and a prediction knows no more than its rates do. Budgets are shares of the
@@ -28,7 +29,7 @@ from rates_now import measured_rates
 from report import finish, machine_facts
 
 import offload_sirius
-from offload_sirius.config import SPARSITIES, DecodingConfig, EngineConfig, Sparsity
+from offload_sirius.config import QUANTIZES, SPARSITIES, DecodingConfig, EngineConfig, Quantize, Sparsity
 from offload_sirius.decode.result import Generation
 from offload_sirius.engine import Engine
 from offload_sirius.engine.planning import Planned, dtype_of, host_hardware, plan_model
@@ -114,6 +115,7 @@ def main() -> int:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", type=int, choices=range(len(SHAPES)), help="only this one of the shapes")
+    parser.add_argument("--quantize", choices=QUANTIZES, default="none", help="default %(default)s")
     parser.add_argument("--passes", type=int, default=9, help="tokens that count, default %(default)s")
     parser.add_argument("--disk", type=Path, help="file or folder whose disk is measured, default a temporary one")
     parser.add_argument("--out", type=Path, help="result file, default benchmarks/results/predict-DATE.json")
@@ -128,17 +130,19 @@ def rates_for(model: str, disk: Path | None) -> Rates:
 def steady_row(model: str, share: float, link_gbps: float, rates: Rates, options: argparse.Namespace) -> Row:
     """The first of a few measurements during which the machine did nothing else, or the last."""
     for num_disturbed in range(MOST_ATTEMPTS):
-        found = replace(row(model, share, link_gbps, rates, options.passes), num_disturbed=num_disturbed)
+        found = replace(row(model, share, link_gbps, rates, options), num_disturbed=num_disturbed)
         if max(found.all_seconds) <= STEADY * min(found.all_seconds):
             break
         rates = rates_for(model, options.disk)
     return found
 
 
-def row(model: str, share: float, link_gbps: float, rates: Rates, num_passes: int) -> Row:
+def row(model: str, share: float, link_gbps: float, rates: Rates, options: argparse.Namespace) -> Row:
     """Predict, then run."""
-    full = DecodingConfig(mode="full")
-    config = EngineConfig(model=model, device="cpu", link_gbps=link_gbps, max_context=CONTEXT, decoding=full)
+    full, num_passes = DecodingConfig(mode="full"), options.passes
+    config = EngineConfig(
+        model=model, device="cpu", link_gbps=link_gbps, max_context=CONTEXT, quantize=options.quantize, decoding=full
+    )
     planned = with_residents(config, share)
     predicted = planned.predict(rates, len(PROMPT))
     with offload_sirius.load(**vars(planned.config)) as engine:
@@ -163,16 +167,18 @@ def steady_draft_rows(model: str, sparsity: Sparsity, options: argparse.Namespac
     """As steady_row, of the passes of a window."""
     for num_disturbed in range(MOST_ATTEMPTS):
         rates = rates_for(model, options.disk)
-        found = [replace(each, num_disturbed=num_disturbed) for each in draft_rows(model, sparsity, rates)]
+        found = [replace(each, num_disturbed=num_disturbed) for each in draft_rows(model, sparsity, rates, options.quantize)]
         if all(max(each.all_seconds) <= STEADY * min(each.all_seconds) for each in found):
             break
     return found
 
 
-def draft_rows(model: str, sparsity: Sparsity, rates: Rates) -> list[Row]:
+def draft_rows(model: str, sparsity: Sparsity, rates: Rates, quantize: Quantize) -> list[Row]:
     """Predict, then run: a draft step, a correction, and a window of them."""
     decoding = DecodingConfig(sparsity=sparsity, window=DRAFT_WINDOW)
-    config = EngineConfig(model=model, device="cpu", link_gbps=DRAFT_LINK_GBPS, max_context=CONTEXT, decoding=decoding)
+    config = EngineConfig(
+        model=model, device="cpu", link_gbps=DRAFT_LINK_GBPS, max_context=CONTEXT, quantize=quantize, decoding=decoding
+    )
     planned = with_residents(config, DRAFT_SHARE)
     predicted = planned.predict(rates, len(PROMPT))
     assert predicted.draft is not None

@@ -9,17 +9,32 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from offload_sirius.errors import ConfigError
 from offload_sirius.files import write_whole
+from offload_sirius.quantization import KINDS, Kind
 
 DtypeName = Literal["bfloat16", "float32"]
 """A type that weights are held and computed in: a machine has rates for each."""
 
 GIVEN, ASSUMED = "given", "assumed"
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizedRates:
+    """Rates of products with quantised weights of one kind, for one type of activations. Groups count by their bytes."""
+
+    bytes_per_second: float
+    """Rate at which a product of one token reads them, scales included."""
+    flops_per_second: float
+    """Additions and multiplications of each further token, of few that read them as they are."""
+    unpacking_bytes_per_second: float
+    """Rate at which they are dequantised for products of many tokens, which are those of plain weights."""
+    source: str
+    """assumed, or `measured DATE`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,19 +62,42 @@ class Rates:
     """Speed of computing on the cores that are left to it while layers come from disk, over its speed on all."""
     sources: Mapping[str, str] = field(default_factory=dict)
     """Field -> given, assumed, or `measured DATE`."""
+    quantized: Mapping[Kind, QuantizedRates] = field(default_factory=dict)
+    """Of quantised weights, as far as they were measured."""
+
+    def of_quantized(self, kind: Kind) -> QuantizedRates:
+        """Those that were measured, or shares of the rates of plain weights that are assumed."""
+        return self.quantized.get(kind) or self._assumed_of(kind)
+
+    def _assumed_of(self, kind: Kind) -> QuantizedRates:
+        reading, unpacking = ASSUMED_SHARES[kind]
+        return QuantizedRates(
+            bytes_per_second=reading * self.device_bytes_per_second,
+            flops_per_second=ASSUMED_FLOPS_SHARE * self.device_flops_per_second,
+            unpacking_bytes_per_second=unpacking * self.device_bytes_per_second,
+            source=ASSUMED,
+        )
 
     def given(self, **values: float | None) -> Rates:
         """With these in place of what was measured or assumed; None leaves a rate as it is."""
         changed = {name: value for name, value in values.items() if value is not None}
-        return replace(self, **changed, sources={**self.sources, **dict.fromkeys(changed, GIVEN)})
+        return replace(self, **changed, sources={**self.sources, **dict.fromkeys(changed, GIVEN)})  # type: ignore[arg-type]
 
 
-NAMES = tuple(each.name for each in fields(Rates) if each.name != "sources")
+NAMES = tuple(each.name for each in fields(Rates) if each.name not in ("sources", "quantized"))
+QUANTIZED_NAMES = tuple(each.name for each in fields(QuantizedRates) if each.name != "source")
+
+ASSUMED_SHARES: dict[Kind, tuple[float, float]] = {"int8": (0.9, 0.08), "int4": (0.75, 0.03)}
+"""Of the rate at which plain weights are read: quantised ones read for a token, and dequantised. As a core of a Xeon does it; of
+a GPU the first is what its kernels are to reach."""
+
+ASSUMED_FLOPS_SHARE = 0.6
+"""Of the arithmetic of plain weights: what the kernels for a GPU are to reach."""
 
 
 def rates_from(source: str, **values: float) -> Rates:
     """Rates that all have the same source."""
-    return Rates(**values, sources=dict.fromkeys(values, source))
+    return Rates(**values, sources=dict.fromkeys(values, source))  # type: ignore[arg-type]
 
 
 LINK_BYTES_PER_SECOND = 25e9
@@ -165,12 +203,24 @@ def write_rates(path: Path, key: str, rates: Rates) -> None:
 
 
 def _as_json(rates: Rates) -> dict[str, Any]:
-    return {name: {"value": getattr(rates, name), "source": rates.sources[name]} for name in NAMES}
+    plain = {name: {"value": getattr(rates, name), "source": rates.sources[name]} for name in NAMES}
+    return plain | {"quantized": {kind: asdict(each) for kind, each in rates.quantized.items()}}
 
 
 def _from_json(entry: Mapping[str, Any]) -> Rates:
     """Raises KeyError, TypeError or ValueError for what is no entry; names that are not known belong to another version."""
-    values = {name: float(entry[name]["value"]) for name in NAMES}
+    values = _positive({name: entry[name]["value"] for name in NAMES})
+    # A file that is older than quantised weights has no rates of them.
+    quantized = {kind: _quantized_from_json(entry["quantized"][kind]) for kind in KINDS if kind in entry.get("quantized", {})}
+    return Rates(**values, sources={name: str(entry[name]["source"]) for name in NAMES}, quantized=quantized)
+
+
+def _quantized_from_json(entry: Mapping[str, Any]) -> QuantizedRates:
+    return QuantizedRates(**_positive({name: entry[name] for name in QUANTIZED_NAMES}), source=str(entry["source"]))
+
+
+def _positive(found: Mapping[str, Any]) -> dict[str, float]:
+    values = {name: float(value) for name, value in found.items()}
     if bad := [name for name, value in values.items() if not (math.isfinite(value) and value > 0)]:
         raise ValueError(bad)
-    return Rates(**values, sources={name: str(entry[name]["source"]) for name in NAMES})
+    return values

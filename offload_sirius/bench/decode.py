@@ -230,7 +230,8 @@ def _streaming_nbytes(model: Model, config: EngineConfig, bench: DecodeBench) ->
     budgets = [int(without_residents(model, config).device_memory)]
     for variants in bench.loads[1:]:
         decoding = roomiest(variants)
-        if decoding.draft == "auto":  # what would need more than that is not to be predicted from all there is
+        # What would need more than that is not to be predicted from all there is.
+        if decoding.draft == "auto" and decoding.draft_format is None:
             decoding = decoding.drafting_from("streamed")
         plan = place(model.checkpoint, replace(config, decoding=decoding)).plan
         variable = sum(plan.device_bill.get(what, 0) for what in ("resident_layers", "slots", "neuron_cache"))

@@ -1,8 +1,8 @@
 """The rates of this machine that predictions rest on, measured with the parts that will run: the model's own forward pass over
-layers of random weights, the link's own copier, plain reads of the disk. Some seconds a type of weights.
+layers of random weights, the link's own copier, plain reads of the disk. About a minute a type of weights.
 
 A layer's time is taken apart by its size: what the smallest layers take is overhead, what a large one takes beyond is its bytes
-(one token) or its arithmetic (many).
+(one token) or its arithmetic (many). Quantised layers are measured in the same way, their overhead being that of plain ones.
 """
 
 from __future__ import annotations
@@ -22,9 +22,11 @@ from offload_sirius import machine
 from offload_sirius.config import SamplingConfig
 from offload_sirius.decode.sampling import Sampler
 from offload_sirius.engine.link import uplink_to
+from offload_sirius.kernels.packed import QuantizedRows
 from offload_sirius.model.kv_cache import KVCache
 from offload_sirius.model.transformer import Transformer
-from offload_sirius.rates import ASSUMED, Rates
+from offload_sirius.quantization import DEFAULT_GROUPS, KINDS, Kind, WeightFormat
+from offload_sirius.rates import ASSUMED, QuantizedRates, Rates
 from offload_sirius.weights.buffers import LayerBuffer
 from offload_sirius.weights.copiers import Copier, HostCopier, Transfer
 from offload_sirius.weights.disk_rate import measure_disk
@@ -36,6 +38,12 @@ from offload_sirius_loaders.spec import ModelSpec, RopeSpec
 
 PROMPT_TOKENS = 256
 """Rows of the matmuls by which arithmetic is measured."""
+
+FEW_TOKENS = 16
+"""Tokens beside which the arithmetic of quantised weights is measured: as a window may have."""
+
+QUANTIZED_SCALE = 1e-3
+"""Of random integers, so that no number grows beyond what a type holds."""
 
 NUM_SMALL_LAYERS = 8
 STEP_REPEATS, PROMPT_REPEATS = 15, 5
@@ -81,13 +89,19 @@ SMALL = replace(LARGE, name="small", width=64, num_heads=2, num_kv_heads=1, head
 class RandomWeights:
     """Layers of random weights on a device. Satisfies the model's WeightSource."""
 
-    def __init__(self, spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> None:
-        layout = layer_layout(spec, dtype.itemsize)
+    def __init__(
+        self, spec: ModelSpec, dtype: torch.dtype, device: torch.device, weight_format: WeightFormat | None = None
+    ) -> None:
+        layout = layer_layout(spec, dtype.itemsize, 0, weight_format)
         self._layers = [
             LayerBuffer(allocate_bytes(layout.nbytes, device, "device"), spec, layout, dtype) for _ in range(spec.num_layers)
         ]
         for layer in self._layers:
             layer.storage.view(dtype).normal_(std=0.02)
+            for matrix in (layer.qkv, layer.output, layer.gate, layer.up, layer.down):
+                if isinstance(matrix, QuantizedRows):
+                    matrix.rows.random_(256)
+                    matrix.scales.fill_(QUANTIZED_SCALE)
         self.final_norm = torch.ones(spec.width, dtype=dtype, device=device)
         self.head = torch.zeros(spec.vocab_size, spec.width, dtype=dtype, device=device)
         self._table = torch.ones(spec.vocab_size, spec.width, dtype=dtype)
@@ -118,12 +132,41 @@ def measure_rates(
     in float32. Raises BudgetError, ConfigError.
     """
     torch.set_num_threads(machine.physical_cores())
-    measured = {
-        "disk_bytes_per_second": measure_disk(disk).bytes_per_second,
-        **_medians([_compute_rates(dtype, device) | _link_rates(dtype, device) for _ in range(rounds)]),
-    }
+    disk_rate = measure_disk(disk).bytes_per_second
+    plain = _medians([_compute_rates(dtype, device) | _link_rates(dtype, device) for _ in range(rounds)])
+    measured = plain | {"disk_bytes_per_second": disk_rate}
     sources = {**dict.fromkeys(assumed.sources, ASSUMED), **dict.fromkeys(measured, source)}
-    return replace(assumed, **measured, sources=sources)
+    rates = replace(assumed, **measured, sources=sources)  # type: ignore[arg-type]
+    return replace(rates, quantized={kind: measure_quantized(kind, device, dtype, rates, source, rounds) for kind in KINDS})
+
+
+def measure_quantized(
+    kind: Kind, device: torch.device, dtype: torch.dtype, plain: Rates, source: str, rounds: int = ROUNDS
+) -> QuantizedRates:
+    """The rates of quantised weights of a kind, in its usual groups. plain: of weights that are not, measured before."""
+    form = WeightFormat(kind=kind, group=DEFAULT_GROUPS[kind])
+    return QuantizedRates(**_medians([_quantized_rates(form, dtype, device, plain) for _ in range(rounds)]), source=source)
+
+
+def _quantized_rates(form: WeightFormat, dtype: torch.dtype, device: torch.device, plain: Rates) -> dict[str, float]:
+    model = _model_of(LARGE, RandomWeights(LARGE, dtype, device, form), dtype, device)
+    nbytes = layer_layout(LARGE, dtype.itemsize, 0, form).nbytes
+    flops = 2 * nbytes / (form.bits_per_weight / 8)
+    overhead = plain.step_overhead_seconds + plain.layer_overhead_seconds
+    step_seconds = seconds_of(partial(_step, model), device)
+    few_seconds = seconds_of(partial(_step, model, FEW_TOKENS), device)
+    prompt_seconds = seconds_of(partial(_prefill, model), device, PROMPT_REPEATS)
+    products_seconds = PROMPT_TOKENS * flops / plain.device_flops_per_second
+    return {
+        "bytes_per_second": nbytes / _beyond(overhead, step_seconds),
+        "flops_per_second": (FEW_TOKENS - 1) * flops / _left(few_seconds, step_seconds),
+        "unpacking_bytes_per_second": nbytes / _left(prompt_seconds, overhead + products_seconds),
+    }
+
+
+def _left(seconds: float, rest: float) -> float:
+    """What a piece of work takes beside the rest of it: at least a twentieth, as noise can say that it takes nothing."""
+    return max(seconds - rest, SMALLEST_SHARE * seconds)
 
 
 def _medians(rounds: list[dict[str, float]]) -> dict[str, float]:
@@ -192,10 +235,10 @@ def _model_of(spec: ModelSpec, weights: RandomWeights, dtype: torch.dtype, devic
     return Transformer(spec, weights, KVCache(spec, capacity=spec.max_positions, dtype=dtype, device=device))
 
 
-def _step(model: Transformer) -> None:
-    """A token of the decode loop: the pass, and the choice of the next."""
+def _step(model: Transformer, num_tokens: int = 1) -> None:
+    """A token of the decode loop, or a few: the pass, and the choice of the next."""
     model.cache.truncate(0)
-    Sampler(SamplingConfig()).choose(model.step(torch.tensor([1]))[0], 1, [1])
+    Sampler(SamplingConfig()).choose(model.step(torch.ones(num_tokens, dtype=torch.int64))[0], 1, [1])
 
 
 def _steps(model: Transformer) -> None:

@@ -9,7 +9,16 @@ from fractions import Fraction
 from itertools import product
 from math import ceil, floor
 
-from offload_sirius.config import Accept, DecodingConfig, Draft, GenerationConfig, Mode, Sparsity, require_greedy_threshold
+from offload_sirius.config import (
+    Accept,
+    DecodingConfig,
+    Draft,
+    DraftQuantize,
+    GenerationConfig,
+    Mode,
+    Sparsity,
+    require_greedy_threshold,
+)
 from offload_sirius.errors import ConfigError
 
 FULL = DecodingConfig(mode="full")
@@ -73,17 +82,28 @@ def variants_of(
     tree_widths: Iterable[int],
     drafts: Iterable[Draft],
     draft_keep: float | None = None,
+    draft_quantize: DraftQuantize = "none",
 ) -> tuple[DecodingConfig, ...]:
     """The cross product, each once; mode full is left out, as it is measured anyway. Raises ConfigError.
 
-    shared: what all have in common; its threshold of cats only those with cats. draft_keep: of drafts that may be resident.
+    shared: what all have in common; its threshold of cats only those with cats. draft_keep, draft_quantize: of drafts that
+    may be resident.
     """
     variants: list[DecodingConfig] = []
     corrected = list(product(windows, tree_widths, accepts))
     for sparsity, keep, draft in product(sparsities, keeps, drafts):
         gates = shared.cats_threshold if sparsity == "cats" else None
-        fewer = None if draft == "streamed" or sparsity == "cats" else draft_keep
-        sparse = replace(shared, mode="sparse", sparsity=sparsity, keep=keep, cats_threshold=gates, draft=draft, draft_keep=fewer)
+        may_be_resident = draft != "streamed" and sparsity == "griffin"
+        sparse = replace(
+            shared,
+            mode="sparse",
+            sparsity=sparsity,
+            keep=keep,
+            cats_threshold=gates,
+            draft=draft,
+            draft_keep=draft_keep if may_be_resident else None,
+            draft_quantize=draft_quantize if may_be_resident else "none",
+        )
         if "sparse" in modes:
             variants.append(sparse)
         if "sirius" in modes:
@@ -99,6 +119,8 @@ def name_of(variant: DecodingConfig, forced_aal: Fraction | None = None) -> str:
     if not variant.drafts:
         return "full"
     place = "" if variant.draft == "auto" else f" {variant.draft}"
+    if variant.draft_quantize != "none":
+        place += f" {variant.draft_quantize} copy"
     keep = f"{variant.keep:g}" if variant.draft_keep is None else f"{variant.draft_keep:g} of {variant.keep:g}"
     gates = "" if variant.cats_threshold is None else f" gates {variant.cats_threshold}"
     name = f"{variant.sparsity} {keep}{gates}{place} {variant.mode}"

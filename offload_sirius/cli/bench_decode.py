@@ -83,6 +83,7 @@ def decode(
     accept: Annotated[str, _list("accept", "RULES")] = _DECODING.accept,
     threshold: flags.Threshold = _DECODING.threshold,
     draft: Annotated[str, _list("draft", "PLACES")] = _DECODING.draft,
+    draft_quantize: flags.DraftQuantize = _DECODING.draft_quantize,
     resident_first: flags.ResidentFirst = _DECODING.resident_first,
     refresh: flags.Refresh = _DECODING.refresh,
     refresh_decay: flags.RefreshDecay = _DECODING.refresh_decay,
@@ -115,6 +116,7 @@ def decode(
     dtype: flags.Dtype = _ENGINE.dtype,
     quantize: flags.Quantize = _ENGINE.quantize,
     quantize_group: flags.QuantizeGroup = _ENGINE.quantize_group,
+    quantize_head: flags.QuantizeHead = _ENGINE.quantize_head,
     threads: flags.Threads = _ENGINE.threads,
     cuda_graphs: flags.CudaGraphs = _ENGINE.cuda_graphs,
     shared_host_buffers: flags.SharedHostBuffers = _ENGINE.shared_host_buffers,
@@ -138,6 +140,7 @@ def decode(
     variants = variants_of(
         shared,
         draft_keep=draft_keep,
+        draft_quantize=draft_quantize,  # type: ignore[arg-type]  # checked by DecodingConfig
         modes=_values("--modes", modes, _mode),  # type: ignore[arg-type]  # checked by DecodingConfig, as are the next
         sparsities=_values("--sparsity", sparsity, str),  # type: ignore[arg-type]
         keeps=_values("--keep", keep, float),
@@ -163,6 +166,7 @@ def decode(
         dtype=dtype,  # type: ignore[arg-type]  # checked by EngineConfig
         quantize=quantize,  # type: ignore[arg-type]
         quantize_group=quantize_group,
+        quantize_head=quantize_head,  # type: ignore[arg-type]
         threads=threads,
         cuda_graphs=cuda_graphs,
         shared_host_buffers=shared_host_buffers,

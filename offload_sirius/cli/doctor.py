@@ -152,7 +152,7 @@ def _measure(path: Path | None) -> None:
     hardware = hardware_of(device)
     source = f"measured {datetime.date.today().isoformat()}"
     for name, dtype in DTYPES.items():
-        say(f"measuring {hardware.model}, {name}: about a minute")
+        say(f"measuring {hardware.model}, {name}: about two minutes")
         rates = measure_rates(device, dtype, path or made_cache_folder(), assumed_rates(hardware), source)
         write_rates(rates_file(cache_folder()), hardware.rates_key(name), rates)
 
@@ -177,6 +177,8 @@ def _rates_finding(dtype: DtypeName, rates: Rates | None, problem: str) -> Findi
         f"link {rates.link_bytes_per_second / 1e9:.2f} GB/s, disk {rates.disk_bytes_per_second / 1e9:.2f} GB/s, "
         f"device memory {rates.device_bytes_per_second / 1e9:.4g} GB/s, "
         f"matmul {rates.device_flops_per_second / 1e12:.3g} TFLOPS, "
-        f"{rates.layer_overhead_seconds * 1e3:.3g} ms a layer beside; {rates.sources['device_bytes_per_second']}"
+        f"{rates.layer_overhead_seconds * 1e3:.3g} ms a layer beside; "
+        + "".join(f"{kind} {each.bytes_per_second / 1e9:.4g} GB/s; " for kind, each in rates.quantized.items())
+        + rates.sources["device_bytes_per_second"]
     )
     return Finding(name=name, value=asdict(rates), text=text)

@@ -34,6 +34,7 @@ LinkGbps = Annotated[float | None, _option(EngineConfig, "link_gbps", PLACE, met
 Dtype = Annotated[str, _option(EngineConfig, "dtype", PLACE, metavar="DTYPE")]
 Quantize = Annotated[str, _option(EngineConfig, "quantize", PLACE, metavar="KIND")]
 QuantizeGroup = Annotated[int | None, _option(EngineConfig, "quantize_group", PLACE, metavar="N")]
+QuantizeHead = Annotated[str, _option(EngineConfig, "quantize_head", PLACE, metavar="KIND")]
 MaxContext = Annotated[int | None, _option(EngineConfig, "max_context", PLACE, metavar="N")]
 Auto = Annotated[bool, typer.Option("--auto", help=help_of(EngineConfig, "auto"), rich_help_panel=PLACE)]
 Threads = Annotated[int | None, _option(EngineConfig, "threads", PLACE, metavar="N")]
@@ -50,6 +51,7 @@ Window = Annotated[str, _option(DecodingConfig, "window", DECODING, metavar="N|a
 Accept = Annotated[str, _option(DecodingConfig, "accept", DECODING, metavar="RULE")]
 Threshold = Annotated[float, _option(DecodingConfig, "threshold", DECODING, metavar="P")]
 Draft = Annotated[str, _option(DecodingConfig, "draft", DECODING, metavar="PLACE")]
+DraftQuantize = Annotated[str, _option(DecodingConfig, "draft_quantize", DECODING, metavar="KIND")]
 ResidentFirst = Annotated[str, _option(DecodingConfig, "resident_first", DECODING, metavar="WHAT")]
 Refresh = Annotated[
     bool, typer.Option("--refresh/--no-refresh", help=help_of(DecodingConfig, "refresh"), rich_help_panel=DECODING)

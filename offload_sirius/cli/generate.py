@@ -53,6 +53,7 @@ def generate(
     accept: flags.Accept = _DECODING.accept,
     threshold: flags.Threshold = _DECODING.threshold,
     draft: flags.Draft = _DECODING.draft,
+    draft_quantize: flags.DraftQuantize = _DECODING.draft_quantize,
     resident_first: flags.ResidentFirst = _DECODING.resident_first,
     refresh: flags.Refresh = _DECODING.refresh,
     refresh_decay: flags.RefreshDecay = _DECODING.refresh_decay,
@@ -68,6 +69,7 @@ def generate(
     dtype: flags.Dtype = _ENGINE.dtype,
     quantize: flags.Quantize = _ENGINE.quantize,
     quantize_group: flags.QuantizeGroup = _ENGINE.quantize_group,
+    quantize_head: flags.QuantizeHead = _ENGINE.quantize_head,
     max_context: flags.MaxContext = _ENGINE.max_context,
     auto: flags.Auto = _ENGINE.auto,
     threads: flags.Threads = _ENGINE.threads,
@@ -96,6 +98,7 @@ def generate(
         accept=accept,  # type: ignore[arg-type]
         threshold=threshold,
         draft=draft,  # type: ignore[arg-type]
+        draft_quantize=draft_quantize,  # type: ignore[arg-type]
         resident_first=resident_first,  # type: ignore[arg-type]
         refresh=refresh,
         refresh_decay=refresh_decay,
@@ -114,6 +117,7 @@ def generate(
         dtype=dtype,  # type: ignore[arg-type]  # checked by EngineConfig
         quantize=quantize,  # type: ignore[arg-type]
         quantize_group=quantize_group,
+        quantize_head=quantize_head,  # type: ignore[arg-type]
         max_context=max_context,
         auto=auto,
         threads=threads,
@@ -210,7 +214,10 @@ def explain(engine: Engine, num_prompt: int) -> None:
         num_drafted = engine.config.decoding.num_drafted(num_neurons, num_hot)
         fewer = f", of which a draft computes {num_drafted}" if num_drafted < num_hot else ""
         layers = f"{len(plan.hot.layers)} of {engine.spec.num_layers} layers"
-        say(f"drafts: attention block and {num_hot} of {num_neurons} neurons of {layers} are resident{fewer}")
+        if (form := plan.hot.draft_format) is not None:
+            say(f"drafts: an {form.kind} copy of attention block and {num_hot} of {num_neurons} neurons of {layers} is resident")
+        else:
+            say(f"drafts: attention block and {num_hot} of {num_neurons} neurons of {layers} are resident{fewer}")
     for where, bill in (("device", plan.device_bill), ("host", plan.host_bill)):
         say(f"{where}: " + ", ".join(f"{purpose(what)} {format_size(nbytes)}" for what, nbytes in bill.items() if nbytes))
     say(predicted(engine.predict(num_prompt)))

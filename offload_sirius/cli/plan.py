@@ -39,6 +39,7 @@ def plan(
     keep: flags.Keep = _DECODING.keep,
     window: flags.Window = str(_DECODING.window),
     draft: flags.Draft = _DECODING.draft,
+    draft_quantize: flags.DraftQuantize = _DECODING.draft_quantize,
     resident_first: flags.ResidentFirst = _DECODING.resident_first,
     prior: flags.Prior = _DECODING.prior,
     draft_keep: flags.DraftKeep = _DECODING.draft_keep,
@@ -51,6 +52,7 @@ def plan(
     dtype: flags.Dtype = _ENGINE.dtype,
     quantize: flags.Quantize = _ENGINE.quantize,
     quantize_group: flags.QuantizeGroup = _ENGINE.quantize_group,
+    quantize_head: flags.QuantizeHead = _ENGINE.quantize_head,
     max_context: flags.MaxContext = _ENGINE.max_context,
     auto: flags.Auto = _ENGINE.auto,
     cuda_graphs: flags.CudaGraphs = _ENGINE.cuda_graphs,
@@ -79,6 +81,7 @@ def plan(
         keep=keep,
         window=window,
         draft=draft,  # type: ignore[arg-type]
+        draft_quantize=draft_quantize,  # type: ignore[arg-type]
         resident_first=resident_first,  # type: ignore[arg-type]
         prior=prior,
         draft_keep=draft_keep,
@@ -94,6 +97,7 @@ def plan(
         dtype=dtype,  # type: ignore[arg-type]  # checked by EngineConfig
         quantize=quantize,  # type: ignore[arg-type]
         quantize_group=quantize_group,
+        quantize_head=quantize_head,  # type: ignore[arg-type]
         max_context=max_context,
         auto=auto,
         cuda_graphs=cuda_graphs,
@@ -155,6 +159,7 @@ class Report:
             "correction_bill": asdict(windows[0].correction.bill) if windows else None,
             "prompt_bill": asdict(self.prediction.prompt),
             "rates": {name: {"value": getattr(self.rates, name), "source": self.rates.sources[name]} for name in NAMES},
+            "quantized_rates": {kind: asdict(self.rates.of_quantized(kind)) for kind in self.planned.quantized_kinds},
             "with_4_gib_more": {
                 "device": prediction_figures(self.more_device),
                 "host": prediction_figures(self.more_host),
@@ -164,6 +169,7 @@ class Report:
                 {
                     "dtype": each.planned.dtype,
                     "draft": each.planned.config.decoding.draft,
+                    "draft_quantize": each.planned.config.decoding.draft_quantize,
                     "predicted": prediction_figures(each.prediction),
                 }
                 for each in self.candidates

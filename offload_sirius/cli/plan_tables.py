@@ -201,6 +201,8 @@ def _weights(report: Report, bill: PassBill, num_rows: int) -> str:
     """Whichever of bytes and arithmetic takes the layers' time."""
     planned, rates, nbytes = report.planned, report.rates, bill.weights_nbytes
     layers = _layers(planned.spec.num_layers, nbytes, planned.layout.nbytes)
+    if planned.quantized_kinds and num_rows == 1:
+        return f"{layers}: {_gb(nbytes)} / {nbytes / bill.weights_seconds / 1e9:.4g} GB/s"
     flops = 2 * num_rows * nbytes / planned.layout.nbytes_per_weight
     if math.isclose(bill.weights_seconds, nbytes / rates.device_bytes_per_second, rel_tol=1e-6):
         return f"{layers}: {_gb(nbytes)} / {rates.device_bytes_per_second / 1e9:.4g} GB/s"
@@ -246,6 +248,8 @@ def _drafts(planned: Planned) -> str:
     if planned.plan.hot is None:
         return "streamed"
     num_hot, num_layers = len(planned.plan.hot.layers), planned.spec.num_layers
+    if (form := planned.plan.hot.draft_format) is not None:
+        return f"{form.kind} copy of {planned.plan.hot.num_hot} of {planned.spec.ffn_width} neurons"
     return "resident" if num_hot == num_layers else f"resident in {num_hot} of {num_layers} layers"
 
 
@@ -279,11 +283,18 @@ def _foot_lines(report: Report) -> list[str]:
                 ("matmul", "device_flops_per_second", 1e12, "TFLOPS"),
                 ("a layer's overhead", "layer_overhead_seconds", 1e-3, "ms"),
             )
-        ),
+        )
+        + _quantized_rate(report),
     ]
-    if "assumed" in rates.sources.values() and report.planned.hardware.device != "described":
+    if "assumed" in report.prediction.sources.values() and report.planned.hardware.device != "described":
         lines.append("assumed rates may be far off; measure this machine's with `offload-sirius doctor --measure`")
     return lines
+
+
+def _quantized_rate(report: Report) -> str:
+    """, int4 weights 756 GB/s (assumed)"""
+    rates = {kind: report.rates.of_quantized(kind) for kind in report.planned.quantized_kinds}
+    return "".join(f", {kind} weights {each.bytes_per_second / 1e9:.4g} GB/s ({each.source})" for kind, each in rates.items())
 
 
 def _caveats(report: Report) -> list[str]:

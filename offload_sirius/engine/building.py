@@ -6,6 +6,8 @@ import time
 from contextlib import ExitStack
 from pathlib import Path
 
+import torch
+
 from offload_sirius.cache import cache_folder, safe_name
 from offload_sirius.config import EngineConfig
 from offload_sirius.engine.captured import CapturedStep, ResidentLayers, recorder_on
@@ -15,7 +17,7 @@ from offload_sirius.engine.opened import Model
 from offload_sirius.engine.placement import Placement, memory_errors, place
 from offload_sirius.engine.planning import as_packed
 from offload_sirius.engine.progress import Progress
-from offload_sirius.engine.streamed import StreamedModel, hot_model, streamed_model
+from offload_sirius.engine.streamed import StreamedModel, copied_model, hot_model, streamed_model
 from offload_sirius.errors import ConfigError
 from offload_sirius.kernels.native import native
 from offload_sirius.model.kv_cache import KVCache
@@ -24,8 +26,9 @@ from offload_sirius.sparsity.prior import NeuronPrior, PriorFile, prior_path
 from offload_sirius.trace import Tracer
 from offload_sirius.weights.buffers import rows_of
 from offload_sirius.weights.copiers import Copier
-from offload_sirius.weights.device import DeviceStore, HotDeviceStore
+from offload_sirius.weights.device import AnyDeviceStore, CopyDeviceStore, DeviceStore, HotDeviceStore, store_for
 from offload_sirius.weights.disk import ReaderPool
+from offload_sirius.weights.draft_copy import CopyStreamer, copy_layer, num_weights
 from offload_sirius.weights.embedding import DiskEmbedding, Embedding, TableEmbedding
 from offload_sirius.weights.hotset import HotStreamer
 from offload_sirius.weights.load import Loader
@@ -35,6 +38,8 @@ from offload_sirius.weights.streamer import WeightStreamer
 from offload_sirius_loaders import open_checkpoint
 from offload_sirius_loaders.checkpoint import Checkpoint
 from offload_sirius_loaders.writer import write_checkpoint
+
+AnyStreamer = WeightStreamer | HotStreamer | CopyStreamer
 
 
 def build(model: Model, config: EngineConfig, progress: Progress, tracer: Tracer | None = None) -> Engine:
@@ -72,7 +77,7 @@ def _join(
     progress: Progress,
     tracer: Tracer | None,
     stores: ExitStack,
-) -> tuple[WeightStreamer | HotStreamer, Transformer, StreamedModel, ReaderPool, int, PinReport]:
+) -> tuple[AnyStreamer, Transformer, StreamedModel, ReaderPool, int, PinReport]:
     """Disk, host, device, matmul. What is opened on the way is closed by `stores`, last first."""
     spec, plan, layout, dtype = checkpoint.spec, placement.plan, placement.layout, placement.dtype
     uplink = uplink_to(placement.device)
@@ -83,9 +88,9 @@ def _join(
     stores.callback(readers.close)
     arenas = make_arenas(placement, spec, uplink)
     stores.callback(arenas.close)
-    store = DeviceStore if plan.hot is None else HotDeviceStore
-    device = store(plan, spec, layout, dtype, placement.device)
-    if layout.format is not None and placement.device.type == "cpu" and (problem := native("products").problem):
+    device = store_for(plan)(plan, spec, layout, dtype, placement.device, placement.head_format)
+    quantised = layout.format is not None or placement.head_format is not None
+    if quantised and placement.device.type == "cpu" and (problem := native("products").problem):
         progress.warn(problem)
 
     progress.begin(f"loading {spec.name}", load_nbytes(checkpoint, plan))
@@ -97,6 +102,8 @@ def _join(
         embedding = _embedding(placement, loader, readers, device)
     finally:
         progress.end()
+    if isinstance(device, CopyDeviceStore):
+        _fill_copy(device, arenas, progress)
     if plan.disk_layers or plan.embedding_place == "disk":
         readers.retune()
     else:
@@ -115,14 +122,24 @@ def _join(
     return streamer, transformer, streamed, readers, nbytes, arenas.report()
 
 
+def _fill_copy(device: CopyDeviceStore, arenas: Arenas, progress: Progress) -> None:
+    """Quantise the copy for drafts out of the layers in host memory."""
+    progress.begin("quantising a copy for drafts", sum(num_weights(copy) for copy in device.layers.values()))
+    try:
+        for layer, copy in device.layers.items():
+            copy_layer(arenas.layers.layer(layer), copy, progress.advance)
+    finally:
+        progress.end()
+
+
 def _streamer(
-    device: DeviceStore | HotDeviceStore,
+    device: AnyDeviceStore,
     placement: Placement,
     arenas: Arenas,
     copier: Copier | None,
     embedding: Embedding,
     tracer: Tracer | None,
-) -> WeightStreamer | HotStreamer:
+) -> AnyStreamer:
     """The source of weights that fits the plan. Attention blocks that are resident beside some neurons come from the arena."""
     plan, final_norm, head = placement.plan, device.final_norm, device.head
     if isinstance(device, HotDeviceStore):
@@ -132,6 +149,18 @@ def _streamer(
         return HotStreamer(
             layers=device.layers,
             streamed_layers=[layer for layer in plan.streamed_layers if layer not in device.layers],
+            slots=device.slots,
+            copier=copier,
+            embedding=embedding,
+            final_norm=final_norm,
+            head=head,
+            overlap=placement.planned.config.decoding.overlap,
+            tracer=tracer,
+        )
+    if isinstance(device, CopyDeviceStore):
+        assert copier is not None
+        return CopyStreamer(
+            copies=device.layers,
             slots=device.slots,
             copier=copier,
             embedding=embedding,
@@ -157,10 +186,10 @@ def _streamer(
 
 
 def _captured(
-    device: DeviceStore | HotDeviceStore,
+    device: AnyDeviceStore,
     placement: Placement,
     transformer: Transformer,
-    streamer: WeightStreamer | HotStreamer,
+    streamer: AnyStreamer,
     progress: Progress,
     tracer: Tracer | None,
 ) -> CapturedStep | None:
@@ -168,7 +197,7 @@ def _captured(
     recorder = recorder_on(placement.device) if placement.planned.records_drafts else None
     if recorder is None:
         return None
-    assert isinstance(device, HotDeviceStore)
+    assert isinstance(device, HotDeviceStore | CopyDeviceStore)
     assert placement.plan.hot is not None
     num_drafted = placement.planned.config.decoding.num_drafted(transformer.spec.ffn_width, placement.plan.hot.num_hot)
     step = transformer.fixed_step(ResidentLayers(device.layers, streamer, num_drafted))
@@ -185,10 +214,10 @@ def _prior(checkpoint: Checkpoint, placement: Placement, progress: Progress) -> 
 
 
 def _decoded(
-    device: DeviceStore | HotDeviceStore,
+    device: AnyDeviceStore,
     placement: Placement,
     transformer: Transformer,
-    streamer: WeightStreamer | HotStreamer,
+    streamer: AnyStreamer,
     captured: CapturedStep | None,
     prior: NeuronPrior | None,
 ) -> StreamedModel:
@@ -197,14 +226,18 @@ def _decoded(
     if isinstance(streamer, HotStreamer):
         assert placement.plan.hot is not None
         return hot_model(transformer, streamer, placement.plan.hot.num_hot, decoding, captured, prior)
+    if isinstance(streamer, CopyStreamer):
+        assert placement.plan.hot is not None
+        return copied_model(transformer, streamer, placement.plan.hot.num_hot, decoding, captured, prior)
     assert isinstance(device, DeviceStore)
     rows = rows_of(placement.layout, "up_down")
     return streamed_model(transformer, streamer, device.caches, rows, decoding)
 
 
-def _embedding(placement: Placement, loader: Loader, readers: ReaderPool, device: DeviceStore | HotDeviceStore) -> Embedding:
+def _embedding(placement: Placement, loader: Loader, readers: ReaderPool, device: AnyDeviceStore) -> Embedding:
     where = placement.plan.embedding_place
     if where == "device":
+        assert isinstance(device.head, torch.Tensor)
         return TableEmbedding(device.head, placement.device)
     if where == "host":
         return TableEmbedding(loader.load_embedding(placement.dtype), placement.device)

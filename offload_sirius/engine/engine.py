@@ -34,7 +34,7 @@ from offload_sirius.errors import ConfigError
 from offload_sirius.model.transformer import Transformer
 from offload_sirius.sparsity.cats import Cats, FetchCounts
 from offload_sirius.sparsity.costs import draft_density
-from offload_sirius.sparsity.hot import HotSet
+from offload_sirius.sparsity.hot import HotStatistic
 from offload_sirius.trace import Tracer
 from offload_sirius.weights.pinning import PinReport
 from offload_sirius.weights.plan import Plan
@@ -170,7 +170,17 @@ class Engine:
                 raise ConfigError(
                     f"the model was loaded with mode full and is asked for mode {asked.mode}; load it with that mode"
                 )
-            for name in ("sparsity", "keep", "cats_threshold", "draft", "resident_first", "refresh", "refresh_decay", "overlap"):
+            for name in (
+                "sparsity",
+                "keep",
+                "cats_threshold",
+                "draft",
+                "draft_quantize",
+                "resident_first",
+                "refresh",
+                "refresh_decay",
+                "overlap",
+            ):
                 found, needed = getattr(asked, name), getattr(planned, name)
                 if found != needed:
                     raise ConfigError(f"the model was loaded with {name} {needed} and is asked for {found}; load it with that")
@@ -312,7 +322,7 @@ class _Counters:
     def __init__(self, streamer: Streamer, streamed: StreamedModel) -> None:
         self._streamer = streamer
         self._fetches = streamed.sparsity.counts if isinstance(streamed.sparsity, Cats) else None
-        self._hot_set = streamed.sparsity if isinstance(streamed.sparsity, HotSet) else None
+        self._hot_set = streamed.sparsity if isinstance(streamed.sparsity, HotStatistic) else None
         self._num_exchanged = self._hot_set.num_exchanged if self._hot_set else 0
         self._pass_nbytes = dict(streamer.pass_nbytes)
         self._discarded_nbytes = streamer.discarded_nbytes

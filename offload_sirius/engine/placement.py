@@ -27,6 +27,7 @@ from offload_sirius.engine.planning import (
     rates_of,
 )
 from offload_sirius.errors import BudgetError, DeviceError
+from offload_sirius.quantization import WeightFormat
 from offload_sirius.rates import DtypeName, Rates, rates_file, read_rates
 from offload_sirius.units import format_size
 from offload_sirius.weights.layout import LayerLayout
@@ -62,6 +63,11 @@ class Placement:
     def layout(self) -> LayerLayout:
         """Where everything lies in a layer."""
         return self.planned.layout
+
+    @property
+    def head_format(self) -> WeightFormat | None:
+        """How the head is held; None: as plain numbers."""
+        return self.planned.config.head_format
 
     @property
     def plan(self) -> Plan:

@@ -11,8 +11,17 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from offload_sirius import machine
-from offload_sirius.config import DecodingConfig, Draft, EngineConfig, PlanConfig, ResidentFirst, Sparsity, tree_nodes
-from offload_sirius.engine.windows import window_speeds
+from offload_sirius.config import (
+    DecodingConfig,
+    Draft,
+    DraftQuantize,
+    EngineConfig,
+    PlanConfig,
+    ResidentFirst,
+    Sparsity,
+    tree_nodes,
+)
+from offload_sirius.engine.windows import ACCEPTANCES, acceptance_of_copy, acceptance_of_share, window_speeds
 from offload_sirius.errors import BudgetError, CheckpointError, ConfigError
 from offload_sirius.model.costs import (
     CHUNK_SIZE,
@@ -24,9 +33,11 @@ from offload_sirius.model.costs import (
     recorded_steps_nbytes,
     unpacking_nbytes,
 )
+from offload_sirius.quantization import KINDS, Kind, WeightFormat
 from offload_sirius.rates import DtypeName, Rates, Stored, assumed_cpu_rates, assumed_gpu_rates
 from offload_sirius.sparsity.costs import num_fetched, sparsity_nbytes
 from offload_sirius.units import MIB, Size, format_size
+from offload_sirius.weights.copy_plan import make_copy_plan
 from offload_sirius.weights.hot_plan import make_hot_plan
 from offload_sirius.weights.layout import PARTS, LayerLayout, Part, Slice, layer_layout
 from offload_sirius.weights.pieces import load_nbytes, quantising_nbytes, reader_nbytes, stored_part_nbytes
@@ -178,6 +189,12 @@ class Planned:
         """The model's shape."""
         return self.checkpoint.spec
 
+    @property
+    def quantized_kinds(self) -> list[Kind]:
+        """Of all weights that are quantised."""
+        forms = (self.layout.format, self.config.decoding.draft_format, self.config.head_format)
+        return list(dict.fromkeys(form.kind for form in forms if form is not None))
+
     def with_more(self, *, device_nbytes: int = 0, host_nbytes: int = 0) -> Planned:
         """The same with larger budgets, whether or not this machine has as much."""
         budgets = Budgets(
@@ -207,6 +224,7 @@ class Planned:
             own_memory=self.hardware.own_memory,
             paced_bytes_per_second=_per_second(emulated, 1e9),
             rates=rates,
+            head_format=self.config.head_format,
             overlap=self.config.decoding.overlap,
         )
 
@@ -230,7 +248,7 @@ class Planned:
             num_drafts = DRAFTS_OF_A_WINDOW if self.plan.hot is None else window - 1
             return predict_correction(setting, correcting, drafting, draft.seconds, num_drafts)
 
-        windows = window_speeds(decoding, draft.seconds, correction, self.batch, self._kept_share(decoding))
+        windows = window_speeds(decoding, draft.seconds, correction, self.batch, self._expected_acceptance(decoding))
         assumed = windows[0]
         return replace(
             full,
@@ -240,12 +258,14 @@ class Planned:
             windows=windows,
         )
 
-    def _kept_share(self, decoding: DecodingConfig) -> float:
-        """Neurons that a draft computes, of those that were to be kept."""
-        if self.plan.hot is None:
-            return 1.0
-        num_neurons = self.spec.ffn_width
-        return decoding.num_drafted(num_neurons, self.plan.hot.num_hot) / decoding.num_kept(num_neurons)
+    def _expected_acceptance(self, decoding: DecodingConfig) -> float:
+        """Share of drafted tokens that stand, as far as the draft tells."""
+        hot, num_neurons = self.plan.hot, self.spec.ffn_width
+        if hot is None:
+            return ACCEPTANCES[0]
+        if hot.draft_format is not None:
+            return acceptance_of_copy(hot.draft_format.kind, hot.num_hot / num_neurons)
+        return acceptance_of_share(decoding.num_drafted(num_neurons, hot.num_hot) / decoding.num_kept(num_neurons))
 
     def _step_work(self, prompt_tokens: int, num_tokens: int) -> Work:
         """So many tokens of each sequence at once, in the middle of the answer."""
@@ -257,7 +277,7 @@ class Planned:
             num_head_rows=num_rows,
             mixing_nbytes=self._layer_cache_nbytes(positions),
             mixing_flops=mixing_flops(self.spec, num_rows * positions),
-            cargo="records" if self.plan.hot is None else "cold",
+            cargo="records" if self.plan.hot is None or self.plan.hot.draft_format else "cold",
         )
 
     def _draft_work(self, prompt_tokens: int, num_leaves: int, decoding: DecodingConfig) -> Work:
@@ -265,7 +285,9 @@ class Planned:
         num_neurons, sparsity = self.spec.ffn_width, sparsity_of(decoding, self.spec)
         step = self._step_work(prompt_tokens, num_leaves)
         if self.plan.hot is not None:
-            return replace(step, cargo="hot", num_drafted=decoding.num_drafted(num_neurons, self.plan.hot.num_hot))
+            copied = self.plan.hot.draft_format is not None
+            num_drafted = None if copied else decoding.num_drafted(num_neurons, self.plan.hot.num_hot)
+            return replace(step, cargo="hot", num_drafted=num_drafted)
         num_needed = self.config.decoding.num_kept(num_neurons) if sparsity == "cats" else 0
         return replace(
             step,
@@ -301,6 +323,7 @@ def plan_model(
     sparse = sparsity_of(decoding, spec)
     num_kept = decoding.num_kept(spec.ffn_width)
     resident_draft = sparse is not None and decoding.draft == "resident"
+    copied = decoding.draft_format is not None
     recorded = resident_draft and hardware.own_memory and records_drafts(config)
     num_gathered = num_kept if sparse == "griffin" and not resident_draft else 0
     layout = layer_layout(spec, element_nbytes, num_gathered, config.weight_format)
@@ -310,13 +333,15 @@ def plan_model(
         activation_nbytes=computing_nbytes(config, spec, context, element_nbytes, batch)
         + (recorded_steps_nbytes(spec, context, element_nbytes) if recorded else 0),
         reader_nbytes=reader_nbytes(checkpoint),
-        embedding_on_device=spec.tied_head,
+        embedding_on_device=spec.tied_head and config.head_format is None,
+        head_format=config.head_format,
         staged=hardware.own_memory,
         quantising_nbytes=quantising_nbytes(spec, element_nbytes) if layout.format and not checkpoint.packed else 0,
         num_shared_buffers=config.shared_host_buffers,
         sparsity_nbytes=sparsity_nbytes(spec, decoding, element_nbytes),
         num_cached_neurons=num_kept if sparse == "cats" else 0,
-        num_hot=num_kept if resident_draft else 0,
+        num_hot=spec.ffn_width if copied else num_kept if resident_draft else 0,
+        draft_format=decoding.draft_format,
         hot_layers_first=decoding.resident_first == "layers",
     )
     budgets = _budgets(spec, layout, demand, config, hardware)
@@ -342,16 +367,24 @@ def computing_nbytes(config: EngineConfig, spec: ModelSpec, num_tokens: int, ele
     decoding = config.decoding
     observed, step_rows = sparsity_of(decoding, spec) is not None, decoding.max_nodes
     nbytes = activation_nbytes(spec, num_tokens, element_nbytes, batch=batch, step_rows=step_rows, observed=observed)
-    return nbytes + (unpacking_nbytes(spec, element_nbytes, step_rows) if config.weight_format else 0)
+    quantised = any(form is not None for form in (config.weight_format, config.head_format, config.decoding.draft_format))
+    return nbytes + (unpacking_nbytes(spec, element_nbytes, step_rows) if quantised else 0)
 
 
 def plan_for(spec: ModelSpec, layout: LayerLayout, demand: Demand, budgets: Budgets) -> Plan:
     """The plan of the kind that is asked for. Raises BudgetError."""
+    if demand.draft_format is not None:
+        return make_copy_plan(spec, layout, demand, budgets)
     return (make_hot_plan if demand.num_hot else make_plan)(spec, layout, demand, budgets)
 
 
 def sparsity_of(decoding: DecodingConfig, spec: ModelSpec) -> Sparsity | None:
-    """How draft steps of that model are sparse; None where there are none, or they keep all neurons."""
+    """How draft steps of that model are sparse; None where there are none, or they keep all neurons.
+
+    A copy for drafts has all neurons or some, as there is room.
+    """
+    if decoding.draft_format is not None:
+        return decoding.sparsity
     keeps_all = decoding.num_kept(spec.ffn_width) == spec.ffn_width
     return decoding.sparsity if decoding.drafts and not keeps_all else None
 
@@ -465,13 +498,27 @@ def alternatives(config: EngineConfig, spec: ModelSpec) -> list[EngineConfig]:
     dtypes = [usual]
     if config.auto and config.dtype == "auto":
         dtypes += [dtype for dtype in ELEMENT_NBYTES if dtype != usual]
-    decodings = _ways_to_draft(config.decoding, spec)
+    decodings = [way for each in _copies(config) for way in _ways_to_draft(each, spec)]
     return [replace(config, dtype=dtype, decoding=decoding) for dtype in dtypes for decoding in decodings]
+
+
+def _copies(config: EngineConfig) -> list[DecodingConfig]:
+    """Of which copies drafts may be made, none of them first."""
+    decoding = config.decoding
+    if decoding.draft_quantize != "auto":
+        return [decoding]
+    kinds: list[DraftQuantize] = ["none"]
+    if decoding.drafts:
+        own_bits = 16 if config.weight_format is None else config.weight_format.bits
+        kinds += [kind for kind in KINDS if WeightFormat(kind=kind).bits < own_bits]
+    return [replace(decoding, draft_quantize=kind) for kind in kinds]
 
 
 def _ways_to_draft(decoding: DecodingConfig, spec: ModelSpec) -> list[DecodingConfig]:
     """Where drafts may live, and, on the device, what may come first."""
     drafts: list[Draft] = [decoding.draft]
+    if decoding.draft_format is not None:
+        return [replace(decoding, draft="resident", resident_first="neurons")]
     if decoding.draft == "auto":
         drafts = ["streamed", "resident"] if sparsity_of(decoding, spec) == "griffin" else ["streamed"]
     firsts: list[ResidentFirst] = ["neurons", "layers"] if decoding.resident_first == "auto" else [decoding.resident_first]

@@ -19,10 +19,12 @@ from offload_sirius.engine.planning import CARGO, sparsity_of
 from offload_sirius.model.feed_forward import FeedForward
 from offload_sirius.model.transformer import TokenTree, Transformer
 from offload_sirius.sparsity.cats import Cats
+from offload_sirius.sparsity.copied import CopiedSet
 from offload_sirius.sparsity.griffin import Griffin
-from offload_sirius.sparsity.hot import HotSet
+from offload_sirius.sparsity.hot import HotSet, HotStatistic
 from offload_sirius.sparsity.prior import NeuronPrior
 from offload_sirius.weights.buffers import Rows
+from offload_sirius.weights.draft_copy import CopyStreamer
 from offload_sirius.weights.hotset import HotStreamer
 from offload_sirius.weights.layout import Cargo
 from offload_sirius.weights.neuron_cache import NeuronCache
@@ -60,7 +62,7 @@ class StreamedModel:
         transformer: Transformer,
         source: Source,
         ways: Mapping[Pass, Way],
-        sparsity: Griffin | Cats | HotSet | None = None,
+        sparsity: Griffin | Cats | HotStatistic | None = None,
         captured: CapturedStep | None = None,
         prior: NeuronPrior | None = None,
     ) -> None:
@@ -81,16 +83,16 @@ class StreamedModel:
     def begin_answer(self, decoding: DecodingConfig) -> None:
         """Forget the answer before."""
         self.keep(0)
-        if isinstance(self.sparsity, HotSet):
+        if isinstance(self.sparsity, HotStatistic):
             num_drafted = decoding.num_drafted(self._transformer.spec.ffn_width, self.sparsity.num_hot)
             self.sparsity.begin(num_drafted, self._prior if decoding.with_prior else None)
-            assert isinstance(self._source, HotStreamer)
+            assert isinstance(self._source, HotStreamer | CopyStreamer)
             self._source.corrects = decoding.mode == "sirius"
             self._plays = self._captured is not None and self._captured.num_drafted == num_drafted
 
     def end_answer(self) -> None:
         """Keep what an answer has shown, for others to come."""
-        if isinstance(self.sparsity, HotSet) and self.sparsity.prior is not None:
+        if isinstance(self.sparsity, HotStatistic) and self.sparsity.prior is not None:
             self.sparsity.prior.keep()
 
     @property
@@ -124,7 +126,7 @@ class StreamedModel:
 
     def correct(self, token_ids: Tensor, tree: TokenTree | None = None, *, following: Pass, num_grafted: int = 0) -> Tensor:
         """See Model."""
-        if isinstance(self.sparsity, HotSet):
+        if isinstance(self.sparsity, HotStatistic):
             self.sparsity.num_unheard = num_grafted
         return self._transformer.step(token_ids, tree, self._begin("correction", following))
 
@@ -168,7 +170,7 @@ def hot_model(
     prior: NeuronPrior | None = None,
 ) -> StreamedModel:
     """The model whose drafts are on the device. captured: the draft step of a single token, recorded; None: it is not."""
-    decay = decoding.refresh_decay if decoding.refresh else None
+    decay = _decay_of(decoding)
     hot_set = HotSet(transformer.spec, streamer, num_hot, decay=decay, device=transformer.cache.device)
     ways: dict[Pass, Way] = {
         "prefill": Way(feed_forward=hot_set.prefill),
@@ -177,6 +179,29 @@ def hot_model(
         "full": Way(cargo="cold", feed_forward=hot_set.full),
     }
     return StreamedModel(transformer, streamer, ways, hot_set, captured, prior)
+
+
+def copied_model(
+    transformer: Transformer,
+    streamer: CopyStreamer,
+    num_copied: int,
+    decoding: DecodingConfig,
+    captured: CapturedStep | None = None,
+    prior: NeuronPrior | None = None,
+) -> StreamedModel:
+    """The model of which the device has a copy for drafts. captured: as for hot_model."""
+    copied = CopiedSet(transformer.spec, streamer, num_copied, decay=_decay_of(decoding), device=transformer.cache.device)
+    ways: dict[Pass, Way] = {
+        "prefill": Way(feed_forward=copied.prefill),
+        "draft": Way(cargo="hot", feed_forward=copied.draft),
+        "correction": Way(feed_forward=copied.correction),
+        "full": Way(feed_forward=copied.full),
+    }
+    return StreamedModel(transformer, streamer, ways, copied, captured, prior)
+
+
+def _decay_of(decoding: DecodingConfig) -> float | None:
+    return decoding.refresh_decay if decoding.refresh else None
 
 
 def _thresholds(decoding: DecodingConfig, spec: ModelSpec, device: torch.device) -> Tensor | None:

@@ -33,6 +33,11 @@ class QuantizedRows:
         return QuantizedRows(self.rows[part], self.width, self.form)
 
     @property
+    def nbytes(self) -> int:
+        """Bytes of the rows."""
+        return self.rows.nbytes
+
+    @property
     def integers(self) -> Tensor:
         """A view: int8 [N, blocks * 32], or uint8 [N, blocks * 16] for int4."""
         integers = self.rows[:, : self.form.integers_nbytes(self.width)]

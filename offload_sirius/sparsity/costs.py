@@ -40,7 +40,8 @@ def draft_density(spec: ModelSpec, decoding: DecodingConfig, num_hot: int | None
 
 def sparsity_nbytes(spec: ModelSpec, decoding: DecodingConfig, element_nbytes: int) -> int:
     """Device bytes that choosing neurons keeps: griffin has a score a neuron and a mask a layer, cats a threshold a layer."""
-    if not decoding.drafts or decoding.num_kept(spec.ffn_width) == spec.ffn_width:
+    keeps_all = decoding.draft_format is None and decoding.num_kept(spec.ffn_width) == spec.ffn_width
+    if not decoding.drafts or keeps_all:
         return 0
     if decoding.draft == "resident":
         neuron_nbytes = (

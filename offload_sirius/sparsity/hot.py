@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 
 from offload_sirius.kernels.matrix import Matrix, combine
-from offload_sirius.model.feed_forward import Neurons
-from offload_sirius.model.ops import activation_named, gated_activations
+from offload_sirius.model.feed_forward import Neurons, NeuronSource
+from offload_sirius.model.ops import Activation, activation_named, gated_activations
 from offload_sirius.model.source import NeuronWeights
 from offload_sirius.sparsity.griffin import say_shares, scored
 from offload_sirius.sparsity.prior import NeuronPrior
@@ -54,17 +54,16 @@ class HotSource(Protocol):
         """Hot neurons of the layer in some places and in others, int64 [k] each, change places."""
 
 
-class HotSet:
-    """Statistic, places, and the feed-forward blocks of the four kinds of passes."""
+class HotStatistic:
+    """What is known of neurons, and which of them are in places on the device."""
 
-    def __init__(self, spec: ModelSpec, source: HotSource, num_hot: int, *, decay: float | None, device: torch.device) -> None:
+    def __init__(self, spec: ModelSpec, num_hot: int, *, decay: float | None, device: torch.device) -> None:
         """num_hot: N of each layer. decay: of the statistic from window to window; None leaves the set as the prompt
         chose it. Allocates what `sparsity_nbytes` says, but for the prior."""
         assert 0 <= num_hot <= spec.ffn_width, (num_hot, spec.ffn_width)
         self.num_hot = num_hot
         self.num_drafted = num_hot
         """M: neurons that a draft computes, at most N."""
-        self.source = source
         self.decay = decay
         self.activation = activation_named(spec.activation)
         self.squared_scores = torch.zeros(spec.num_layers, spec.ffn_width, device=device)  # [L, F]
@@ -77,10 +76,6 @@ class HotSet:
         With them a correction of SmolLM2-135M gave 4.16 tokens, without them 4.25 (12 prompts, windows of 8)."""
         self.num_exchanged = 0
         """Neurons that became hot, of all layers and windows."""
-        self.prefill = ChoosingFeedForward(self)
-        self.draft = HotFeedForward(self)
-        self.full = BothFeedForward(self)
-        self.correction = LearningFeedForward(self) if decay is None else RefreshingFeedForward(self, decay)
 
     def begin(self, num_drafted: int, prior: NeuronPrior | None) -> None:
         """A prompt comes. num_drafted: M, at most N. prior: has a say in which neurons become hot, and learns; None where the
@@ -96,6 +91,19 @@ class HotSet:
     def cold_ids(self, layer: int) -> Tensor:
         """The others, int64 [F - N], in the order in which they arrive: a view."""
         return self.ids[layer, self.num_hot :]
+
+
+class HotSet(HotStatistic):
+    """Hot neurons that are the target's own, and the feed-forward blocks of the four kinds of passes."""
+
+    def __init__(self, spec: ModelSpec, source: HotSource, num_hot: int, *, decay: float | None, device: torch.device) -> None:
+        """See HotStatistic."""
+        super().__init__(spec, num_hot, decay=decay, device=device)
+        self.source = source
+        self.prefill = ChoosingFeedForward(self)
+        self.draft = HotFeedForward(self)
+        self.full = BothFeedForward(self)
+        self.correction = LearningFeedForward(self) if decay is None else RefreshingFeedForward(self, decay)
 
 
 class ChoosingFeedForward:
@@ -137,10 +145,22 @@ def front_neurons(neurons: NeuronWeights, count: int) -> FrontNeurons:
     return FrontNeurons(neurons.gate[:count], neurons.up[:count], neurons.down[:count])
 
 
+class DraftedSet(Protocol):
+    """What a draft step needs of a hot set, whatever its neurons are."""
+
+    num_hot: int
+    num_drafted: int
+    activation: Activation
+
+    @property
+    def source(self) -> NeuronSource:
+        """In a draft step it hands out hot neurons, by their places."""
+
+
 class HotFeedForward:
     """Hot neurons only, or the best of them."""
 
-    def __init__(self, hot_set: HotSet) -> None:
+    def __init__(self, hot_set: DraftedSet) -> None:
         self._hot_set = hot_set
 
     def open(self, layer: int) -> Neurons:

@@ -12,7 +12,11 @@ from math import prod
 import torch
 from torch import Tensor
 
+from offload_sirius.kernels.matrix import Matrix
+from offload_sirius.kernels.packed import QuantizedRows
+from offload_sirius.quantization import WeightFormat
 from offload_sirius.weights.buffers import LayerBuffer, kept_neurons
+from offload_sirius.weights.copy_plan import copy_layout
 from offload_sirius.weights.host import allocate_bytes
 from offload_sirius.weights.hot_plan import hot_layouts
 from offload_sirius.weights.hotset import HotSlot, whole_slot
@@ -25,10 +29,18 @@ from offload_sirius_loaders.spec import ModelSpec
 class DeviceStore:
     """Fixed buffers on the device. `nbytes` is what they take."""
 
-    def __init__(self, plan: Plan, spec: ModelSpec, layout: LayerLayout, dtype: torch.dtype, device: torch.device) -> None:
-        """Raises BudgetError when the device's memory runs out."""
+    def __init__(
+        self,
+        plan: Plan,
+        spec: ModelSpec,
+        layout: LayerLayout,
+        dtype: torch.dtype,
+        device: torch.device,
+        head_format: WeightFormat | None = None,
+    ) -> None:
+        """head_format: None for a head of plain numbers. Raises BudgetError when the device's memory runs out."""
         self.device = device
-        self.head = _matrix(spec.vocab_size, spec.width, dtype=dtype, device=device)
+        self.head = _head(spec, head_format, dtype=dtype, device=device)
         self.final_norm = _matrix(spec.width, dtype=dtype, device=device)
 
         def layer_buffer() -> LayerBuffer:
@@ -57,11 +69,19 @@ class DeviceStore:
 class HotDeviceStore:
     """Fixed buffers on a device that holds layers in part."""
 
-    def __init__(self, plan: Plan, spec: ModelSpec, layout: LayerLayout, dtype: torch.dtype, device: torch.device) -> None:
-        """Raises BudgetError when the device's memory runs out."""
+    def __init__(
+        self,
+        plan: Plan,
+        spec: ModelSpec,
+        layout: LayerLayout,
+        dtype: torch.dtype,
+        device: torch.device,
+        head_format: WeightFormat | None = None,
+    ) -> None:
+        """See DeviceStore."""
         assert plan.hot is not None
         self.device = device
-        self.head = _matrix(spec.vocab_size, spec.width, dtype=dtype, device=device)
+        self.head = _head(spec, head_format, dtype=dtype, device=device)
         self.final_norm = _matrix(spec.width, dtype=dtype, device=device)
         hot = plan.hot
         layouts, hot_spec = hot_layouts(spec, layout, hot.num_hot), replace(spec, ffn_width=hot.num_hot)
@@ -98,6 +118,63 @@ class HotDeviceStore:
         """Bytes of everything allocated here."""
         layers = sum(layer.storage.nbytes for layer in self.layers.values())
         return self.head.nbytes + self.final_norm.nbytes + layers + self._slot_memory.nbytes
+
+
+class CopyDeviceStore:
+    """Fixed buffers on a device that holds a quantised copy of every layer for drafts."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        spec: ModelSpec,
+        layout: LayerLayout,
+        dtype: torch.dtype,
+        device: torch.device,
+        head_format: WeightFormat | None = None,
+    ) -> None:
+        """See DeviceStore."""
+        assert plan.hot is not None
+        assert plan.hot.draft_format is not None
+        self.device = device
+        self.head = _head(spec, head_format, dtype=dtype, device=device)
+        self.final_norm = _matrix(spec.width, dtype=dtype, device=device)
+        copied_spec = replace(spec, ffn_width=plan.hot.num_hot)
+        copied = copy_layout(spec, layout, plan.hot.draft_format, plan.hot.num_hot)
+        self.residents: dict[int, LayerBuffer] = {}
+        """Layers that are resident as they are: none."""
+        self.layers = {
+            layer: LayerBuffer(allocate_bytes(copied.nbytes, device, "device"), copied_spec, copied, dtype)
+            for layer in plan.hot.layers
+        }
+        """The copy of every layer."""
+        self.slots = [
+            LayerBuffer(allocate_bytes(layout.nbytes, device, "device"), spec, layout, dtype) for _ in range(plan.num_slots)
+        ]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of everything allocated here."""
+        layers = [*self.layers.values(), *self.slots]
+        return self.head.nbytes + self.final_norm.nbytes + sum(layer.storage.nbytes for layer in layers)
+
+
+AnyDeviceStore = DeviceStore | HotDeviceStore | CopyDeviceStore
+
+
+def store_for(plan: Plan) -> type[DeviceStore] | type[HotDeviceStore] | type[CopyDeviceStore]:
+    """The kind of store that the plan fills."""
+    if plan.hot is None:
+        return DeviceStore
+    return HotDeviceStore if plan.hot.draft_format is None else CopyDeviceStore
+
+
+def _head(spec: ModelSpec, head_format: WeightFormat | None, *, dtype: torch.dtype, device: torch.device) -> Matrix:
+    """Room for the head, [V, D]."""
+    if head_format is None:
+        return _matrix(spec.vocab_size, spec.width, dtype=dtype, device=device)
+    row_nbytes = head_format.row_nbytes(spec.width)
+    rows = _matrix(spec.vocab_size, row_nbytes, dtype=torch.uint8, device=device)
+    return QuantizedRows(rows, spec.width, head_format)
 
 
 def _matrix(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -14,15 +14,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from offload_sirius.kernels.matrix import Matrix
 from offload_sirius.kernels.packed import QuantizedRows
 from offload_sirius.weights.buffers import LayerBuffer
 from offload_sirius.weights.copiers import layer_jobs
-from offload_sirius.weights.device import DeviceStore, HotDeviceStore
+from offload_sirius.weights.device import AnyDeviceStore
 from offload_sirius.weights.disk import Fill, Job, ReaderPool, tensor_jobs
 from offload_sirius.weights.host import HostStore, allocate_bytes
 from offload_sirius.weights.layout import PARTS
 from offload_sirius.weights.pieces import Piece, head_role, largest_matrix_nbytes, pieces_of
-from offload_sirius.weights.plan import NUM_QUANTISING
+from offload_sirius.weights.plan import NUM_QUANTISING, ROWS_QUANTISING_NBYTES
 from offload_sirius.weights.quant import quantise_rows
 from offload_sirius_loaders.checkpoint import Checkpoint, TensorInfo
 from offload_sirius_loaders.spec import Role
@@ -62,11 +63,13 @@ class Loader:
         """Fill one layer in host memory."""
         self._fill_layers([(layer, buffer)])
 
-    def load_device(self, device: DeviceStore | HotDeviceStore, staging: list[LayerBuffer]) -> None:
+    def load_device(self, device: AnyDeviceStore, staging: list[LayerBuffer]) -> None:
         """Fill head, final norm and residents. staging: host buffers to pass through; none where the device is the host."""
-        tensors: dict[Role, Tensor] = {"final_norm": device.final_norm, head_role(self._checkpoint): device.head}
+        tensors: dict[Role, Matrix] = {"final_norm": device.final_norm, head_role(self._checkpoint): device.head}
         for role, place in tensors.items():
-            if staging:
+            if isinstance(place, QuantizedRows):
+                self._quantise_rows(self.info(None, role), place, device.final_norm.dtype)
+            elif staging:
                 self._upload_tensor(self.info(None, role), place, staging[0].storage)
             else:
                 self.load_tensor(None, role, place)
@@ -127,6 +130,14 @@ class Loader:
         rows = place.view(info.num_rows, -1)
         for first, host in self.row_batches(info, place.dtype, staging):
             rows[first : first + len(host)].copy_(host)
+
+    def _quantise_rows(self, info: TensorInfo, place: QuantizedRows, dtype: torch.dtype) -> None:
+        """Fill quantised rows on any device from a tensor that is read in a type, some rows at a time."""
+        row_nbytes = place.width * dtype.itemsize
+        num_rows = max(1, ROWS_QUANTISING_NBYTES // (row_nbytes + place.rows.shape[1]))
+        staging = allocate_bytes(num_rows * row_nbytes, torch.device("cpu"), "host")
+        for first, host in self.row_batches(info, dtype, staging):
+            place.rows[first : first + len(host)].copy_(quantise_rows(host, place.form))
 
     def row_batches(self, info: TensorInfo, dtype: torch.dtype, staging: Tensor) -> Iterator[tuple[int, Tensor]]:
         """A tensor in host memory, as many rows at a time as the staging buffer, uint8 [n], has room for: first row, [r, C]."""

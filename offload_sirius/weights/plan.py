@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from offload_sirius.errors import BudgetError
+from offload_sirius.quantization import WeightFormat
 from offload_sirius.units import format_size
 from offload_sirius.weights.layout import LayerLayout
 from offload_sirius_loaders.spec import ModelSpec
@@ -49,6 +50,10 @@ NUM_STAGING = 2
 NUM_QUANTISING = 2
 """Host buffers of a matrix's size: one is read into while the other is quantised."""
 
+ROWS_QUANTISING_NBYTES = 16 << 20
+"""Host memory for rows of the head, or of layers of which there is a copy, and what they become: they are quantised some at a
+time."""
+
 CHUNK_NBYTES, NUM_CHUNKS = 8 << 20, 4
 """Pinned buffers through which host memory passes that could not be pinned."""
 
@@ -72,12 +77,16 @@ class Demand:
     """The device has its own memory: what is read from disk passes through host buffers of a layer's size."""
     quantising_nbytes: int = 0
     """Host memory of the matrices that are read before they are quantised; 0 where none are."""
+    head_format: WeightFormat | None = None
+    """How the head is held; None: in the type that it is computed in."""
     num_shared_buffers: int | None = None
     """All streamed layers are in host memory and share that many buffers there: for timing shapes that exceed it."""
     sparsity_nbytes: int = 0
     """Device bytes that choosing neurons takes."""
     num_hot: int = 0
     """Neurons of each layer that are wanted on the device for good, where layers are to be partly resident."""
+    draft_format: WeightFormat | None = None
+    """Of a copy that these neurons are to be, with all attention blocks; None: they are the layers' own."""
     hot_layers_first: bool = False
     """Where not all of that fits: all of those neurons of some layers rather than fewer of every layer."""
     num_cached_neurons: int = 0
@@ -104,6 +113,9 @@ class HotPlan:
     """Slots for the F - N others of a layer, in the memory of those for all of them."""
     cold_nbytes: int
     """Bytes of the others."""
+    draft_format: WeightFormat | None = None
+    """How a copy is held on which drafts compute, and which is what is on the device: then a correction brings all of a layer,
+    and its slots are those of whole layers. None: hot neurons are the layer's own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -217,17 +229,22 @@ def spread(num_all: int, num_chosen: int) -> tuple[int, ...]:
 def fixed_device_bill(spec: ModelSpec, layout: LayerLayout, demand: Demand) -> dict[str, int]:
     """Device bytes that every plan has.
 
-    head       = V * D * element
+    head       = V * D * element, or V quantised rows
     final_norm = D * element
     """
     return {
-        "head": spec.vocab_size * spec.width * layout.element_nbytes,
+        "head": head_nbytes(spec, layout.element_nbytes, demand.head_format),
         "final_norm": spec.width * layout.element_nbytes,
         "kv_cache": demand.kv_cache_nbytes,
         "position_tables": demand.position_tables_nbytes,
         "activations": demand.activation_nbytes,
         "sparsity": demand.sparsity_nbytes,
     }
+
+
+def head_nbytes(spec: ModelSpec, element_nbytes: int, head_format: WeightFormat | None) -> int:
+    """Bytes of the head."""
+    return spec.vocab_size * (spec.width * element_nbytes if head_format is None else head_format.row_nbytes(spec.width))
 
 
 def _layer_room(num_layers: int, layer_nbytes: int, fixed_nbytes: int, budget_nbytes: int) -> int:
@@ -312,12 +329,14 @@ def place_on_host(spec: ModelSpec, layout: LayerLayout, demand: Demand, budgets:
 
     readers   = readers * (one read buffer + one decoded piece)
     staging   = what `_staging_nbytes` says, on a device with its own memory
-    quantising = matrices that are read before they are quantised
+    quantising = matrices that are read before they are quantised, and rows of the head or for a copy
     embedding = V * D * element, unless the device has it or its rows are read from disk
     layers    = layers in host memory * layer in whole pages
     kept      = layers whose kept neurons are gathered there * their bytes in whole pages
     """
-    most_staging_nbytes = demand.quantising_nbytes + (_staging_nbytes(layout, 0) if demand.staged else 0)
+    some_at_a_time = demand.head_format is not None or demand.draft_format is not None
+    quantising_nbytes = demand.quantising_nbytes + (ROWS_QUANTISING_NBYTES if some_at_a_time else 0)
+    most_staging_nbytes = quantising_nbytes + (_staging_nbytes(layout, 0) if demand.staged else 0)
     needed = MIN_READERS * demand.reader_nbytes + most_staging_nbytes
     if budgets.host_nbytes < needed:
         raise BudgetError(
@@ -331,7 +350,7 @@ def place_on_host(spec: ModelSpec, layout: LayerLayout, demand: Demand, budgets:
     fits = embedding_nbytes <= room - most_staging_nbytes
     place: EmbeddingPlace = "device" if demand.embedding_on_device else "host" if fits else "disk"
     embedding_nbytes = embedding_nbytes if place == "host" else 0
-    host = _host_layers(layout, demand, num_streamed, room - embedding_nbytes - demand.quantising_nbytes)
+    host = _host_layers(layout, demand, num_streamed, room - embedding_nbytes - quantising_nbytes)
     return HostPlacement(
         num_disk_layers=num_streamed - host.num_layers,
         num_buffers=host.num_buffers,
@@ -341,7 +360,7 @@ def place_on_host(spec: ModelSpec, layout: LayerLayout, demand: Demand, budgets:
         bill={
             "readers": num_readers * demand.reader_nbytes,
             "staging": host.staging_nbytes,
-            "quantising": demand.quantising_nbytes,
+            "quantising": quantising_nbytes,
             "embedding": embedding_nbytes,
             "layers": host.num_buffers * layout.host_nbytes,
             "kept_neurons": host.num_kept * layout.kept_host_nbytes,

@@ -57,18 +57,19 @@ class QuantizationError:
 def quantise_rows(weights: Tensor, form: WeightFormat, out: Tensor | None = None) -> Tensor:
     """weights [N, D] of any float type -> uint8 [N, row_nbytes].
 
-    out: where to write them, rows strided; None allocates. Raises CheckpointError where a weight is not finite, or too large for
-    a scale in float16.
+    out: where to write them, rows strided, on their device; None allocates. Raises CheckpointError where a weight is not finite,
+    or too large for a scale in float16.
     """
     num_rows, width = weights.shape
     if out is None:
-        out = torch.empty(num_rows, form.row_nbytes(width), dtype=torch.uint8)
+        out = torch.empty(num_rows, form.row_nbytes(width), dtype=torch.uint8, device=weights.device)
     step = max(1, CHUNK_WEIGHTS // width)
     for start in range(0, num_rows, step):
         rows = QuantizedRows(out[start : start + step], width, form)
         rows.rows.zero_()  # padding has a value, too: the same weights are the same bytes
         chunk = weights[start : start + step].float()
-        if not (form.kind == "int4" and quantise_int4(chunk, rows)):
+        in_c = form.kind == "int4" and chunk.device.type == "cpu"
+        if not (in_c and quantise_int4(chunk, rows)):
             quantise_reference(chunk, rows)
         _check(rows)
     return out
@@ -93,7 +94,7 @@ def quantization_error(weights: Tensor, rows: Tensor, form: WeightFormat) -> Qua
 
 def quantise_reference(weights: Tensor, rows: QuantizedRows) -> None:
     """weights float32 [n, D] into rows that hold zeros, in torch."""
-    integers = torch.zeros(len(rows), -(-rows.width // BLOCK) * BLOCK)  # [n, blocks * 32]
+    integers = torch.zeros(len(rows), -(-rows.width // BLOCK) * BLOCK, device=weights.device)  # [n, blocks * 32]
     whole = rows.width // rows.form.group * rows.form.group
     first_of_last = whole // rows.form.group
     if whole:

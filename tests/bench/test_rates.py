@@ -11,7 +11,8 @@ import torch
 
 from offload_sirius.bench import rates as bench
 from offload_sirius.bench.rates import measure_rates
-from offload_sirius.rates import NAMES, assumed_cpu_rates
+from offload_sirius.quantization import KINDS
+from offload_sirius.rates import NAMES, QUANTIZED_NAMES, assumed_cpu_rates
 from offload_sirius.units import MIB
 from offload_sirius.weights.disk_rate import DiskRate
 
@@ -40,3 +41,7 @@ def test_every_rate_is_measured_on_a_cpu(dtype: torch.dtype, tmp_path: Path) -> 
     assert all(math.isfinite(getattr(found, name)) and getattr(found, name) > 0 for name in NAMES)
     assert all(getattr(found, name) <= 1 for name in NAMES if "share" in name)
     assert found.disk_bytes_per_second == 2e9
+    assert set(found.quantized) == set(KINDS)
+    for each in found.quantized.values():
+        assert each.source == "measured today"
+        assert all(math.isfinite(getattr(each, name)) and getattr(each, name) > 0 for name in QUANTIZED_NAMES)

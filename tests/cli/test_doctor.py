@@ -83,8 +83,8 @@ def test_what_was_measured_is_kept_and_shown_with_its_date(
     monkeypatch.setattr("offload_sirius.bench.rates.measure_rates", measure)
     first = run("doctor", "--measure", "--path", str(tmp_path))
     assert [line.rpartition(", ")[2] for line in first.err.splitlines()] == [
-        "bfloat16: about a minute",
-        "float32: about a minute",
+        "bfloat16: about two minutes",
+        "float32: about two minutes",
     ]
     shown = run("doctor", "--path", str(tmp_path)).out.splitlines()[-2:]
     today = datetime.date.today().isoformat()

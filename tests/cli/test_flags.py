@@ -21,16 +21,18 @@ COMMANDS: dict[str, Any] = {name: each for name, each in TOP.items() if name != 
 }
 DOCUMENTED = {
     "generate": (
-        "--model --mode --sparsity --keep --cats-threshold --window --accept --threshold --draft --resident-first --refresh "
+        "--model --mode --sparsity --keep --cats-threshold --window --accept --threshold --draft --draft-quantize "
+        "--resident-first --refresh "
         "--refresh-decay --overlap --prior --draft-keep --tree-width --lookup --device --device-memory --host-memory "
-        "--link-gbps --dtype --quantize --quantize-group "
+        "--link-gbps --dtype --quantize --quantize-group --quantize-head "
         "--max-context --auto --threads --temperature --top-k --top-p --min-p --repetition-penalty --seed "
         "--stop --max-new-tokens --prompt --prompt-file --chat --ignore-eos "
         "--cuda-graphs --shared-host-buffers --trace --json --verbose"
     ),
     "plan": (
-        "--model --mode --sparsity --keep --window --draft --resident-first --prior --draft-keep --tree-width --lookup "
-        "--device --device-memory --host-memory --link-gbps --dtype --quantize --quantize-group "
+        "--model --mode --sparsity --keep --window --draft --draft-quantize "
+        "--resident-first --prior --draft-keep --tree-width --lookup "
+        "--device --device-memory --host-memory --link-gbps --dtype --quantize --quantize-group --quantize-head "
         "--max-context --auto --cuda-graphs --device-tflops "
         "--device-gbps --disk-gbps --prompt-tokens --batch --json --verbose"
     ),
@@ -40,14 +42,15 @@ DOCUMENTED = {
     "bench link": "--device --sizes --path --repeats --plot --json",
     "bench decode": (
         "--model --prompts --limit --chat --modes --sparsity --keep --cats-threshold --window --accept --threshold "
-        "--draft --resident-first --refresh --refresh-decay --overlap --prior --draft-keep --tree-width --lookup --force-aal "
+        "--draft --draft-quantize --resident-first --refresh "
+        "--refresh-decay --overlap --prior --draft-keep --tree-width --lookup --force-aal "
         "--max-new-tokens --ignore-eos --temperature --top-k --top-p --min-p --repetition-penalty --seed "
-        "--device --device-memory --host-memory --link-gbps --dtype --quantize --quantize-group "
+        "--device --device-memory --host-memory --link-gbps --dtype --quantize --quantize-group --quantize-head "
         "--threads --cuda-graphs --shared-host-buffers "
         "--plot --trace --json --verbose"
     ),
     "bench stream": (
-        "--model --device --device-memory --host-memory --link-gbps --dtype --quantize --quantize-group "
+        "--model --device --device-memory --host-memory --link-gbps --dtype --quantize --quantize-group --quantize-head "
         "--threads --passes "
         "--shared-host-buffers --plot --trace --json --verbose"
     ),
@@ -57,11 +60,11 @@ SETTINGS = [
     for config, names in (
         (
             EngineConfig,
-            "model device device_memory host_memory link_gbps dtype quantize quantize_group max_context auto threads "
-            "shared_host_buffers cuda_graphs",
+            "model device device_memory host_memory link_gbps dtype quantize quantize_group quantize_head max_context auto "
+            "threads shared_host_buffers cuda_graphs",
         ),
         (DecodingConfig, "mode sparsity keep cats_threshold window accept threshold draft refresh refresh_decay tree_width"),
-        (DecodingConfig, "resident_first overlap prior draft_keep lookup"),
+        (DecodingConfig, "resident_first overlap prior draft_keep draft_quantize lookup"),
         (GenerationConfig, "max_new_tokens ignore_eos chat"),
         (SamplingConfig, "temperature top_k top_p min_p repetition_penalty seed"),
     )

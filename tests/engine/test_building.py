@@ -64,8 +64,8 @@ def test_a_setting_that_does_not_exist_is_refused_with_those_that_do() -> None:
     assert str(caught.value) == (
         "unknown setting device_ram; known are accept, auto, cats_threshold, cuda_graphs, device, device_memory, draft, "
         "draft_keep, dtype, host_memory, keep, link_gbps, lookup, max_context, mode, model, overlap, prior, quantize, "
-        "quantize_group, refresh, refresh_decay, resident_first, shared_host_buffers, sparsity, threads, threshold, "
-        "tree_width, window"
+        "quantize_group, quantize_head, refresh, refresh_decay, resident_first, shared_host_buffers, sparsity, threads, "
+        "threshold, tree_width, window"
     )
 
 

@@ -15,6 +15,8 @@ from offload_sirius.decode.result import Generation
 from offload_sirius.engine import Engine
 from offload_sirius.engine.placement import Placement, place
 from offload_sirius.errors import BudgetError, ConfigError
+from offload_sirius.kernels.matrix import project
+from offload_sirius.kernels.packed import QuantizedRows
 from offload_sirius.model.dense import DenseSource
 from offload_sirius.model.kv_cache import KVCache
 from offload_sirius.model.transformer import Transformer
@@ -28,6 +30,8 @@ from .conftest import CONTEXT, TINY, Load
 NUM_NEW = 20
 ASKED: dict[str, Any] = {"max_new_tokens": NUM_NEW, "ignore_eos": True}
 FORMATS = [{"quantize": "int8"}, {"quantize": "int4"}, {"quantize": "int4", "quantize_group": 32}]
+TIED = "synthetic:llama-3.2-1b?layers=2&width=64&heads=4&kv_heads=2&ffn=128&vocab=384&positions=256&dtype=F32"
+"""Head and embedding are one."""
 SAMPLED = {"temperature": 1.1, "top_p": 0.95, "seed": 5}
 
 
@@ -129,6 +133,30 @@ def test_exact_answers_with_a_hot_set_are_the_full_model_s(
         assert_bytes(found, engine)
 
 
+@pytest.mark.parametrize("kind", [{}, {"quantize": "int4"}], ids=str)
+@pytest.mark.parametrize("model", [TINY, TIED])
+def test_a_head_in_8_bits_is_that_of_the_numbers_that_its_rows_stand_for(model: str, kind: dict[str, Any], load: Load) -> None:
+    checkpoint, form = open_checkpoint(model), WeightFormat(kind="int8", group=64)
+    engine = load(model, quantize_head="int8", mode="sirius", window=5, **kind)
+    embedding = torch.from_numpy(checkpoint.read(None, "embedding")).float()
+    head = embedding if checkpoint.spec.tied_head else torch.from_numpy(checkpoint.read(None, "head")).float()
+    plain = load(model, **kind)
+    expected = dequantise_rows(quantise_rows(head, form), checkpoint.spec.width, form)
+    found = engine._streamer.head
+    assert isinstance(found, QuantizedRows)
+    assert torch.equal(found.dequantised(), expected)
+    token = torch.tensor([7])
+    assert torch.equal(engine._streamer.embed(token), plain._streamer.embed(token))
+    hidden = torch.randn(3, checkpoint.spec.width)
+    torch.testing.assert_close(project(hidden, found), hidden @ expected.t(), rtol=1e-4, atol=1e-4)
+    plan, nbytes = engine.plan, checkpoint.spec.vocab_size * form.row_nbytes(checkpoint.spec.width)
+    assert (plan.device_bill["head"], plan.embedding_place) == (nbytes, "host")
+    asked = ASKED | SAMPLED
+    full = engine.generate("hello", **asked, mode="full")
+    assert engine.generate("hello", **asked).token_ids == full.token_ids
+    assert full.memory.device_peak_bytes <= full.memory.device_plan_bytes
+
+
 def assert_bytes(found: Generation, engine: Engine) -> None:
     """Of drafts that bring nothing, and corrections that bring what is cold."""
     assert engine.plan.hot is not None
@@ -174,6 +202,7 @@ def test_layers_that_would_stay_on_disk_are_refused_and_what_is_said_to_do_does(
     [
         ({"quantize": "int3"}, "--quantize is int3; it must be one of none, int8, int4"),
         ({"quantize_group": 32}, "--quantize-group is 32; it must be left out without --quantize"),
+        ({"quantize_head": "int4"}, "--quantize-head is int4; it must be one of none, int8"),
         ({"quantize": "int4", "quantize_group": 48}, "--quantize-group is 48; it must be one of 32, 64, 128"),
     ],
 )

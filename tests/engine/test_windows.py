@@ -7,7 +7,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from offload_sirius.config import DecodingConfig
-from offload_sirius.engine.windows import ACCEPTANCES, PROBED_WINDOWS, best_window, window_speed, window_speeds
+from offload_sirius.engine.windows import (
+    ACCEPTANCES,
+    PROBED_WINDOWS,
+    acceptance_of_copy,
+    acceptance_of_share,
+    best_window,
+    window_speed,
+    window_speeds,
+)
+from offload_sirius.quantization import KINDS
 from offload_sirius.weights.predict import PassBill, PassTime
 
 NOTHING = PassBill(
@@ -50,10 +59,23 @@ def test_a_window_that_is_asked_for_is_taken_for_every_acceptance() -> None:
 
 
 def test_fewer_neurons_than_drafts_were_to_keep_are_expected_to_have_fewer_tokens_accepted() -> None:
-    speeds = window_speeds(DecodingConfig(window=16), 3.57, lambda _: taking(5.72), kept_share=0.5)
-    assert [each.acceptance for each in speeds[1:]] == list(ACCEPTANCES)
-    assert speeds[0].acceptance == pytest.approx(0.8 * 0.5**0.7)
+    expected = acceptance_of_share(0.5)
+    assert expected == pytest.approx(0.8 * 0.5**0.7)
+    assert acceptance_of_share(1) == ACCEPTANCES[0]
+    speeds = window_speeds(DecodingConfig(window=16), 3.57, lambda _: taking(5.72), expected=expected)
+    assert [each.acceptance for each in speeds] == [expected, *ACCEPTANCES]
     assert speeds[0].seconds_per_token > speeds[1].seconds_per_token
+
+
+def test_a_copy_is_expected_to_be_accepted_less_the_fewer_bits_and_neurons_it_has() -> None:
+    shares = (0.25, 0.5, 0.75, 1.0)
+    of_int8, of_int4 = ([acceptance_of_copy(kind, share) for share in shares] for kind in KINDS)
+    assert of_int8 == sorted(of_int8)
+    assert of_int4 == sorted(of_int4)
+    assert all(fewer < more for fewer, more in zip(of_int4, of_int8, strict=True))
+    assert of_int8[1] == pytest.approx(ACCEPTANCES[0], abs=0.01), "half of the neurons, as drafts in general"
+    assert of_int8[3] == ACCEPTANCES[-1]
+    assert of_int4[3] == pytest.approx(1 - 0.36 * 0.17)
 
 
 @given(st.floats(1e-3, 1e3), st.floats(1e-3, 1e3), st.sampled_from(ACCEPTANCES))

@@ -10,8 +10,10 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from offload_sirius.rates import Rates, rates_from
+from offload_sirius.quantization import Kind, WeightFormat
+from offload_sirius.rates import QuantizedRates, Rates, rates_from
 from offload_sirius.units import GIB, MIB
+from offload_sirius.weights.copy_plan import make_copy_plan
 from offload_sirius.weights.hot_plan import make_hot_plan
 from offload_sirius.weights.layout import LayerLayout, layer_layout
 from offload_sirius.weights.plan import Budgets, Demand, Plan, make_plan
@@ -104,6 +106,28 @@ def test_a_pass_of_residents_takes_what_computing_them_takes() -> None:
     expected = predict(setting(made), TOKEN, PROMPT)
     assert expected.seconds_per_token == pytest.approx(80 * layer + HEAD / MEMORY + STEP_OVERHEAD, rel=1e-12)
     assert expected.bound == "compute"
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_quantised_layers_are_read_at_their_own_rate_and_each_further_token_adds_its_arithmetic(kind: Kind) -> None:
+    layout = layer_layout(SPEC, 2, 0, WeightFormat(kind=kind))
+    quantized = QuantizedRates(bytes_per_second=5e11, flops_per_second=9e13, unpacking_bytes_per_second=4e10, source="given")
+    made, rates = plan(300 * GIB, 10 * GIB, layout), replace(RATES, quantized={kind: quantized})
+    weights = layout.nbytes / layout.nbytes_per_weight
+
+    def layer_seconds(num_rows: int, num_chunks: int = 1) -> float:
+        work = replace(TOKEN, num_rows=num_rows, num_chunks=num_chunks)
+        return predict(setting(made, rates, layout=layout), work, PROMPT).token.weights_seconds / 80
+
+    assert layer_seconds(1) == pytest.approx(layout.nbytes / 5e11)
+    assert layer_seconds(16) == pytest.approx(layout.nbytes / 5e11 + 15 * 2 * weights / 9e13)
+    assert layer_seconds(1024, 2) == pytest.approx(2 * layout.nbytes / 4e10 + 1024 * 2 * weights / FLOPS)
+    assumed = predict(setting(made, layout=layout), TOKEN, PROMPT)
+    assert assumed.token.weights_seconds == pytest.approx(80 * layout.nbytes / RATES.of_quantized(kind).bytes_per_second)
+    assert assumed.sources[f"{kind}_weights"] == "assumed"
+    assert assumed.token.head_seconds == pytest.approx(HEAD / MEMORY)
+    of_head = predict(setting(made, rates, layout=layout, head_format=layout.format), TOKEN, PROMPT)
+    assert of_head.token.head_seconds == pytest.approx(HEAD / 5e11), "the bill says how many bytes the head has"
 
 
 def test_the_bill_of_a_token_is_bytes_over_rates() -> None:
@@ -494,3 +518,47 @@ def test_no_window_with_hot_layers_is_faster_than_what_it_is_bound_by_nor_slower
     in_turn = sum(bill.pacing_seconds + bill.copy_seconds + bill.copy_drag_seconds + bill.compute_seconds for bill in bills)
     assert least * (1 - 1e-9) <= window <= in_turn * (1 + 1e-9)
     assert correction.nbytes == given.plan.pass_nbytes
+
+
+# Drafts that compute on a copy in 4 bits.
+
+
+def copied(device_gib: float, **changes: Any) -> Setting:
+    demand = Demand(
+        kv_cache_nbytes=1280 * MIB,
+        position_tables_nbytes=MIB,
+        activation_nbytes=200 * MIB,
+        reader_nbytes=8 * MIB,
+        embedding_on_device=False,
+        staged=True,
+        num_hot=SPEC.ffn_width,
+        draft_format=WeightFormat(kind="int4", group=32),
+    )
+    budgets = Budgets(device_nbytes=int(device_gib * GIB), host_nbytes=160 * GIB)
+    return setting(make_copy_plan(SPEC, LAYOUT, demand, budgets), **changes)
+
+
+@pytest.mark.parametrize("device_gib", [24, 48, 60])
+def test_a_draft_on_a_copy_takes_its_bytes_at_their_own_rate_and_a_correction_those_of_all_layers(device_gib: int) -> None:
+    given = copied(device_gib)
+    draft = predict_draft(given, HOT)
+    copy_nbytes = given.plan.device_bill["attention"] + given.plan.device_bill["hot_neurons"]
+    assert (draft.nbytes, draft.bill.bound, draft.bill.weights_nbytes) == (0, "compute", copy_nbytes)
+    assert draft.bill.weights_seconds == pytest.approx(copy_nbytes / RATES.of_quantized("int4").bytes_per_second)
+    assert draft.seconds == pytest.approx(draft.bill.compute_seconds)
+    correction = predict_correction(given, CORRECTION, HOT, draft.seconds)
+    assert correction.nbytes == given.plan.pass_nbytes == correction.bill.weights_nbytes == 80 * LAYER
+    assert correction.bill.weights_seconds == pytest.approx(80 * LAYER / MEMORY)
+    assert predict(given, TOKEN, PROMPT).seconds_per_pass == pytest.approx(80 * LAYER / LINK, rel=1e-9)
+    slots_nbytes = given.plan.num_slots * LAYER
+    if slots_nbytes / LINK < 4 * draft.seconds:
+        assert correction.seconds == pytest.approx((80 * LAYER - slots_nbytes) / LINK, rel=0.02), "slots are full by then"
+    else:
+        assert correction.seconds + 4 * draft.seconds == pytest.approx(80 * LAYER / LINK), "the link never idles"
+
+
+def test_without_overlap_a_correction_behind_a_copy_takes_all_of_its_bytes_time() -> None:
+    given = copied(48, overlap=False)
+    draft = predict_draft(given, HOT)
+    correction = predict_correction(given, CORRECTION, HOT, draft.seconds)
+    assert 80 * LAYER / LINK <= correction.seconds <= 1.05 * 80 * LAYER / LINK
