@@ -67,6 +67,15 @@ Lookup = Annotated[
     bool | None, typer.Option("--lookup/--no-lookup", help=help_of(DecodingConfig, "lookup"), rich_help_panel=DECODING)
 ]
 MaxNewTokens = Annotated[int, _option(GenerationConfig, "max_new_tokens", DECODING, metavar="N")]
+MaxChatTokens = Annotated[
+    int | None,
+    typer.Option(
+        "--max-new-tokens",
+        help=help_of(GenerationConfig, "max_new_tokens") + " Default: what the context has room for.",
+        metavar="N",
+        rich_help_panel=DECODING,
+    ),
+]
 Stop = Annotated[list[str] | None, _option(GenerationConfig, "stop", DECODING, metavar="TEXT")]
 IgnoreEos = Annotated[bool, typer.Option("--ignore-eos", help=help_of(GenerationConfig, "ignore_eos"), rich_help_panel=DECODING)]
 Chat = Annotated[bool, typer.Option("--chat/--no-chat", help=help_of(GenerationConfig, "chat"), rich_help_panel=PROMPT)]

@@ -104,6 +104,11 @@ class Engine:
         return self._placement.plan
 
     @property
+    def context(self) -> int:
+        """Positions that there are for prompt and answer together."""
+        return self._placement.context
+
+    @property
     def rates_problem(self) -> str:
         """One line where the rates measured on this machine could not be read; predictions then rest on assumed ones."""
         return self._placement.rates_problem
@@ -149,6 +154,10 @@ class Engine:
             max_new_tokens=request.max_new_tokens,
             finish=lambda outcome: self._finish(outcome, counters, request),
         )
+
+    def require_planned(self, config: GenerationConfig) -> None:
+        """Raises ConfigError, as answering would, for settings that the model was not loaded for."""
+        self._planned_for(config)
 
     def close(self) -> None:
         """End threads, give memory back."""

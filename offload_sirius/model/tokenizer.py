@@ -85,9 +85,13 @@ class Tokenizer:
         The template writes special tokens as text and none are added to it; so a message can write them too, as in
         transformers. Raises PromptError for a conversation that the template does not accept.
         """
+        return self.encode(self.render_chat(messages), add_special_tokens=False)
+
+    def render_chat(self, messages: Sequence[Message]) -> str:
+        """The text that apply_chat encodes. Raises PromptError as it does."""
         if self._chat_template is None:
             raise PromptError(f"{self._model_name} has no chat template; give the prompt as it is with --no-chat")
-        return self.encode(self._chat_template.render(messages), add_special_tokens=False)
+        return self._chat_template.render(messages)
 
 
 def load_tokenizer(files: TokenizerFiles, spec: ModelSpec) -> Tokenizer:
