@@ -37,7 +37,7 @@ def save_chat(path: Path, model: str, conversation: Conversation, settings: Mapp
         if interrupted:
             answer["interrupted"] = True
     content = {"format": FORMAT, "model": model, "settings": dict(settings), "messages": messages}
-    write_whole(path, (json.dumps(content, ensure_ascii=False, indent=2) + "\n").encode("utf-8", "surrogatepass"))
+    write_whole(path, (json.dumps(content, ensure_ascii=False, indent=2) + "\n").encode("utf-8", "backslashreplace"))
 
 
 def load_chat(path: Path, remedy: str = "name one that /save has written") -> SavedChat:
