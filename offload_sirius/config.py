@@ -402,6 +402,11 @@ class GenerationConfig:
     stop: tuple[str, ...] = _setting((), "Text that ends the answer and is not part of it; may be given several times.")
     ignore_eos: bool = _setting(False, "Go on past the model's end tokens (for timing).")
     chat: bool = _setting(True, "Apply the model's chat template, where it has one.")
+    reuse: bool = _setting(
+        True,
+        "Take keys and values of the prompt's beginning from earlier answers, where it is the same and the full model decides "
+        "every token: modes full, and sirius with exact acceptance.",
+    )
 
     def __post_init__(self) -> None:
         _require(1 <= self.max_new_tokens <= 10**7, "max-new-tokens", self.max_new_tokens, "between 1 and 10,000,000")

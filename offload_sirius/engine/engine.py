@@ -202,14 +202,21 @@ class Engine:
     def _tokens(self, request: _Request) -> Tokens:
         # The reader threads compute with one thread each; torch keeps that number per thread, so ours is set here.
         torch.set_num_threads(self.config.threads or machine.physical_cores())
-        self._streamed.begin_answer(request.decoding)
+        request.num_cached = self._streamed.begin_answer(request.decoding, request.prompt_ids, reuse=request.reuses)
         self._answering = request
-        with memory_errors(self.plan), closing(self._decode(request)) as tokens:
-            for token_id in tokens:
-                yield token_id
-                if self._answering is not request:
-                    raise RuntimeError("another answer was begun in place of this one: end an answer before the next is begun")
-                torch.set_num_threads(self.config.threads or self._decode_threads())
+        try:
+            with memory_errors(self.plan), closing(self._decode(request)) as tokens:
+                for token_id in tokens:
+                    yield token_id
+                    if self._answering is not request:
+                        raise RuntimeError(
+                            "another answer was begun in place of this one: end an answer before the next is begun"
+                        )
+                    torch.set_num_threads(self.config.threads or self._decode_threads())
+        except Exception:  # not an interruption, which breaks nothing
+            if self._answering is request:
+                self._streamed.forget()
+            raise
 
     def _decode(self, request: _Request) -> Tokens:
         model, sampler, decoding = self._streamed, Sampler(request.config.sampling), request.decoding
@@ -253,6 +260,7 @@ class Engine:
             token_ids=tuple(outcome.token_ids),
             finish_reason=outcome.finish_reason,
             prompt_tokens=num_prompt,
+            cached_tokens=request.num_cached,
             ttft_seconds=first - outcome.began,
             decode_seconds=last - first,
             load_seconds=self.load_seconds,
@@ -307,6 +315,15 @@ class _Request:
     end_token_ids: frozenset[int]
     rule: AcceptanceRule | None
     stats: DecodeStats = field(default_factory=DecodeStats)
+    num_cached: int = 0
+    """Tokens of the prompt that the KV cache held already."""
+
+    @property
+    def reuses(self) -> bool:
+        """Whether what the KV cache holds of earlier answers may be used: where drafts decide, their neurons would depend on what
+        was asked before, and the text on them."""
+        decided = self.decoding.mode == "full" or (self.decoding.mode == "sirius" and self.decoding.accept == "exact")
+        return self.config.reuse and decided and self.rule is None
 
 
 def _settings(config: EngineConfig, request: _Request) -> dict[str, Any]:
