@@ -99,7 +99,8 @@ def _stats(session: ChatSession, _: str) -> None:
         f"window {result.window or 'none'}"
     )
     say(
-        f"all {totals.answers} answers: {totals.prompt_tokens} tokens of prompts, {totals.new_tokens} written, "
+        f"all {totals.answers} answers: {totals.prompt_tokens} tokens of prompts, {totals.cached_tokens} of them in the KV cache "
+        f"already, {totals.new_tokens} written, "
         f"{format_size(totals.copied_bytes)} over the link"
     )
     memory = result.memory

@@ -29,6 +29,8 @@ class ChatTotals:
 
     answers: int = 0
     prompt_tokens: int = 0
+    cached_tokens: int = 0
+    """Of them, those that were in the KV cache."""
     new_tokens: int = 0
     copied_bytes: int = 0
 
@@ -36,6 +38,7 @@ class ChatTotals:
         """Add an answer."""
         self.answers += 1
         self.prompt_tokens += result.prompt_tokens
+        self.cached_tokens += result.cached_tokens
         self.new_tokens += result.new_tokens
         self.copied_bytes += result.link.copied_bytes
 

@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,6 +25,7 @@ from prompt_toolkit.document import Document
 from prompt_toolkit.history import FileHistory
 from prompt_toolkit.input import create_pipe_input
 from prompt_toolkit.output import DummyOutput
+from torch import Tensor
 
 import offload_sirius
 from offload_sirius.cli.chat_commands import COMMANDS, completions, run_command
@@ -100,13 +102,30 @@ def test_the_line_of_figures_tells_of_drafts_and_of_the_link(chat: Chat) -> None
     assert re.search(r"^\d+\.\d\d tokens/s, AAL \d\.\d\d, link \d+% busy, \d+ of 400 positions$", err, re.MULTILINE)
 
 
-def test_a_turn_begins_with_the_ids_of_the_turn_before_and_of_its_answer(session: ChatSession, prompts: Prompts) -> None:
-    session.answer("hello")
-    assert session.last is not None
-    written = list(session.last.token_ids)
-    session.answer("and?")
-    first, second = prompts
-    assert second[: len(first) + len(written)] == [*first, *written]
+@pytest.mark.parametrize("mode", ["full", "sirius"])
+def test_a_turn_computes_its_own_tokens_only(
+    mode: str, session: ChatSession, prompts: Prompts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prefilled: list[int] = []
+    prefill = Transformer.prefill
+
+    def counted(self: Transformer, token_ids: Tensor, *arguments: Any) -> Tensor:
+        prefilled.append(len(token_ids))
+        return prefill(self, token_ids, *arguments)
+
+    monkeypatch.setattr(Transformer, "prefill", counted)
+    run_command(session, f"/mode {mode}")
+    written: list[list[int]] = []
+    for content in ("hello", "and?", "well?"):
+        session.answer(content)
+        assert session.last is not None
+        written.append(list(session.last.token_ids))
+    assert prompts[1][: len(prompts[0]) + 5] == [*prompts[0], *written[0]]
+    assert prompts[2][: len(prompts[1]) + 5] == [*prompts[1], *written[1]]
+    # The last token of an answer has not been through the model when it is the last.
+    num_new = [len(after) - len(before) - 4 for before, after in pairwise(prompts)]
+    assert prefilled[1:] == num_new
+    assert session.totals.prompt_tokens - session.totals.cached_tokens == sum(prefilled)
 
 
 def test_a_saved_chat_goes_on_as_the_same_conversation(chat: Chat, tmp_path: Path) -> None:
@@ -225,7 +244,11 @@ def test_figures_of_the_last_answer_and_of_all(session: ChatSession, capsys: pyt
     err = capsys.readouterr().err
     assert re.search(r"^last answer: 5 tokens, first after ", err, re.MULTILINE)
     assert re.search(r"^passes: 1 prompt, \d+ draft, \d+ correction, 0 full; window \d+$", err, re.MULTILINE)
-    assert re.search(r"^all 2 answers: \d+ tokens of prompts, 10 written, 0 B over the link$", err, re.MULTILINE)
+    assert re.search(
+        r"^all 2 answers: \d+ tokens of prompts, \d+ of them in the KV cache already, 10 written, 0 B over the link$",
+        err,
+        re.MULTILINE,
+    )
     assert re.search(r"^memory: device .* planned, host .*$", err, re.MULTILINE)
     assert re.search(r"^context: \d+ of 200 positions, 2 turns$", err, re.MULTILINE)
 
