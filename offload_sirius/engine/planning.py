@@ -22,6 +22,7 @@ from offload_sirius.model.costs import (
     mixing_flops,
     position_tables_nbytes,
     recorded_steps_nbytes,
+    scored_rows,
     unpacking_nbytes,
 )
 from offload_sirius.rates import DtypeName, Rates, Stored, assumed_cpu_rates, assumed_gpu_rates
@@ -343,6 +344,12 @@ def computing_nbytes(config: EngineConfig, spec: ModelSpec, num_tokens: int, ele
     observed, step_rows = sparsity_of(decoding, spec) is not None, decoding.max_nodes
     nbytes = activation_nbytes(spec, num_tokens, element_nbytes, batch=batch, step_rows=step_rows, observed=observed)
     return nbytes + (unpacking_nbytes(spec, element_nbytes, step_rows) if config.weight_format else 0)
+
+
+def scored_rows_of(config: EngineConfig, spec: ModelSpec, num_tokens: int, element_nbytes: int) -> int:
+    """Tokens of a prompt whose logits there is room for at once, where computing_nbytes was planned for so many tokens."""
+    observed, step_rows = sparsity_of(config.decoding, spec) is not None, config.decoding.max_nodes
+    return scored_rows(spec, num_tokens, element_nbytes, step_rows=step_rows, observed=observed)
 
 
 def plan_for(spec: ModelSpec, layout: LayerLayout, demand: Demand, budgets: Budgets) -> Plan:

@@ -5,7 +5,7 @@ Each pass tells the streamer what it takes of the layers and what the next one w
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -127,6 +127,12 @@ class StreamedModel:
         logits = self._transformer.prefill(token_ids, self._begin("prefill", following))
         self.slot.appended("prefill", token_ids.tolist())
         return logits
+
+    def score(self, token_ids: Tensor, num_last: int, read: Callable[[Tensor], None], *, num_rows: int) -> None:
+        """A prompt that is scored and not answered. See Transformer.prefill_rows."""
+        feed_forward = self._begin("prefill", "prefill")
+        self._transformer.prefill_rows(token_ids, num_last, read, num_rows=num_rows, feed_forward=feed_forward)
+        self.slot.appended("prefill", token_ids.tolist())
 
     def full(self, token_ids: Tensor, *, following: Pass) -> Tensor:
         """See Model."""

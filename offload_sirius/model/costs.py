@@ -73,6 +73,21 @@ def activation_nbytes(
     )
 
 
+def scored_rows(
+    spec: ModelSpec,
+    num_tokens: int,
+    element_nbytes: int,
+    chunk_size: int = CHUNK_SIZE,
+    *,
+    step_rows: int = 1,
+    observed: bool = False,
+) -> int:
+    """Tokens whose logits there is room for at once when the layers are done, in the memory that activation_nbytes plans for."""
+    planned = activation_nbytes(spec, num_tokens, element_nbytes, chunk_size, step_rows=step_rows, observed=observed)
+    hidden = max(num_tokens, step_rows) * spec.width * element_nbytes
+    return (planned - hidden) // _logits_nbytes(spec, element_nbytes)
+
+
 def unpacking_nbytes(spec: ModelSpec, element_nbytes: int, step_rows: int) -> int:
     """Upper bound of the device bytes that products with quantised matrices take beside their operands.
 

@@ -50,6 +50,9 @@ class Tokenizer:
         end_token_id = None if end_token is None else codec.token_id(end_token)
         self.end_token_ids: frozenset[int] = frozenset(() if end_token_id is None else (end_token_id,))
         """The end token that the tokenizer's own files name; the model's may name more."""
+        begin_token = special_tokens.get("bos_token")
+        self.begin_token_id: int | None = None if begin_token is None else codec.token_id(begin_token)
+        """What stands before a text, where the model has it."""
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text. add_special_tokens: with the begin or end token that the model wants around a text.
