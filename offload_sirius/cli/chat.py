@@ -68,6 +68,7 @@ def chat(
     quantize: flags.Quantize = _ENGINE.quantize,
     quantize_group: flags.QuantizeGroup = _ENGINE.quantize_group,
     max_context: flags.MaxContext = _ENGINE.max_context,
+    kv_dtype: flags.KvDtype = _ENGINE.kv_dtype,
     auto: flags.Auto = _ENGINE.auto,
     threads: flags.Threads = _ENGINE.threads,
     cuda_graphs: flags.CudaGraphs = _ENGINE.cuda_graphs,
@@ -110,6 +111,7 @@ def chat(
         quantize=quantize,  # type: ignore[arg-type]
         quantize_group=quantize_group,
         max_context=max_context,
+        kv_dtype=kv_dtype,  # type: ignore[arg-type]
         auto=auto,
         threads=threads,
         cuda_graphs=cuda_graphs,

@@ -35,6 +35,7 @@ Dtype = Annotated[str, _option(EngineConfig, "dtype", PLACE, metavar="DTYPE")]
 Quantize = Annotated[str, _option(EngineConfig, "quantize", PLACE, metavar="KIND")]
 QuantizeGroup = Annotated[int | None, _option(EngineConfig, "quantize_group", PLACE, metavar="N")]
 MaxContext = Annotated[int | None, _option(EngineConfig, "max_context", PLACE, metavar="N")]
+KvDtype = Annotated[str, _option(EngineConfig, "kv_dtype", PLACE, metavar="DTYPE")]
 Auto = Annotated[bool, typer.Option("--auto", help=help_of(EngineConfig, "auto"), rich_help_panel=PLACE)]
 Threads = Annotated[int | None, _option(EngineConfig, "threads", PLACE, metavar="N")]
 CudaGraphs = Annotated[

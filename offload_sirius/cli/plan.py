@@ -52,6 +52,7 @@ def plan(
     quantize: flags.Quantize = _ENGINE.quantize,
     quantize_group: flags.QuantizeGroup = _ENGINE.quantize_group,
     max_context: flags.MaxContext = _ENGINE.max_context,
+    kv_dtype: flags.KvDtype = _ENGINE.kv_dtype,
     auto: flags.Auto = _ENGINE.auto,
     cuda_graphs: flags.CudaGraphs = _ENGINE.cuda_graphs,
     device_tflops: flags.DeviceTflops = _PLAN.device_tflops,
@@ -95,6 +96,7 @@ def plan(
         quantize=quantize,  # type: ignore[arg-type]
         quantize_group=quantize_group,
         max_context=max_context,
+        kv_dtype=kv_dtype,  # type: ignore[arg-type]
         auto=auto,
         cuda_graphs=cuda_graphs,
         decoding=decoding,

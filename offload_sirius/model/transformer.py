@@ -22,6 +22,7 @@ from offload_sirius.model.costs import CHUNK_SIZE
 from offload_sirius.model.feed_forward import DenseFeedForward, FeedForward
 from offload_sirius.model.fixed_step import FixedStep
 from offload_sirius.model.kv_cache import KVCache
+from offload_sirius.model.kv_rows import KVRows
 from offload_sirius.model.layers import head_logits, run_layers
 from offload_sirius.model.ops import causal_mask, window_mask
 from offload_sirius.model.rope import RotaryTable, Rotation
@@ -67,7 +68,7 @@ class Chunk:
         """See Rows."""
         cache.write(layer, self.start, keys, values)
 
-    def read(self, cache: KVCache, layer: int, window: int | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    def read(self, cache: KVCache, layer: int, window: int | None) -> tuple[KVRows, KVRows, Tensor | None]:
         """See Rows. A single token sees all slots from the first one in its window on, and needs no mask."""
         first = 0 if window is None else max(0, self.least_position - window + 1)
         keys, values = cache.read(layer, first, self.stop)
