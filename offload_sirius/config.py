@@ -41,6 +41,9 @@ MAX_LOOKUP_NODES = 16
 Dtype = Literal["auto", "bfloat16", "float32"]
 DTYPES: tuple[Dtype, ...] = get_args(Dtype)
 
+KVDtype = Literal["auto", "int8"]
+KV_DTYPES: tuple[KVDtype, ...] = get_args(KVDtype)
+
 Quantize = Literal["none", "int8", "int4"]
 QUANTIZES: tuple[Quantize, ...] = get_args(Quantize)
 
@@ -320,6 +323,11 @@ class EngineConfig:
         "Hold the head, which makes the logits, in 8 bits: int8 or none. The embedding stays as it is, also where both are one.",
     )
     max_context: int | None = _setting(None, "Positions to plan the KV cache for. Default: prompt and answer, 4096 in Python.")
+    kv_dtype: KVDtype = _setting(
+        "auto",
+        "auto: keys and values are held in the type that is computed in. int8: in 8 bits, each row of a head with a scale of its "
+        "own; half the bytes of bfloat16, nearly the same text.",
+    )
     auto: bool = _setting(False, "Choose by predicted speed what is left to choose: bfloat16 or float32, where --dtype is auto.")
     threads: int | None = _setting(
         None, "CPU threads to compute with. Default: the physical cores, less one while layers come from disk."
@@ -341,6 +349,7 @@ class EngineConfig:
         known = parts[0] in ("auto", "cuda", "cpu") and (len(parts) == 1 or (parts[0] == "cuda" and parts[1].isdecimal()))
         _require(known and len(parts) <= 2, "device", self.device, "auto, cuda, cuda:N or cpu")
         _require(self.dtype in DTYPES, "dtype", self.dtype, "one of " + ", ".join(DTYPES))
+        _require(self.kv_dtype in KV_DTYPES, "kv-dtype", self.kv_dtype, "one of " + ", ".join(KV_DTYPES))
         _require(self.quantize in QUANTIZES, "quantize", self.quantize, "one of " + ", ".join(QUANTIZES))
         heads = "one of " + ", ".join(QUANTIZE_HEADS)
         _require(self.quantize_head in QUANTIZE_HEADS, "quantize-head", self.quantize_head, heads)
@@ -457,6 +466,11 @@ class GenerationConfig:
     stop: tuple[str, ...] = _setting((), "Text that ends the answer and is not part of it; may be given several times.")
     ignore_eos: bool = _setting(False, "Go on past the model's end tokens (for timing).")
     chat: bool = _setting(True, "Apply the model's chat template, where it has one.")
+    reuse: bool = _setting(
+        True,
+        "Take keys and values of the prompt's beginning from earlier answers, where it is the same and the full model decides "
+        "every token: modes full, and sirius with exact acceptance.",
+    )
 
     def __post_init__(self) -> None:
         _require(1 <= self.max_new_tokens <= 10**7, "max-new-tokens", self.max_new_tokens, "between 1 and 10,000,000")

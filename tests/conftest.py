@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import tokenizers
 import torch
+from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from offload_sirius_loaders import open_checkpoint
 from offload_sirius_loaders.checkpoint import Checkpoint
@@ -18,6 +21,11 @@ from offload_sirius_loaders.writer import write_checkpoint
 torch.set_num_threads(2)
 
 TINY = "synthetic:tiny?dtype=F32"
+TINY_TEXTS = ["the tokens of a tiny model", "hello there, and good bye", "what do you say to that?"]
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -40,6 +48,28 @@ def tiny_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny(tiny_directory: Path) -> Checkpoint:
     """That checkpoint, opened."""
     return open_checkpoint(str(tiny_directory))
+
+
+@pytest.fixture(scope="session")
+def chat_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model with a byte-level tokenizer and a chat template, float32. What it answers is noise."""
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320,
+        special_tokens=["<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([CHATML, *TINY_TEXTS] * 3, trainer)
+    directory = tmp_path_factory.mktemp("models") / "tiny-chat"
+    size = f"vocab={tokenizer.get_vocab_size()}"
+    write_checkpoint(open_checkpoint(f"{TINY}&{size}"), directory)
+    tokenizer.save(str(directory / "tokenizer.json"))
+    config = {"chat_template": CHATML, "eos_token": "<|im_end|>"}
+    (directory / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    return directory
 
 
 @pytest.fixture(scope="session")

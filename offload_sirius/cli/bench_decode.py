@@ -117,6 +117,7 @@ def decode(
     quantize: flags.Quantize = _ENGINE.quantize,
     quantize_group: flags.QuantizeGroup = _ENGINE.quantize_group,
     quantize_head: flags.QuantizeHead = _ENGINE.quantize_head,
+    kv_dtype: flags.KvDtype = _ENGINE.kv_dtype,
     threads: flags.Threads = _ENGINE.threads,
     cuda_graphs: flags.CudaGraphs = _ENGINE.cuda_graphs,
     shared_host_buffers: flags.SharedHostBuffers = _ENGINE.shared_host_buffers,
@@ -150,6 +151,7 @@ def decode(
         tree_widths=_values("--tree-width", tree_width, int),
     )
     generation = GenerationConfig(
+        reuse=False,  # every answer begins where the first one does
         sampling=SamplingConfig(
             temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty, seed=seed
         ),
@@ -167,6 +169,7 @@ def decode(
         quantize=quantize,  # type: ignore[arg-type]
         quantize_group=quantize_group,
         quantize_head=quantize_head,  # type: ignore[arg-type]
+        kv_dtype=kv_dtype,  # type: ignore[arg-type]
         threads=threads,
         cuda_graphs=cuda_graphs,
         shared_host_buffers=shared_host_buffers,

@@ -159,6 +159,20 @@ def summary(result: Generation) -> str:
     return ", ".join(parts)
 
 
+def status(result: Generation, context: int) -> str:
+    """The line below an answer of a chat. context: positions that there are."""
+    parts = []
+    if result.tokens_per_second is not None:
+        parts.append(f"{result.tokens_per_second:.2f} tokens/s")
+    if result.aal is not None:
+        parts.append(f"AAL {result.aal:.2f}")
+    if result.link.busy_share is not None:
+        parts.append(f"link {result.link.busy_share:.0%} busy")
+    # The last token of an answer takes no position yet.
+    parts.append(f"{min(result.prompt_tokens + result.new_tokens, context)} of {context} positions")
+    return ", ".join(parts)
+
+
 def advice(result: Generation) -> str | None:
     """A line that says so where drafting cost more than it saved; None where it paid, or nothing is known of it.
 

@@ -36,6 +36,7 @@ Quantize = Annotated[str, _option(EngineConfig, "quantize", PLACE, metavar="KIND
 QuantizeGroup = Annotated[int | None, _option(EngineConfig, "quantize_group", PLACE, metavar="N")]
 QuantizeHead = Annotated[str, _option(EngineConfig, "quantize_head", PLACE, metavar="KIND")]
 MaxContext = Annotated[int | None, _option(EngineConfig, "max_context", PLACE, metavar="N")]
+KvDtype = Annotated[str, _option(EngineConfig, "kv_dtype", PLACE, metavar="DTYPE")]
 Auto = Annotated[bool, typer.Option("--auto", help=help_of(EngineConfig, "auto"), rich_help_panel=PLACE)]
 Threads = Annotated[int | None, _option(EngineConfig, "threads", PLACE, metavar="N")]
 CudaGraphs = Annotated[
@@ -69,6 +70,15 @@ Lookup = Annotated[
     bool | None, typer.Option("--lookup/--no-lookup", help=help_of(DecodingConfig, "lookup"), rich_help_panel=DECODING)
 ]
 MaxNewTokens = Annotated[int, _option(GenerationConfig, "max_new_tokens", DECODING, metavar="N")]
+MaxChatTokens = Annotated[
+    int | None,
+    typer.Option(
+        "--max-new-tokens",
+        help=help_of(GenerationConfig, "max_new_tokens") + " Default: what the context has room for.",
+        metavar="N",
+        rich_help_panel=DECODING,
+    ),
+]
 Stop = Annotated[list[str] | None, _option(GenerationConfig, "stop", DECODING, metavar="TEXT")]
 IgnoreEos = Annotated[bool, typer.Option("--ignore-eos", help=help_of(GenerationConfig, "ignore_eos"), rich_help_panel=DECODING)]
 Chat = Annotated[bool, typer.Option("--chat/--no-chat", help=help_of(GenerationConfig, "chat"), rich_help_panel=PROMPT)]

@@ -71,6 +71,7 @@ def generate(
     quantize_group: flags.QuantizeGroup = _ENGINE.quantize_group,
     quantize_head: flags.QuantizeHead = _ENGINE.quantize_head,
     max_context: flags.MaxContext = _ENGINE.max_context,
+    kv_dtype: flags.KvDtype = _ENGINE.kv_dtype,
     auto: flags.Auto = _ENGINE.auto,
     threads: flags.Threads = _ENGINE.threads,
     cuda_graphs: flags.CudaGraphs = _ENGINE.cuda_graphs,
@@ -119,6 +120,7 @@ def generate(
         quantize_group=quantize_group,
         quantize_head=quantize_head,  # type: ignore[arg-type]
         max_context=max_context,
+        kv_dtype=kv_dtype,  # type: ignore[arg-type]
         auto=auto,
         threads=threads,
         cuda_graphs=cuda_graphs,

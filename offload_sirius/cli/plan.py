@@ -54,6 +54,7 @@ def plan(
     quantize_group: flags.QuantizeGroup = _ENGINE.quantize_group,
     quantize_head: flags.QuantizeHead = _ENGINE.quantize_head,
     max_context: flags.MaxContext = _ENGINE.max_context,
+    kv_dtype: flags.KvDtype = _ENGINE.kv_dtype,
     auto: flags.Auto = _ENGINE.auto,
     cuda_graphs: flags.CudaGraphs = _ENGINE.cuda_graphs,
     device_tflops: flags.DeviceTflops = _PLAN.device_tflops,
@@ -99,6 +100,7 @@ def plan(
         quantize_group=quantize_group,
         quantize_head=quantize_head,  # type: ignore[arg-type]
         max_context=max_context,
+        kv_dtype=kv_dtype,  # type: ignore[arg-type]
         auto=auto,
         cuda_graphs=cuda_graphs,
         decoding=decoding,

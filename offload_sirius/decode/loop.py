@@ -4,8 +4,8 @@
     sparse   the same with sparse steps
     sirius   prefill, choose, emit; then windows: draft, look up, correct, emit
 
-All are lazy: a token is yielded before the pass that would follow it is begun, so that nothing is computed for a token nobody
-wants.
+The KV cache may hold a beginning of the prompt: of that nothing is computed again. All are lazy: a token is yielded before the
+pass that would follow it is begun, so that nothing is computed for a token nobody wants.
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ def _one_by_one(
 
 
 def _prefill(model: Model, prompt_ids: Sequence[int], stats: DecodeStats, *, following: Pass) -> Tensor:
-    logits = model.prefill(torch.tensor(prompt_ids), following=following)
+    logits = model.prefill(torch.tensor(prompt_ids[model.length :]), following=following)
     stats.num_passes["prefill"] += 1
     return logits
 

@@ -34,7 +34,8 @@ class Model(Protocol):
         """Where logits are, and where a tree has to be."""
 
     def prefill(self, token_ids: Tensor, *, following: Pass) -> Tensor:
-        """Append a prompt, int64 [S] in host memory -> logits float32 [V] behind its last token."""
+        """Append a prompt, or what of it is not in the cache yet, int64 [S] in host memory -> logits float32 [V] behind its last
+        token."""
 
     def full(self, token_ids: Tensor, *, following: Pass) -> Tensor:
         """Append a few tokens that follow each other, int64 [S] in host memory -> logits float32 [S, V]."""

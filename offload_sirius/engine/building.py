@@ -21,6 +21,7 @@ from offload_sirius.engine.streamed import StreamedModel, copied_model, hot_mode
 from offload_sirius.errors import ConfigError
 from offload_sirius.kernels.native import native
 from offload_sirius.model.kv_cache import KVCache
+from offload_sirius.model.kv_int8 import QuantizedKVCache
 from offload_sirius.model.transformer import Transformer
 from offload_sirius.sparsity.prior import NeuronPrior, PriorFile, prior_path
 from offload_sirius.trace import Tracer
@@ -113,7 +114,8 @@ def _join(
     copier = make_link(Origins(checkpoint, readers, arenas), plan, uplink, config.link_gbps, progress, tracer)
     streamer = _streamer(device, placement, arenas, copier, embedding, tracer)
     stores.callback(streamer.close)
-    cache = KVCache(spec, capacity=placement.context, dtype=dtype, device=placement.device)
+    kind = QuantizedKVCache if config.kv_dtype == "int8" else KVCache
+    cache = kind(spec, capacity=placement.context, dtype=dtype, device=placement.device)
     transformer = Transformer(spec, streamer, cache, tracer=tracer)
     captured = _captured(device, placement, transformer, streamer, progress, tracer)
     prior = _prior(checkpoint, placement, progress)

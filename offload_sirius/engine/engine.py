@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, field, replace
 from types import TracebackType
@@ -23,12 +24,13 @@ from offload_sirius.decode.accept import AcceptanceRule
 from offload_sirius.decode.loop import Tokens, decode_full, decode_sirius, decode_sparse
 from offload_sirius.decode.result import Generation, LinkBytes, LinkFigures, MemoryFigures
 from offload_sirius.decode.sampling import Sampler
+from offload_sirius.decode.scoring import Scorer, TokenScore
 from offload_sirius.decode.stats import DecodeStats
 from offload_sirius.decode.stream import Outcome, TextStream
 from offload_sirius.decode.text import Detokenizer, StopMatcher
 from offload_sirius.engine.opened import Model, Prompt
 from offload_sirius.engine.placement import Placement, memory_errors
-from offload_sirius.engine.planning import computing_nbytes, plan_figures, prediction_figures
+from offload_sirius.engine.planning import computing_nbytes, plan_figures, prediction_figures, scored_rows_of
 from offload_sirius.engine.streamed import StreamedModel
 from offload_sirius.errors import ConfigError
 from offload_sirius.model.transformer import Transformer
@@ -104,6 +106,11 @@ class Engine:
         return self._placement.plan
 
     @property
+    def context(self) -> int:
+        """Positions that there are for prompt and answer together."""
+        return self._placement.context
+
+    @property
     def rates_problem(self) -> str:
         """One line where the rates measured on this machine could not be read; predictions then rest on assumed ones."""
         return self._placement.rates_problem
@@ -149,6 +156,52 @@ class Engine:
             max_new_tokens=request.max_new_tokens,
             finish=lambda outcome: self._finish(outcome, counters, request),
         )
+
+    def score(self, context: Sequence[int], continuations: Sequence[Sequence[int]]) -> list[list[TokenScore]]:
+        """What the full model says of each token of each continuation behind the same context, none of them empty.
+
+        Continuations that differ in their last token only take one pass together; each further pass computes what differs from
+        the one before. Raises PromptError where one does not fit.
+        """
+        if self._closed:
+            raise RuntimeError("the engine is closed: load the model again")
+        # Raises for what is no token, and for too many: the last one is only looked at.
+        self.model.encode([each[-1] for each in continuations])
+        for continuation in continuations:
+            computed = self.model.encode([*context, *continuation[:-1]])
+            self.model.room_for(len(computed), 1, self._placement.context)
+        alike: dict[tuple[int, ...], list[int]] = {}
+        for index, continuation in enumerate(continuations):
+            alike.setdefault(tuple(continuation[:-1]), []).append(index)
+        scores: list[list[TokenScore]] = [[] for _ in continuations]
+        for beginning, indices in alike.items():
+            wanted = [*([token_id] for token_id in beginning), [continuations[index][-1] for index in indices]]
+            *shared, last = self._scored([*context, *beginning], wanted)
+            for index, own in zip(indices, last, strict=True):
+                scores[index] = [*(each for (each,) in shared), own]
+        return scores
+
+    def _scored(self, prompt_ids: list[int], wanted: list[list[int]]) -> list[list[TokenScore]]:
+        """One pass. wanted: ids behind each of the prompt's last tokens."""
+        torch.set_num_threads(self.config.threads or machine.physical_cores())
+        decoding = replace(self.config.decoding, mode="full")
+        # Logits are wanted from the last token of the context on: so much of it at least has to be computed.
+        context = prompt_ids[: len(prompt_ids) - len(wanted) + 1]
+        self._answering = None
+        num_cached = self._streamed.begin_answer(decoding, context, reuse=True)
+        num_rows = scored_rows_of(self.config, self.spec, self._placement.context, self._placement.dtype.itemsize)
+        scorer = Scorer(wanted, len(context))
+        try:
+            with memory_errors(self.plan):
+                self._streamed.score(torch.tensor(prompt_ids[num_cached:]), len(wanted), scorer.read, num_rows=num_rows)
+        except Exception:
+            self._streamed.forget()
+            raise
+        return scorer.scores
+
+    def require_planned(self, config: GenerationConfig) -> None:
+        """Raises ConfigError, as answering would, for settings that the model was not loaded for."""
+        self._planned_for(config)
 
     def close(self) -> None:
         """End threads, give memory back."""
@@ -203,14 +256,21 @@ class Engine:
     def _tokens(self, request: _Request) -> Tokens:
         # The reader threads compute with one thread each; torch keeps that number per thread, so ours is set here.
         torch.set_num_threads(self.config.threads or machine.physical_cores())
-        self._streamed.begin_answer(request.decoding)
+        request.num_cached = self._streamed.begin_answer(request.decoding, request.prompt_ids, reuse=request.reuses)
         self._answering = request
-        with memory_errors(self.plan), closing(self._decode(request)) as tokens:
-            for token_id in tokens:
-                yield token_id
-                if self._answering is not request:
-                    raise RuntimeError("another answer was begun in place of this one: end an answer before the next is begun")
-                torch.set_num_threads(self.config.threads or self._decode_threads())
+        try:
+            with memory_errors(self.plan), closing(self._decode(request)) as tokens:
+                for token_id in tokens:
+                    yield token_id
+                    if self._answering is not request:
+                        raise RuntimeError(
+                            "another answer was begun in place of this one: end an answer before the next is begun"
+                        )
+                    torch.set_num_threads(self.config.threads or self._decode_threads())
+        except Exception:  # not an interruption, which breaks nothing
+            if self._answering is request:
+                self._streamed.forget()
+            raise
 
     def _decode(self, request: _Request) -> Tokens:
         model, sampler, decoding = self._streamed, Sampler(request.config.sampling), request.decoding
@@ -254,6 +314,7 @@ class Engine:
             token_ids=tuple(outcome.token_ids),
             finish_reason=outcome.finish_reason,
             prompt_tokens=num_prompt,
+            cached_tokens=request.num_cached,
             ttft_seconds=first - outcome.began,
             decode_seconds=last - first,
             load_seconds=self.load_seconds,
@@ -308,6 +369,15 @@ class _Request:
     end_token_ids: frozenset[int]
     rule: AcceptanceRule | None
     stats: DecodeStats = field(default_factory=DecodeStats)
+    num_cached: int = 0
+    """Tokens of the prompt that the KV cache held already."""
+
+    @property
+    def reuses(self) -> bool:
+        """Whether what the KV cache holds of earlier answers may be used: where drafts decide, their neurons would depend on what
+        was asked before, and the text on them."""
+        decided = self.decoding.mode == "full" or (self.decoding.mode == "sirius" and self.decoding.accept == "exact")
+        return self.config.reuse and decided and self.rule is None
 
 
 def _settings(config: EngineConfig, request: _Request) -> dict[str, Any]:

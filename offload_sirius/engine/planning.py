@@ -30,7 +30,10 @@ from offload_sirius.model.costs import (
     kv_cache_nbytes,
     mixing_flops,
     position_tables_nbytes,
+    quantized_attention_nbytes,
+    quantized_kv_cache_nbytes,
     recorded_steps_nbytes,
+    scored_rows,
     unpacking_nbytes,
 )
 from offload_sirius.quantization import KINDS, Kind, WeightFormat
@@ -305,7 +308,7 @@ class Planned:
         )
 
     def _layer_cache_nbytes(self, positions: int) -> int:
-        nbytes = kv_cache_nbytes(self.spec, self.batch, positions, ELEMENT_NBYTES[self.dtype])
+        nbytes = cache_nbytes(self.config, self.spec, positions, ELEMENT_NBYTES[self.dtype], self.batch)
         return nbytes // self.spec.num_layers
 
 
@@ -328,10 +331,10 @@ def plan_model(
     num_gathered = num_kept if sparse == "griffin" and not resident_draft else 0
     layout = layer_layout(spec, element_nbytes, num_gathered, config.weight_format)
     demand = Demand(
-        kv_cache_nbytes=kv_cache_nbytes(spec, batch=batch, capacity=context, element_nbytes=element_nbytes),
+        kv_cache_nbytes=cache_nbytes(config, spec, context, element_nbytes, batch),
         position_tables_nbytes=position_tables_nbytes(spec, context, element_nbytes),
         activation_nbytes=computing_nbytes(config, spec, context, element_nbytes, batch)
-        + (recorded_steps_nbytes(spec, context, element_nbytes) if recorded else 0),
+        + (recorded_nbytes(config, spec, context, element_nbytes) if recorded else 0),
         reader_nbytes=reader_nbytes(checkpoint),
         embedding_on_device=spec.tied_head and config.head_format is None,
         head_format=config.head_format,
@@ -367,8 +370,29 @@ def computing_nbytes(config: EngineConfig, spec: ModelSpec, num_tokens: int, ele
     decoding = config.decoding
     observed, step_rows = sparsity_of(decoding, spec) is not None, decoding.max_nodes
     nbytes = activation_nbytes(spec, num_tokens, element_nbytes, batch=batch, step_rows=step_rows, observed=observed)
+    if config.kv_dtype == "int8":
+        nbytes += quantized_attention_nbytes(spec, max(min(CHUNK_SIZE, num_tokens), step_rows), num_tokens)
     quantised = any(form is not None for form in (config.weight_format, config.head_format, config.decoding.draft_format))
     return nbytes + (unpacking_nbytes(spec, element_nbytes, step_rows) if quantised else 0)
+
+
+def cache_nbytes(config: EngineConfig, spec: ModelSpec, num_positions: int, element_nbytes: int, batch: int = 1) -> int:
+    """Device bytes of keys and values, of that many positions of each sequence."""
+    if config.kv_dtype == "int8":
+        return quantized_kv_cache_nbytes(spec, batch, num_positions)
+    return kv_cache_nbytes(spec, batch, num_positions, element_nbytes)
+
+
+def recorded_nbytes(config: EngineConfig, spec: ModelSpec, capacity: int, element_nbytes: int) -> int:
+    """Device bytes of draft steps that are recorded."""
+    attention = quantized_attention_nbytes(spec, 1, capacity) if config.kv_dtype == "int8" else 0
+    return recorded_steps_nbytes(spec, capacity, element_nbytes) + attention
+
+
+def scored_rows_of(config: EngineConfig, spec: ModelSpec, num_tokens: int, element_nbytes: int) -> int:
+    """Tokens of a prompt whose logits there is room for at once, where computing_nbytes was planned for so many tokens."""
+    observed, step_rows = sparsity_of(config.decoding, spec) is not None, config.decoding.max_nodes
+    return scored_rows(spec, num_tokens, element_nbytes, step_rows=step_rows, observed=observed)
 
 
 def plan_for(spec: ModelSpec, layout: LayerLayout, demand: Demand, budgets: Budgets) -> Plan:

@@ -5,7 +5,7 @@ Each pass tells the streamer what it takes of the layers and what the next one w
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -15,6 +15,7 @@ from torch import Tensor
 from offload_sirius.config import AUTO, DecodingConfig
 from offload_sirius.decode.model import Pass
 from offload_sirius.engine.captured import CapturedStep
+from offload_sirius.engine.kv_slot import KVSlot
 from offload_sirius.engine.planning import CARGO, sparsity_of
 from offload_sirius.model.feed_forward import FeedForward
 from offload_sirius.model.transformer import TokenTree, Transformer
@@ -72,6 +73,7 @@ class StreamedModel:
         a hot set that want it.
         """
         self.sparsity = sparsity
+        self.slot = KVSlot(transformer.cache)
         self._transformer = transformer
         self._source = source
         self._ways = ways
@@ -80,15 +82,27 @@ class StreamedModel:
         """Whether the answer's drafts are those that are recorded."""
         self._prior = prior
 
-    def begin_answer(self, decoding: DecodingConfig) -> None:
-        """Forget the answer before."""
-        self.keep(0)
+    def begin_answer(self, decoding: DecodingConfig, prompt_ids: Sequence[int], *, reuse: bool) -> int:
+        """An answer begins -> tokens of its prompt whose keys and values are those of the answer before, which are kept.
+
+        reuse: whether any shall be; else the answer before is forgotten.
+        """
+        num_known = len(self.slot.token_ids)
+        num_cached = self.slot.shared(prompt_ids) if reuse and self._reuses else 0
+        self.slot.begin(num_cached)
+        if self.sparsity is not None:
+            self.sparsity.remember(num_cached, num_known)
         if isinstance(self.sparsity, HotStatistic):
             num_drafted = decoding.num_drafted(self._transformer.spec.ffn_width, self.sparsity.num_hot)
             self.sparsity.begin(num_drafted, self._prior if decoding.with_prior else None)
             assert isinstance(self._source, HotStreamer | CopyStreamer)
             self._source.corrects = decoding.mode == "sirius"
             self._plays = self._captured is not None and self._captured.num_drafted == num_drafted
+        return num_cached
+
+    def forget(self) -> None:
+        """Something broke: what the cache holds is not to be trusted."""
+        self.slot.begin(0)
 
     def end_answer(self) -> None:
         """Keep what an answer has shown, for others to come."""
@@ -97,42 +111,61 @@ class StreamedModel:
 
     @property
     def length(self) -> int:
-        """Positions in the KV cache."""
-        return self._transformer.cache.length
+        """See Model."""
+        return self.slot.length
 
     @property
     def room(self) -> int:
-        """Further positions that the cache has room for."""
-        return self._transformer.cache.capacity - self._transformer.cache.length
+        """See Model."""
+        return self.slot.room
 
     @property
     def device(self) -> torch.device:
-        """Where trees have to be."""
-        return self._transformer.cache.device
+        """See Model."""
+        return self.slot.device
 
     def prefill(self, token_ids: Tensor, *, following: Pass) -> Tensor:
         """See Model."""
-        return self._transformer.prefill(token_ids, self._begin("prefill", following))
+        logits = self._transformer.prefill(token_ids, self._begin("prefill", following))
+        self.slot.appended("prefill", token_ids.tolist())
+        return logits
+
+    def score(self, token_ids: Tensor, num_last: int, read: Callable[[Tensor], None], *, num_rows: int) -> None:
+        """A prompt that is scored and not answered. See Transformer.prefill_rows."""
+        feed_forward = self._begin("prefill", "prefill")
+        self._transformer.prefill_rows(token_ids, num_last, read, num_rows=num_rows, feed_forward=feed_forward)
+        self.slot.appended("prefill", token_ids.tolist())
 
     def full(self, token_ids: Tensor, *, following: Pass) -> Tensor:
         """See Model."""
-        return self._transformer.step(token_ids, feed_forward=self._begin("full", following))
+        logits = self._transformer.step(token_ids, feed_forward=self._begin("full", following))
+        self.slot.appended("full", token_ids.tolist())
+        return logits
 
     def draft(self, token_ids: Tensor, tree: TokenTree | None = None, *, following: Pass) -> Tensor:
         """See Model."""
         feed_forward = self._begin("draft", following)
         played = self._captured.step(token_ids) if self._captured is not None and self._plays and tree is None else None
-        return self._transformer.step(token_ids, tree, feed_forward) if played is None else played
+        logits = self._transformer.step(token_ids, tree, feed_forward) if played is None else played
+        self.slot.appended("draft", token_ids.tolist())
+        return logits
 
     def correct(self, token_ids: Tensor, tree: TokenTree | None = None, *, following: Pass, num_grafted: int = 0) -> Tensor:
         """See Model."""
         if isinstance(self.sparsity, HotStatistic):
             self.sparsity.num_unheard = num_grafted
-        return self._transformer.step(token_ids, tree, self._begin("correction", following))
+        logits = self._transformer.step(token_ids, tree, self._begin("correction", following))
+        self.slot.appended("correction", token_ids.tolist())
+        return logits
 
     def keep(self, length: int, offsets: Sequence[int] = ()) -> None:
         """See Model."""
-        self._transformer.cache.keep(length, offsets)
+        self.slot.keep(length, offsets)
+
+    @property
+    def _reuses(self) -> bool:
+        """Whether keys do not depend on what follows them: the rotations of `dynamic` do, on the length of the prompt."""
+        return self._transformer.spec.rope.kind != "dynamic"
 
     def _begin(self, this: Pass, following: Pass) -> FeedForward | None:
         way = self._ways[this]

@@ -12,6 +12,9 @@ CHUNK_SIZE = 512
 """Tokens of a prompt that are computed at once: enough to keep the arithmetic units busy, few enough for small activations."""
 
 
+LEAST_SCORED_SLOTS, MOST_SCORED_SLOTS, MOST_SCORES = 64, 1024, 1 << 20
+"""Slots of a cache in 8 bits that attention looks at at once, and the scores of all heads that it wants no more of then."""
+
 LEAST_EXTENT = 256
 """Slots of the cache that a step of fixed extent looks at, at least. Others are twice as many, and so on up to the whole cache:
 never more than twice what is needed, and few steps to record."""
@@ -34,6 +37,36 @@ def kv_cache_nbytes(spec: ModelSpec, batch: int, capacity: int, element_nbytes: 
         * capacity
         * spec.head_dim
         * element_nbytes
+    )
+
+
+def quantized_kv_cache_nbytes(spec: ModelSpec, batch: int, capacity: int) -> int:
+    """The same with keys and values in 8 bits."""
+    return (
+        2  # keys and values
+        * spec.num_layers
+        * batch
+        * spec.num_kv_heads
+        * capacity
+        * (spec.head_dim + 4)  # integers, and a scale
+    )
+
+
+def scored_slots(num_rows: int) -> int:
+    """Slots of a cache in 8 bits that queries, so many rows of all heads together, look at at once."""
+    return max(LEAST_SCORED_SLOTS, min(MOST_SCORED_SLOTS, MOST_SCORES // num_rows))
+
+
+def quantized_attention_nbytes(spec: ModelSpec, num_rows: int, num_positions: int) -> int:
+    """Upper bound of the device bytes that attention to such a cache takes beside what it takes to any, in passes of so many
+    tokens and in smaller ones."""
+    rows, slots = num_rows * spec.num_heads, min(MOST_SCORED_SLOTS, num_positions)
+    scores = max(min(rows * slots, MOST_SCORES), rows * min(LEAST_SCORED_SLOTS, slots))
+    return (
+        3 * 4 * scores  # as computed, in float32, and as weights
+        + 5 * 4 * rows * spec.head_dim  # queries scaled, values mixed, what a range of slots adds to them, and its product
+        + 4 * 4 * rows  # largest scores before and after, sums of weights, what fades
+        + 3 * 4 * spec.num_kv_heads * slots * spec.head_dim  # a range of keys or values, in float32, as computed, and turned
     )
 
 
@@ -71,6 +104,21 @@ def activation_nbytes(
         _feed_forward_nbytes(spec, rows, element_nbytes, observed=observed),
         batch * step_rows * _logits_nbytes(spec, element_nbytes),
     )
+
+
+def scored_rows(
+    spec: ModelSpec,
+    num_tokens: int,
+    element_nbytes: int,
+    chunk_size: int = CHUNK_SIZE,
+    *,
+    step_rows: int = 1,
+    observed: bool = False,
+) -> int:
+    """Tokens whose logits there is room for at once when the layers are done, in the memory that activation_nbytes plans for."""
+    planned = activation_nbytes(spec, num_tokens, element_nbytes, chunk_size, step_rows=step_rows, observed=observed)
+    hidden = max(num_tokens, step_rows) * spec.width * element_nbytes
+    return (planned - hidden) // _logits_nbytes(spec, element_nbytes)
 
 
 def unpacking_nbytes(spec: ModelSpec, element_nbytes: int, step_rows: int) -> int:

@@ -17,6 +17,7 @@ from torch import Tensor
 from offload_sirius.model.costs import extent_of
 from offload_sirius.model.feed_forward import DenseFeedForward
 from offload_sirius.model.kv_cache import KVCache
+from offload_sirius.model.kv_rows import KVRows
 from offload_sirius.model.layers import head_logits, run_layers
 from offload_sirius.model.ops import added_mask, causal_mask, window_mask
 from offload_sirius.model.rope import RotaryTable, Rotation
@@ -41,7 +42,7 @@ class FixedRow:
         """See Rows."""
         cache.write_at(layer, self.position, keys, values)
 
-    def read(self, cache: KVCache, layer: int, window: int | None) -> tuple[Tensor, Tensor, Tensor]:
+    def read(self, cache: KVCache, layer: int, window: int | None) -> tuple[KVRows, KVRows, Tensor]:
         """See Rows. Slots behind the token hold what others left there: finite numbers, whose weight is 0."""
         keys, values = cache.read(layer, 0, self.extent)
         return keys, values, self.masks[window]

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from offload_sirius.errors import PromptError
+from offload_sirius.model.kv_rows import KVRows
 from offload_sirius_loaders.spec import ModelSpec
 
 
@@ -20,21 +21,31 @@ class KVCache:
     """Room for `capacity` positions of each of `batch` sequences, which all have the same length."""
 
     def __init__(
-        self, spec: ModelSpec, capacity: int, *, dtype: torch.dtype, device: torch.device | str = "cpu", batch: int = 1
+        self,
+        spec: ModelSpec,
+        capacity: int,
+        *,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+        batch: int = 1,
+        stored_dtype: torch.dtype | None = None,
     ) -> None:
+        """dtype: what is computed in, and held, unless a stored_dtype is given."""
         shape = (spec.num_layers, batch, spec.num_kv_heads, capacity, spec.head_dim)
         # Zeros, as a step of fixed extent reads slots that nobody has written: their weight is 0, and 0 times no number is none.
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)  # [L, B, K, T, E]
+        self.keys = torch.zeros(shape, dtype=stored_dtype or dtype, device=device)  # [L, B, K, T, E]
         self.values = torch.zeros_like(self.keys)
+        self.dtype = dtype
+        """The compute dtype."""
         self.capacity = capacity
         self.length = 0
         # Taking a layer out of the big tensor costs as much as writing a token; do it once.
         self._layers = tuple(zip(self.keys.unbind(), self.values.unbind(), strict=True))
 
     @property
-    def dtype(self) -> torch.dtype:
-        """The compute dtype."""
-        return self.keys.dtype
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All that it holds, each [L, B, K, T, ...]."""
+        return self.keys, self.values
 
     @property
     def device(self) -> torch.device:
@@ -44,7 +55,7 @@ class KVCache:
     @property
     def nbytes(self) -> int:
         """Device bytes of the cache."""
-        return self.keys.nbytes + self.values.nbytes
+        return sum(each.nbytes for each in self.tensors)
 
     def require_room(self, num_tokens: int) -> None:
         """Raises PromptError if that many further positions do not fit."""
@@ -68,7 +79,7 @@ class KVCache:
         cached_keys.index_copy_(2, positions, keys)
         cached_values.index_copy_(2, positions, values)
 
-    def read(self, layer: int, start: int, stop: int) -> tuple[Tensor, Tensor]:
+    def read(self, layer: int, start: int, stop: int) -> tuple[KVRows, KVRows]:
         """Keys and values of positions start, ..., stop - 1 of the layer, [B, K, stop - start, E] each: views, no copies."""
         cached_keys, cached_values = self._layers[layer]
         return cached_keys.narrow(2, start, stop - start), cached_values.narrow(2, start, stop - start)
@@ -85,7 +96,7 @@ class KVCache:
         start, moved = length + num_in_place, offsets[num_in_place:]
         if moved:
             slots = torch.tensor(moved, device=self.device) + length
-            for cached in (self.keys, self.values):
+            for cached in self.tensors:
                 # Taken out before it is put back: places may overlap.
                 cached.narrow(3, start, len(moved)).copy_(cached.index_select(3, slots))
         self.length = length + len(offsets)

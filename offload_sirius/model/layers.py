@@ -14,6 +14,7 @@ from torch import Tensor
 from offload_sirius.kernels.matrix import project
 from offload_sirius.model.feed_forward import FeedForward
 from offload_sirius.model.kv_cache import KVCache
+from offload_sirius.model.kv_rows import KVRows
 from offload_sirius.model.ops import grouped_attention, rms_norm
 from offload_sirius.model.rope import Rotation, rotate
 from offload_sirius.model.source import AttentionWeights, WeightSource
@@ -34,7 +35,7 @@ class Rows(Protocol):
     def write(self, cache: KVCache, layer: int, keys: Tensor, values: Tensor) -> None:
         """Put their own keys and values [B, K, C, E] into the cache."""
 
-    def read(self, cache: KVCache, layer: int, window: int | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    def read(self, cache: KVCache, layer: int, window: int | None) -> tuple[KVRows, KVRows, Tensor | None]:
         """Keys and values [B, K, T, E] of all slots that any of them sees, and a mask [C, T] of what each sees; None: everything.
 
         The window counts a token's own position; None: a token sees all before it.
@@ -73,8 +74,8 @@ def _attend(spec: ModelSpec, cache: KVCache, layer: int, window: int | None, wei
     # Queries and keys lie beside each other and turn alike: one rotation for both.
     queries, keys = rotate(turning, rows.rotation).split_with_sizes((spec.num_heads, spec.num_kv_heads), dim=2)
     rows.write(cache, layer, keys.transpose(1, 2), values.transpose(1, 2))  # [B, C, K, E] -> [B, K, C, E]
-    keys, values, mask = rows.read(cache, layer, window)  # [B, K, T, E]
-    mixed = grouped_attention(queries, keys, values, mask)  # [B, C, H, E] -> [C, HE]
+    cached_keys, cached_values, mask = rows.read(cache, layer, window)  # [B, K, T, E]
+    mixed = grouped_attention(queries, cached_keys, cached_values, mask)  # [B, C, H, E] -> [C, HE]
     rows.hidden.add_(project(mixed, weights.output, weights.output_bias))  # [C, HE] -> [C, D]
 
 

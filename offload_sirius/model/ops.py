@@ -19,9 +19,14 @@ from torch.nn import functional
 
 from offload_sirius.errors import ConfigError
 from offload_sirius.kernels.matrix import project
+from offload_sirius.model.costs import scored_slots
+from offload_sirius.model.kv_rows import KVRows, QuantizedRows
 from offload_sirius.model.source import NeuronWeights
 
 Activation = Callable[[Tensor], Tensor]
+
+NOTHING = -1e30
+"""Below every score, and yet a number: what has seen nothing so far has weights of 0, not of no number."""
 
 
 def _gelu_tanh(x: Tensor) -> Tensor:
@@ -78,7 +83,7 @@ def added_mask(seen: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros_like(seen, dtype=dtype).masked_fill_(~seen, -torch.inf)
 
 
-def grouped_attention(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+def grouped_attention(queries: Tensor, keys: KVRows, values: KVRows, mask: Tensor | None) -> Tensor:
     """Attention where G query heads share a key and value head.
 
     mask: [S, T], bool, true is seen, or numbers as of `added_mask`; None sees everything.
@@ -94,6 +99,45 @@ def grouped_attention(queries: Tensor, keys: Tensor, values: Tensor, mask: Tenso
     rows = groups.transpose(1, 2).flatten(2, 3)  # -> [B, K, SG, E]
     if mask is not None and num_tokens > 1:  # that of a single token serves all heads of the group as it is
         mask = mask.repeat_interleave(num_heads // num_kv_heads, dim=0)  # [S, T] -> [SG, T]
-    mixed = functional.scaled_dot_product_attention(rows, keys, values, attn_mask=mask)
+    if isinstance(keys, QuantizedRows):
+        assert isinstance(values, QuantizedRows), "keys and values are held alike"
+        mixed = ranged_attention(rows, keys, values, mask, num_slots=scored_slots(num_tokens * num_heads))
+    else:
+        assert isinstance(values, Tensor), "keys and values are held alike"
+        mixed = functional.scaled_dot_product_attention(rows, keys, values, attn_mask=mask)
     groups = mixed.view(batch, num_kv_heads, num_tokens, -1, head_dim).transpose(1, 2)  # -> [B, S, K, G, E]
     return groups.reshape(num_tokens, num_heads * head_dim)  # -> [S, HE]
+
+
+def ranged_attention(rows: Tensor, keys: QuantizedRows, values: QuantizedRows, mask: Tensor | None, *, num_slots: int) -> Tensor:
+    """Attention that looks at a few slots at a time, so that no more than these are ever dequantised.
+
+    Kept from range to range are the largest score, the sum of the weights and the mix of the values so far (Milakov and
+    Gimelshein, arXiv 1805.02867).
+
+    rows [B, K, R, E], keys and values [B, K, T, E], mask [R, T] or [1, T] -> [B, K, R, E]
+    """
+    rows = rows * rows.shape[-1] ** -0.5
+    largest = torch.full((*rows.shape[:-1], 1), NOTHING, dtype=torch.float32, device=rows.device)  # [B, K, R, 1]
+    total = torch.zeros_like(largest)
+    mixed = torch.zeros(rows.shape, dtype=torch.float32, device=rows.device)  # [B, K, R, E]
+    for start in range(0, keys.shape[2], num_slots):
+        length = min(num_slots, keys.shape[2] - start)
+        scores = torch.matmul(rows, keys.narrow(start, length).plain().mT).float()  # [B, K, R, E] x [B, K, E, C] -> [B, K, R, C]
+        if mask is not None:
+            _hide(scores, mask.narrow(1, start, length))
+        above = torch.maximum(largest, scores.amax(dim=-1, keepdim=True))
+        weights, fade = scores.sub_(above).exp_(), largest.sub_(above).exp_()
+        total.mul_(fade).add_(weights.sum(dim=-1, keepdim=True))
+        # [B, K, R, C] x [B, K, C, E] -> [B, K, R, E]
+        mixed.mul_(fade).add_(torch.matmul(weights.to(rows.dtype), values.narrow(start, length).plain()))
+        largest = above
+    return mixed.div_(total).to(rows.dtype)
+
+
+def _hide(scores: Tensor, mask: Tensor) -> None:
+    """Of scores [B, K, R, C] those that a mask [R, C] does not show: flags, or numbers as of `added_mask`."""
+    if mask.dtype == torch.bool:
+        scores.masked_fill_(~mask, -torch.inf)
+    else:
+        scores.add_(mask)

@@ -50,6 +50,9 @@ class Tokenizer:
         end_token_id = None if end_token is None else codec.token_id(end_token)
         self.end_token_ids: frozenset[int] = frozenset(() if end_token_id is None else (end_token_id,))
         """The end token that the tokenizer's own files name; the model's may name more."""
+        begin_token = special_tokens.get("bos_token")
+        self.begin_token_id: int | None = None if begin_token is None else codec.token_id(begin_token)
+        """What stands before a text, where the model has it."""
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text. add_special_tokens: with the begin or end token that the model wants around a text.
@@ -85,9 +88,13 @@ class Tokenizer:
         The template writes special tokens as text and none are added to it; so a message can write them too, as in
         transformers. Raises PromptError for a conversation that the template does not accept.
         """
+        return self.encode(self.render_chat(messages), add_special_tokens=False)
+
+    def render_chat(self, messages: Sequence[Message]) -> str:
+        """The text that apply_chat encodes. Raises PromptError as it does."""
         if self._chat_template is None:
             raise PromptError(f"{self._model_name} has no chat template; give the prompt as it is with --no-chat")
-        return self.encode(self._chat_template.render(messages), add_special_tokens=False)
+        return self._chat_template.render(messages)
 
 
 def load_tokenizer(files: TokenizerFiles, spec: ModelSpec) -> Tokenizer:

@@ -11,6 +11,7 @@ What a pass does with a layer's neurons, all of them or some, is the feed-forwar
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +22,7 @@ from offload_sirius.model.costs import CHUNK_SIZE
 from offload_sirius.model.feed_forward import DenseFeedForward, FeedForward
 from offload_sirius.model.fixed_step import FixedStep
 from offload_sirius.model.kv_cache import KVCache
+from offload_sirius.model.kv_rows import KVRows
 from offload_sirius.model.layers import head_logits, run_layers
 from offload_sirius.model.ops import causal_mask, window_mask
 from offload_sirius.model.rope import RotaryTable, Rotation
@@ -66,7 +68,7 @@ class Chunk:
         """See Rows."""
         cache.write(layer, self.start, keys, values)
 
-    def read(self, cache: KVCache, layer: int, window: int | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    def read(self, cache: KVCache, layer: int, window: int | None) -> tuple[KVRows, KVRows, Tensor | None]:
         """See Rows. A single token sees all slots from the first one in its window on, and needs no mask."""
         first = 0 if window is None else max(0, self.least_position - window + 1)
         keys, values = cache.read(layer, first, self.stop)
@@ -116,16 +118,25 @@ class Transformer:
         feed_forward: what to do with the neurons; None computes all. Raises PromptError where the prompt is empty or does not fit
         into the cache.
         """
-        if token_ids.numel() == 0:
-            raise PromptError("the prompt has no tokens, at least one is needed; give a text that is not empty")
-        start = self.cache.length
-        self.cache.require_room(len(token_ids))
-        self._rotary.begin(start + len(token_ids))
-        hidden = self._source.embed(token_ids)  # [S] -> [S, D]
-        chunks = [self._line(rows, start + i * self._chunk_size) for i, rows in enumerate(hidden.split(self._chunk_size))]
-        self._pass(chunks, feed_forward or self._dense)
-        self.cache.advance(len(token_ids))
-        return self._logits(hidden[-1:])[0]
+        return self._logits(self._prompt(token_ids, feed_forward)[-1:])[0]
+
+    @torch.inference_mode()
+    def prefill_rows(
+        self,
+        token_ids: Tensor,
+        num_last: int,
+        read: Callable[[Tensor], None],
+        *,
+        num_rows: int,
+        feed_forward: FeedForward | None = None,
+    ) -> None:
+        """Append a prompt, int64 [S] in host memory, and have the logits after each of its last tokens read.
+
+        read: is given float32 [R, V], R at most num_rows, until num_last tokens have been read in order; what it is given may be
+        overwritten. num_rows: logits that there is memory for at once. Raises PromptError as prefill does.
+        """
+        for hidden in self._prompt(token_ids, feed_forward)[-num_last:].split(num_rows):
+            read(self._logits(hidden))  # [R, D] -> [R, V]
 
     @torch.inference_mode()
     def step(self, token_ids: Tensor, tree: TokenTree | None = None, feed_forward: FeedForward | None = None) -> Tensor:
@@ -140,6 +151,19 @@ class Transformer:
         self._pass([chunk], feed_forward or self._dense)
         self.cache.advance(len(token_ids))
         return self._logits(hidden)
+
+    def _prompt(self, token_ids: Tensor, feed_forward: FeedForward | None) -> Tensor:
+        """Append a prompt, int64 [S] -> hidden states [S, D] behind the last layer."""
+        if token_ids.numel() == 0:
+            raise PromptError("the prompt has no tokens, at least one is needed; give a text that is not empty")
+        start = self.cache.length
+        self.cache.require_room(len(token_ids))
+        self._rotary.begin(start + len(token_ids))
+        hidden = self._source.embed(token_ids)  # [S] -> [S, D]
+        chunks = [self._line(rows, start + i * self._chunk_size) for i, rows in enumerate(hidden.split(self._chunk_size))]
+        self._pass(chunks, feed_forward or self._dense)
+        self.cache.advance(len(token_ids))
+        return hidden
 
     def fixed_step(self, source: WeightSource) -> FixedStep:
         """Steps of one token, in the same cache, that a device can record. source: where all weights stay at their places."""

@@ -18,7 +18,7 @@ from offload_sirius.kernels.matrix import combine
 from offload_sirius.model.feed_forward import DenseFeedForward, Neurons
 from offload_sirius.model.ops import gated_activations
 from offload_sirius.model.source import NeuronWeights
-from offload_sirius.sparsity.griffin import say_shares, scored
+from offload_sirius.sparsity.griffin import remembered, say_shares, scored
 from offload_sirius.sparsity.hot import HotFeedForward, HotStatistic, exchanges
 from offload_sirius_loaders.spec import ModelSpec
 
@@ -69,14 +69,15 @@ class SettlingFeedForward:
     def open(self, layer: int) -> Neurons:
         """See FeedForward."""
         copied = self._copied
-        return scored(copied.source.neurons(layer), copied.activation, copied.squared_scores[layer].zero_())
+        scores = remembered(copied.squared_scores[layer], copied.memory)
+        return scored(copied.source.neurons(layer), copied.activation, scores)
 
     def close(self, layer: int) -> None:
         """See FeedForward. Waits for the device."""
         copied = self._copied
         scores, places = copied.squared_scores[layer], copied.hot_ids(layer)
         if copied.prior is not None:
-            scores.add_(copied.prior.pseudo_scores(layer))
+            scores.add_(copied.prior.pseudo_scores(layer), alpha=1 - copied.memory)
         if copied.num_hot == len(scores):
             return
         chosen = torch.zeros_like(scores, dtype=torch.bool)
