@@ -42,7 +42,9 @@ from fuzzing.mutate import mutated
 
 NOTHING, FOUND, WRONG_USE = 0, 1, 2
 DEEP_EVERY = 40
-"""Loading takes twenty times as long as opening."""
+"""Loading takes five times as long as opening."""
+CHAT_EVERY = 12
+"""A template takes a process of its own, and with it as long as fifty cases."""
 TEMPLATE_FILES = ("chat_template.jinja", "tokenizer_config.json", "tokenizer.gguf.json", "model.gguf")
 """Where a template may stand."""
 STUCK_SECONDS = 120.0
@@ -102,13 +104,16 @@ class Case:
     model: str
     files: dict[str, bytes]
     deep: bool
+    """Let it answer."""
+    chat: bool
+    """Render a conversation, where what may hold a template is not the good model's."""
 
 
 def case_of(corpus: Corpus, seed: int, number: int) -> Case:
     """The case of that number."""
     random = Random(f"{seed}:{number}")
     model = sorted(corpus)[number % len(corpus)]
-    return Case(model, mutated(corpus[model], random), random.randrange(DEEP_EVERY) == 0)
+    return Case(model, mutated(corpus[model], random), random.randrange(DEEP_EVERY) == 0, random.randrange(CHAT_EVERY) == 0)
 
 
 class Judge:
@@ -118,14 +123,14 @@ class Judge:
         self.corpus = corpus
         self._folder = folder
         for model, files in corpus.items():  # also brings in what is imported at the first use
-            verdict = self.judge(Case(model, files, True))
+            verdict = self.judge(Case(model, files, True, False))
             assert verdict.outcome == "answered", (model, verdict)
 
     def judge(self, case: Case) -> Verdict:
         """Write it and open it."""
         path = write_files(case.files, self._folder)
         good = self.corpus[case.model]
-        chat = case.deep or any(case.files.get(name) != good.get(name) for name in TEMPLATE_FILES)
+        chat = case.chat and any(case.files.get(name) != good.get(name) for name in TEMPLATE_FILES)
         return judge(path, sum(map(len, case.files.values())), deep=case.deep, chat=chat)
 
     def smaller(self, case: Case, signature: str) -> Case:
@@ -135,7 +140,7 @@ class Judge:
         def holds(files: dict[str, bytes]) -> bool:
             nonlocal attempts
             attempts -= 1
-            return attempts > 0 and self.judge(Case(case.model, files, case.deep)).signature == signature
+            return attempts > 0 and self.judge(Case(case.model, files, case.deep, case.chat)).signature == signature
 
         files = dict(case.files)
         for name in good:
@@ -153,7 +158,7 @@ class Judge:
                     else:
                         at += step
                 step //= 2
-        return Case(case.model, files, case.deep)
+        return Case(case.model, files, case.deep, case.chat)
 
 
 def main() -> int:
