@@ -26,6 +26,7 @@ import numpy as np
 from offload_sirius import load
 from offload_sirius.config import EngineConfig
 from offload_sirius.engine import open_model
+from offload_sirius.engine.packing import report_of
 from offload_sirius.engine.planning import as_packed, host_hardware, plan_model
 from offload_sirius.errors import USER_ERRORS
 from offload_sirius.model import chat_template
@@ -102,14 +103,17 @@ def judge(path: Path, nbytes: int, *, deep: bool, chat: bool) -> Verdict:
 
 def _opened(path: Path, deep: bool, chat: bool) -> str:
     model = open_model(str(path))
-    folder = path if path.is_dir() else path.parent
+    folder = (path if path.is_dir() else path.parent).resolve()
+    sizes = {file: file.stat().st_size for file in folder.iterdir()}
     for info in model.checkpoint.infos:
-        _check_ranges(info, folder)
+        _check_ranges(info, sizes)
         _check_numbers(model.checkpoint, info)
     token_ids = model.encode("w1 ab w2", chat=chat)
     model.tokenizer.decode([*token_ids, 0, model.spec.vocab_size - 1])
     config = as_packed(EngineConfig(model=str(path), device="cpu", threads=1), model.checkpoint)
     plan_model(model.checkpoint, config, host_hardware())
+    if model.checkpoint.packed is not None:
+        report_of(str(path))
     if not deep or sum(info.nbytes for info in model.checkpoint.infos) > DEEP_NBYTES or model.spec.max_positions < 4:
         return "opened"
     with load(str(path), device="cpu", threads=1, max_context=4, device_memory="96MiB", host_memory="96MiB") as engine:
@@ -117,12 +121,12 @@ def _opened(path: Path, deep: bool, chat: bool) -> str:
     return "answered"
 
 
-def _check_ranges(info: TensorInfo, folder: Path) -> None:
-    """Of everything that is read of a tensor, and of its last row alone."""
+def _check_ranges(info: TensorInfo, sizes: Mapping[Path, int]) -> None:
+    """Of everything that is read of a tensor, and of its last row alone. sizes: of the files of the folder."""
     for ranges in (info.ranges(0, info.num_rows), info.ranges(info.num_rows - 1, 1)):
         for file, offset, nbytes in ranges:
-            assert file.resolve().parent == folder.resolve(), f"reads {file}, outside of {folder}"
-            assert 0 <= offset <= offset + nbytes <= file.stat().st_size, f"reads outside of {file.name}"
+            assert file in sizes, f"reads {file}, outside of its folder"
+            assert 0 <= offset <= offset + nbytes <= sizes[file], f"reads outside of {file.name}"
 
 
 def _check_numbers(checkpoint: Checkpoint, info: TensorInfo) -> None:

@@ -124,6 +124,8 @@ def mutated(files: Files, random: Random) -> dict[str, bytes]:
             break
     if random.random() < 0.03:
         del broken[random.choice(list(broken))]
+    if "pack.json" in broken and random.random() < 0.1:
+        broken = resized(broken, random)
     if "pack.json" in broken and random.random() < 0.85:
         broken = sealed(broken)
     return broken
@@ -260,6 +262,31 @@ def mutated_template(content: bytes, random: Random) -> bytes:
                 random.choice(("messages", "content", "role", "for", "if")), random.choice(("x", "0", "range(9)", "")), 1
             )
     return text.encode(errors="surrogatepass")
+
+
+def resized(files: Files, random: Random) -> dict[str, bytes]:
+    """A packed model whose layers have more or fewer bytes than they should, in index and files alike."""
+    try:
+        part, change = random.choice(("attention", "records")), 64 * random.choice((-8, -1, 1, 64))
+        index = json.loads(files["pack.json"])
+        index[f"{part}_nbytes"] += change
+        resized = {**files, "pack.json": json.dumps(index).encode()}
+        for name in [name for name in files if name.startswith("layer-")]:
+            end = 8 + int.from_bytes(files[name][:8], "little")
+            header, data = json.loads(files[name][8:end]), bytearray(files[name][end:])
+            at = header[part]["data_offsets"][1]
+            data[at:at] = bytes(max(change, 0))
+            del data[at + min(change, 0) : at]
+            header[part]["shape"][0] += change // 64
+            for tensor, entry in header.items():
+                if tensor != "__metadata__":
+                    first, last = entry["data_offsets"]
+                    entry["data_offsets"] = [first + change * (first >= at), last + change * (last >= at)]
+            text = json.dumps(header).encode()
+            resized[name] = len(text).to_bytes(8, "little") + text + data
+        return resized
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError, OverflowError):
+        return dict(files)
 
 
 def sealed(files: Files) -> dict[str, bytes]:
