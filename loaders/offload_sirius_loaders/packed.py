@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from reprlib import repr as short
 from typing import Any, get_args
 
 import numpy as np
@@ -39,6 +38,7 @@ from offload_sirius_loaders.pack_index import (
 )
 from offload_sirius_loaders.safetensors import tokenizer_in
 from offload_sirius_loaders.shard import StoredTensor
+from offload_sirius_loaders.shown import short
 from offload_sirius_loaders.spec import ModelSpec, Role
 
 ELEMENT_OF_DTYPE: dict[str, Element] = {"bfloat16": "BF16", "float32": "F32"}

@@ -25,8 +25,9 @@ if TYPE_CHECKING:
     from jinja2 import Template
     from jinja2.parser import Parser
 
-MOST_CHARACTERS = 1 << 24
-"""Of a rendered conversation: ten times the longest context of any model."""
+MOST_ADDED, MOST_TIMES = 1 << 18, 8
+"""Characters that a template may add to a conversation, and how many times longer than the request it may make it: the longest of
+those published add some ten thousand, and text that is escaped twice becomes a few times longer."""
 
 
 class GenerationBlocks(Extension):
@@ -60,22 +61,22 @@ def _replies(seconds: float, requests: IO[str]) -> Iterator[dict[str, str]]:
         try:
             if template is None or request["source"] != source:
                 source, template = request["source"], compiled(request["source"])
-            reply = rendered(template, request["variables"])
+            reply = rendered(template, request["variables"], MOST_ADDED + MOST_TIMES * len(line))
         except Exception as error:  # syntax, or what a constant expression raises while it is folded
             reply = {"invalid": _line(error)}
         signal.setitimer(signal.ITIMER_PROF, 0)
         yield reply
 
 
-def rendered(template: Template, variables: dict[str, Any]) -> dict[str, str]:
+def rendered(template: Template, variables: dict[str, Any], most: int) -> dict[str, str]:
     """`text`, or `refused` with what the template raised. It is written piece by piece, up to where it is too long."""
     pieces: list[str] = []
-    left = MOST_CHARACTERS
+    left = most
     try:
         for piece in template.generate(**variables):
             left -= len(piece)
             if left < 0:
-                return {"refused": f"it gives more than {MOST_CHARACTERS} characters"}
+                return {"refused": f"it gives more than {most} characters"}
             pieces.append(piece)
         return {"text": "".join(pieces)}
     except Exception as error:  # foreign code: any exception is possible, and none is a bug of this program

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from offload_sirius.errors import CheckpointError, PromptError
 from offload_sirius.model.chat_template import ChatTemplate, Message
+from offload_sirius_loaders.shown import reason
 
 if TYPE_CHECKING:
     import tokenizers
@@ -20,9 +21,6 @@ if TYPE_CHECKING:
     from offload_sirius_loaders.spec import ModelSpec
 
 __all__ = ["Message", "Tokenizer", "load_tokenizer"]
-
-LONGEST_REASON = 300
-"""Characters of what a library says about a file."""
 
 _PLACEHOLDER = "□"
 """Shown for the ids of a synthetic model that are no byte."""
@@ -71,7 +69,7 @@ class Tokenizer:
             return self._codec.encode(text, add_special_tokens)
         except Exception as error:  # all that the libraries raise, for want of a token that stands for what is unknown, say
             raise PromptError(
-                f"the tokenizer of {self._model_name} cannot encode the prompt: {_line(error)}; "
+                f"the tokenizer of {self._model_name} cannot encode the prompt: {reason(error)}; "
                 "download the tokenizer again, or change the prompt"
             ) from error
 
@@ -196,7 +194,7 @@ def _from_tokenizer_json(directory: Path, model_name: str) -> Tokenizer:
     try:
         tokenizer = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # all that the library raises
-        raise CheckpointError(f"{path}: cannot be read: {_line(error)}; download the file again") from None
+        raise CheckpointError(f"{path}: cannot be read: {reason(error)}; download the file again") from None
     config = _read_json(directory / "tokenizer_config.json")
     special_tokens = _special_tokens({**_read_json(directory / "special_tokens_map.json"), **config})
     # The config may call tokens special that tokenizer.json holds as plain ones; those it does not hold have no embedding.
@@ -215,9 +213,9 @@ def _from_transformers(directory: Path, model_name: str) -> Tokenizer:
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # it raises whatever the many libraries behind it do
-        reason = str(error).strip().split("\n", 1)[0]
+        said = str(error).strip().split("\n", 1)[0]
         raise CheckpointError(
-            f"{directory}: transformers cannot read the tokenizer: {_line(reason)}; put a tokenizer.json into the folder"
+            f"{directory}: transformers cannot read the tokenizer: {reason(said)}; put a tokenizer.json into the folder"
         ) from error
     return Tokenizer(
         model_name=model_name,
@@ -236,13 +234,6 @@ def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
 def _is_unicode(text: str) -> bool:
     """Whether it has no half of a surrogate pair, which JSON can write and no tokenizer holds."""
     return text.isascii() or not any("\ud800" <= each <= "\udfff" for each in text)
-
-
-def _line(error: object) -> str:
-    """What a library says, which may quote whole files, as a part of one line."""
-    line = " ".join(str(error).split())
-    shown = line if len(line) <= LONGEST_REASON else f"{line[: LONGEST_REASON // 2]} ... {line[-LONGEST_REASON // 2 :]}"
-    return "".join(each if each.isprintable() else "?" for each in shown)
 
 
 def _chat_template(directory: Path, config: Mapping[str, Any]) -> str | None:
@@ -270,7 +261,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         fields = json.loads(_read_text(path))
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets nested thousands deep
-        raise CheckpointError(f"{path}: not valid JSON: {_line(error)}; download the file again") from None
+        raise CheckpointError(f"{path}: not valid JSON: {reason(error)}; download the file again") from None
     if not isinstance(fields, dict):
         raise CheckpointError(f"{path}: holds {type(fields).__name__}, an object is needed; download the file again")
     return fields

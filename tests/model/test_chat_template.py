@@ -71,12 +71,12 @@ def test_a_template_that_does_not_end_is_ended(source: str, monkeypatch: pytest.
     ],
 )
 def test_a_template_that_fills_the_memory_is_refused(source: str) -> None:
-    with pytest.raises((PromptError, CheckpointError), match=r"memory|more than 16777216 characters"):
+    with pytest.raises((PromptError, CheckpointError), match=r"memory|more than \d+ characters"):
         rendered(source)
 
 
 def test_a_text_of_any_size_is_refused_before_it_is_handed_over() -> None:
-    with pytest.raises(PromptError, match=r"it gives more than 16777216 characters"):
+    with pytest.raises(PromptError, match=r"it gives more than \d+ characters"):
         rendered("{% for i in range(99999) %}{{ 'a' * 1000 }}{% endfor %}")
 
 
