@@ -165,6 +165,10 @@ FOLDERS: dict[str, tuple[Break, str]] = {
         config(num_hidden_layers=-4),
         r"{folder}/config.json: num_hidden_layers is -4; it must be a whole number between 1 and 65536",
     ),
+    "config.json has more layers than there are tensors": (
+        config(num_hidden_layers=65536),
+        r"{folder}/config.json: num_hidden_layers is 65536, and the files hold \d+ tensors in all; download config.json and .*",
+    ),
     "the architecture is unknown": (
         config(model_type="gpt2"),
         r"{folder}/config.json: architecture 'gpt2' is not supported; known are llama, mistral, qwen2, qwen3",
@@ -223,6 +227,22 @@ FOLDERS: dict[str, tuple[Break, str]] = {
         write("tokenizer.json", "{"),
         r"{folder}/tokenizer.json: cannot be read: .*; download the file again",
     ),
+    "a field of the tokenizer's settings is nested too deep": (
+        write("tokenizer_config.json", "[" * 100_000),
+        r"{folder}/tokenizer_config.json: not valid JSON: maximum recursion depth exceeded.*; download the file again",
+    ),
+    "a number in the tokenizer's settings has too many digits": (
+        write("tokenizer_config.json", '{"a": ' + "9" * 5000 + "}"),
+        r"{folder}/tokenizer_config.json: not valid JSON: Exceeds the limit .*; download the file again",
+    ),
+    "the tokenizer has no token for what it does not know": (
+        write("tokenizer.json", json.dumps({"model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "b"}})),
+        r"the tokenizer of model cannot encode the prompt: WordLevel error: Missing \[UNK\] token .*; download the tokenizer .*",
+    ),
+    "a message would move the cursor": (
+        write("tokenizer.json", '{"version": "\\u001b[31m' + "x" * 5000 + '"}'),
+        r"{folder}/tokenizer.json: cannot be read: .{{1,320}}; download the file again",
+    ),
     "the chat template is broken": (
         write("chat_template.jinja", "{% if %}"),
         r"model: the chat template is not valid: .*; give the prompt as it is with --no-chat",
@@ -233,7 +253,9 @@ FOLDERS: dict[str, tuple[Break, str]] = {
 @pytest.mark.parametrize(("break_it", "message"), FOLDERS.values(), ids=FOLDERS)
 def test_a_folder_that_cannot_be_used_is_one_line(break_it: Break, message: str, folder: Path, capsys: Capture) -> None:
     break_it(folder)
-    assert re.fullmatch(message.format(folder=re.escape(str(folder))), line_of(capsys, "--model", str(folder)))
+    line = line_of(capsys, "--model", str(folder))
+    assert re.fullmatch(message.format(folder=re.escape(str(folder))), line)
+    assert line.isprintable()
 
 
 def test_the_folder_that_is_broken_above_works_when_it_is_not(folder: Path) -> None:

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from reprlib import repr as short
 from typing import Any, Literal
 
 from offload_sirius_loaders.checkpoint import Element, Key
 from offload_sirius_loaders.json_object import MAX_COUNT, JsonObject
 from offload_sirius_loaders.rope_scaling import read_rope, rope_fields, stretched_positions
+from offload_sirius_loaders.shown import short
 from offload_sirius_loaders.spec import ModelSpec, Role
 
 MAX_LAYERS = 65536

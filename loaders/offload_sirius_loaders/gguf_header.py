@@ -19,10 +19,13 @@ import numpy as np
 from gguf import GGML_QUANT_SIZES, GGUF_DEFAULT_ALIGNMENT, GGMLQuantizationType, GGUFValueType
 
 from offload_sirius_loaders.errors import CheckpointError
+from offload_sirius_loaders.shown import short
 
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
 _MAX_DIMENSIONS = 4
+LONGEST_NAME = 500
+"""Characters; the format's own limit is 64 for tensors and 65535 for fields, which none comes near."""
 _DOWNLOAD_AGAIN = "download the file again"
 
 _SCALARS: dict[int, np.dtype[Any]] = {
@@ -133,7 +136,7 @@ def _parse(cursor: _Cursor) -> GgufHeader:
     listed = _read_named(cursor, num_tensors, "tensor", lambda name: _read_tensor(cursor, name))
     alignment = metadata.get("general.alignment", GGUF_DEFAULT_ALIGNMENT)
     if not isinstance(alignment, int) or alignment < 1:
-        raise cursor.error(f"general.alignment is {alignment!r}, it must be a positive number")
+        raise cursor.error(f"general.alignment is {short(alignment)}, it must be a positive number")
     data_start = -(-cursor.position // alignment) * alignment
     tensors = {name: _placed(cursor, tensor, data_start) for name, tensor in listed.items()}
     return GgufHeader(path=cursor.path, metadata=metadata, tensors=tensors)
@@ -152,8 +155,8 @@ def _read_named(cursor: _Cursor, count: int, what: str, read: Callable[[str], _T
     named: dict[str, _T] = {}
     for _ in range(count):
         name = cursor.string()
-        if not name.isprintable():
-            raise cursor.error(f"the name of a {what} before byte {cursor.position:,} is not printable")
+        if not name.isprintable() or len(name) > LONGEST_NAME:
+            raise cursor.error(f"the name of a {what} before byte {cursor.position:,} is not printable, or too long")
         if name in named:
             raise cursor.error(f"{what} {name} stands in the header twice")
         named[name] = read(name)

@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from offload_sirius_loaders.errors import CheckpointError
 from offload_sirius_loaders.gguf_header import GgufHeader
+from offload_sirius_loaders.shown import short
 from offload_sirius_loaders.spec import ModelSpec, RopeSpec
 
 ARCHITECTURES = ("llama", "qwen2")
@@ -108,7 +109,7 @@ class _Fields:
 
 def _short(value: object) -> str:
     """A value as an error message shows it: a list (one number a layer) can be long."""
-    return f"a list of {len(value)}" if isinstance(value, list) else repr(value)
+    return f"a list of {len(value)}" if isinstance(value, list) else short(value)
 
 
 def _refuse_what_is_not_built(fields: _Fields) -> None:
@@ -116,12 +117,12 @@ def _refuse_what_is_not_built(fields: _Fields) -> None:
     if fields.architecture not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES)
         raise CheckpointError(
-            f"{header.path}: architecture {fields.architecture!r} is not supported in GGUF files; use one of {known}"
+            f"{header.path}: architecture {short(fields.architecture)} is not supported in GGUF files; use one of {known}"
         )
     num_files = header.metadata.get("split.count", 1)
     if num_files not in (0, 1):
         raise CheckpointError(
-            f"{header.path}: one of {num_files} files that a model was split into; "
+            f"{header.path}: one of {short(num_files)} files that a model was split into; "
             "merge them with: llama-gguf-split --merge FIRST_FILE MERGED_FILE"
         )
     if fields.has("expert_count") and header.metadata[f"{fields.architecture}.expert_count"] != 0:
@@ -186,7 +187,7 @@ def _rope(fields: _Fields, head_dim: int) -> RopeSpec:
     divisors = _rope_divisors(fields.header, head_dim)
     if divisors is not None:
         if kind != "none":
-            raise fields.error(f"RoPE scaling is given twice, as {kind!r} and by tensor {ROPE_DIVISORS}")
+            raise fields.error(f"RoPE scaling is given twice, as {short(kind)} and by tensor {ROPE_DIVISORS}")
         return _llama3_rope(fields, theta, divisors)
     if kind == "none":
         return RopeSpec(theta=theta)
@@ -195,7 +196,7 @@ def _rope(fields: _Fields, head_dim: int) -> RopeSpec:
     if kind == "yarn":
         return RopeSpec(kind="yarn", theta=theta, parameters=_yarn_parameters(fields))
     raise CheckpointError(
-        f"{fields.header.path}: RoPE scaling {kind!r} is not supported in GGUF files; none, linear and yarn are"
+        f"{fields.header.path}: RoPE scaling {short(kind)} is not supported in GGUF files; none, linear and yarn are"
     )
 
 

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from offload_sirius_loaders.errors import CheckpointError
+from offload_sirius_loaders.shown import reason, short
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4
 _SPECIAL_TOKENS = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
@@ -67,7 +68,7 @@ def build_tokenizer(metadata: Mapping[str, Any], name: str) -> Tokenizer:
         return _byte_level(fields)
     if kind == "llama":
         return _sentencepiece(fields)
-    raise fields.error(f"is of kind {kind!r}, gpt2 and llama are supported")
+    raise fields.error(f"is of kind {short(kind)}, gpt2 and llama are supported")
 
 
 def special_tokens(metadata: Mapping[str, Any], name: str) -> dict[str, str]:
@@ -106,7 +107,7 @@ class _Fields:
         if token_id is None:
             return None
         if not isinstance(token_id, int) or not 0 <= token_id < len(self.tokens):
-            raise self.error(f"has {len(self.tokens)} tokens and its {which} token is number {token_id}")
+            raise self.error(f"has {len(self.tokens)} tokens and its {which} token is number {short(token_id)}")
         return self.tokens[token_id]
 
     def error(self, found: str) -> CheckpointError:
@@ -139,13 +140,13 @@ def _bpe(fields: _Fields, merges: list[tuple[str, str]], **settings: Any) -> Tok
     try:
         return Tokenizer(models.BPE(vocab=fields.vocabulary, merges=merges, **settings))
     except Exception as error:  # all that the library raises
-        raise fields.error(f"cannot be built: {error}") from None
+        raise fields.error(f"cannot be built: {reason(error)}") from None
 
 
 def _splitting(fields: _Fields) -> _Splitting:
     name = fields.metadata.get("tokenizer.ggml.pre", "default")
-    if name not in _SPLITTINGS:
-        raise fields.error(f"splits text the way of {name!r}, known are {', '.join(_SPLITTINGS)}")
+    if not isinstance(name, str) or name not in _SPLITTINGS:
+        raise fields.error(f"splits text the way of {short(name)}, known are {', '.join(_SPLITTINGS)}")
     return _SPLITTINGS[name]
 
 

@@ -6,10 +6,10 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from reprlib import repr as short
 from typing import Any
 
 from offload_sirius_loaders.errors import CheckpointError
+from offload_sirius_loaders.shown import short
 
 MAX_COUNT = 2**31 - 1
 """Largest count believed: no shape or position of a model comes near it."""

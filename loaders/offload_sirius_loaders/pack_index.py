@@ -11,12 +11,12 @@ import zlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from reprlib import repr as short
 from typing import Any
 
 from offload_sirius_loaders.errors import CheckpointError
 from offload_sirius_loaders.json_object import JsonObject
 from offload_sirius_loaders.pack_file import Seal
+from offload_sirius_loaders.shown import short
 
 INDEX_NAME = "pack.json"
 MARKER_NAME = "packing.json"

@@ -5,7 +5,6 @@ Knows what the bytes of a layer are called and how many there are, not what they
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
@@ -39,9 +38,12 @@ from offload_sirius_loaders.pack_index import (
 )
 from offload_sirius_loaders.safetensors import tokenizer_in
 from offload_sirius_loaders.shard import StoredTensor
-from offload_sirius_loaders.spec import ModelSpec
+from offload_sirius_loaders.shown import short
+from offload_sirius_loaders.spec import ModelSpec, Role
 
 ELEMENT_OF_DTYPE: dict[str, Element] = {"bfloat16": "BF16", "float32": "F32"}
+
+ROLES = get_args(Role)
 
 ERRORS_NOTE = "errors"
 """Note in a layer's file: what quantising has done to its matrices."""
@@ -69,8 +71,15 @@ class PackedCheckpoint(Checkpoint):
 
     def errors(self, layer: int) -> dict[str, dict[str, float]]:
         """Role of a matrix -> what quantising it has done: `largest` and `relative_rms`. Empty where nothing is quantised."""
-        found: dict[str, dict[str, float]] = json.loads(self.files[layer_file_name(layer)].notes.get(ERRORS_NOTE, "{}"))
-        return found
+        file = self.files[layer_file_name(layer)]
+        notes = JsonObject.parse(file.notes.get(ERRORS_NOTE, "{}").encode(errors="replace"), f"{file.path}: errors")
+        for role, error in notes.fields.items():
+            if role not in ROLES or not isinstance(error, dict) or set(error) != {"largest", "relative_rms"}:
+                raise notes.error(f"{short(role)} is {short(error)}; a matrix with its errors is needed, pack the model again")
+            found = JsonObject(f"{notes.source} of {role}", error)
+            for name in error:
+                found.number(name, above=-1.0)
+        return dict(notes.fields)
 
 
 def open_packed(directory: Path, name: str) -> PackedCheckpoint:

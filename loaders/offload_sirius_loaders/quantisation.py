@@ -7,12 +7,12 @@ were left out are not read. Activations are never quantised here; only methods a
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from reprlib import repr as short
 from typing import Any, Literal, get_args
 
 from offload_sirius_loaders.by_input import ByInput
 from offload_sirius_loaders.by_output import ByOutput, Cells
 from offload_sirius_loaders.json_object import JsonObject
+from offload_sirius_loaders.shown import short
 
 Scheme = ByInput | ByOutput
 """One way in which layers of a checkpoint are quantised."""

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from reprlib import repr as short
 from typing import Any
 
 from offload_sirius_loaders.json_object import JsonObject
+from offload_sirius_loaders.shown import short
 from offload_sirius_loaders.spec import ROPE_KINDS, RopeKind, RopeSpec
 
 DEFAULT_THETA = 10000.0

@@ -10,7 +10,6 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from reprlib import repr as short
 from typing import Any, cast, get_args
 
 import numpy as np
@@ -25,6 +24,7 @@ from offload_sirius_loaders.json_object import JsonObject
 from offload_sirius_loaders.linear import Linear
 from offload_sirius_loaders.quantisation import Scheme, read_schemes
 from offload_sirius_loaders.shard import StoredTensor, read_shard
+from offload_sirius_loaders.shown import short
 from offload_sirius_loaders.spec import ModelSpec
 
 INDEX_SUFFIX = ".safetensors.index.json"
@@ -93,6 +93,11 @@ def open_safetensors(path: Path, name: str) -> Checkpoint:
     config = _config(file.parent)
     spec, schemes = _model_spec(config, file.parent, name), read_schemes(config)
     stored = _read_indexed(file) if file.name.endswith(INDEX_SUFFIX) else read_shard(file)
+    if spec.num_layers > len(stored):  # before anything is sized by it
+        raise config.error(
+            f"num_hidden_layers is {spec.num_layers}, and the files hold {len(stored)} tensors in all; "
+            "download config.json and weights of the same model"
+        )
     tensors, quantised = _tensors(spec, schemes, stored, file.parent)
     return SafetensorsCheckpoint(
         spec=replace(spec, stored_dtype=_most_common_dtype(tensors)),

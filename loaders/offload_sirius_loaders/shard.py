@@ -10,11 +10,11 @@ import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from reprlib import repr as short
 from typing import Any, BinaryIO
 
 from offload_sirius_loaders.errors import CheckpointError
 from offload_sirius_loaders.json_object import JsonObject
+from offload_sirius_loaders.shown import short
 
 LENGTH_NBYTES = 8
 MAX_HEADER_NBYTES = 100_000_000

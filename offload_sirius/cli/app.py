@@ -1,4 +1,4 @@
-"""All commands under one name, and how every one of them ends: 0 done, 2 wrong use or input, 130 interrupted."""
+"""All commands under one name, and how every one of them ends: 0 done, 2 wrong use or input, 130 interrupted, 143 terminated."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ import typer
 
 from offload_sirius import __version__
 from offload_sirius.cli import bench, chat, doctor, generate, models, pack, plan
+from offload_sirius.cli.termination import Termination
 from offload_sirius.errors import USER_ERRORS
 
 # Some versions of typer carry a click of their own, others use the installed one: this is the base of the errors of either.
 ClickError: Any = next(each for each in typer.BadParameter.__mro__ if each.__name__ == "ClickException")
 
-EXIT_DONE, EXIT_WRONG_USE, EXIT_INTERRUPTED = 0, 2, 130
+EXIT_DONE, EXIT_WRONG_USE, EXIT_INTERRUPTED, EXIT_TERMINATED = 0, 2, 130, 143
 
 app = typer.Typer(
     name="offload-sirius",
@@ -53,11 +54,16 @@ def _common(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command. Returns the exit code; whatever a user or a file can cause is one line on stderr."""
-    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    with Termination() as termination:
+        code = _run(sys.argv[1:] if arguments is None else list(arguments))
+    return EXIT_TERMINATED if code == EXIT_INTERRUPTED and termination.asked else code
+
+
+def _run(arguments: list[str]) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a model writes characters that not every terminal's encoding has
     try:
-        code = app(list(arguments) or ["--help"], prog_name="offload-sirius", standalone_mode=False)
+        code = app(arguments or ["--help"], prog_name="offload-sirius", standalone_mode=False)
         sys.stdout.flush()
         return int(code or EXIT_DONE)
     except ClickError as error:

@@ -141,5 +141,5 @@ def _print_errors(found: PackReport) -> None:
     roles = list(found.errors[0])
     typer.echo("layer  " + "".join(f"{role:>8}" for role in roles) + "   largest")
     for layer, errors in enumerate(found.errors):
-        shares = "".join(f"{errors[role].relative_rms:8.2%}" for role in roles)
-        typer.echo(f"{layer:5}  {shares}{max(error.largest for error in errors.values()):10.3g}")
+        shares = "".join(f"{errors[role].relative_rms:8.2%}" if role in errors else " " * 8 for role in roles)
+        typer.echo(f"{layer:5}  {shares}{max((error.largest for error in errors.values()), default=0.0):10.3g}")

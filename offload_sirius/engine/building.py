@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -14,17 +15,18 @@ from offload_sirius.engine.captured import CapturedStep, ResidentLayers, recorde
 from offload_sirius.engine.engine import Engine
 from offload_sirius.engine.link import Arenas, Origins, make_arenas, make_link, uplink_to
 from offload_sirius.engine.opened import Model
-from offload_sirius.engine.placement import Placement, memory_errors, place
+from offload_sirius.engine.placement import DeviceMemoryError, Placement, memory_errors, place, release_device_memory
 from offload_sirius.engine.planning import as_packed
 from offload_sirius.engine.progress import Progress
 from offload_sirius.engine.streamed import StreamedModel, copied_model, hot_model, streamed_model
-from offload_sirius.errors import ConfigError
+from offload_sirius.errors import BudgetError, ConfigError
 from offload_sirius.kernels.native import native
 from offload_sirius.model.kv_cache import KVCache
 from offload_sirius.model.kv_int8 import QuantizedKVCache
 from offload_sirius.model.transformer import Transformer
 from offload_sirius.sparsity.prior import NeuronPrior, PriorFile, prior_path
 from offload_sirius.trace import Tracer
+from offload_sirius.units import format_size
 from offload_sirius.weights.buffers import rows_of
 from offload_sirius.weights.copiers import Copier
 from offload_sirius.weights.device import AnyDeviceStore, CopyDeviceStore, DeviceStore, HotDeviceStore, store_for
@@ -41,13 +43,33 @@ from offload_sirius_loaders.checkpoint import Checkpoint
 from offload_sirius_loaders.writer import write_checkpoint
 
 AnyStreamer = WeightStreamer | HotStreamer | CopyStreamer
+RETRY_SHARE = 0.85
+"""Of the device memory that was planned, what a second try takes."""
 
 
 def build(model: Model, config: EngineConfig, progress: Progress, tracer: Tracer | None = None) -> Engine:
-    """Plan where the weights go, bring them there, and join everything that a pass needs."""
+    """Plan where the weights go, bring them there, and join everything that a pass needs.
+
+    Where the device's memory runs out in spite of the plan, as others have taken of it, it is tried once more with less.
+    """
     began = time.perf_counter()
     config = as_packed(config, model.checkpoint)
     placement = place(model.checkpoint, config)
+    try:
+        return _built(model, config, placement, progress, tracer, began)
+    except DeviceMemoryError as error:
+        config, placement = _smaller(model.checkpoint, config, placement, error)
+    # Not in the handler: the error holds on to what was allocated.
+    release_device_memory(placement.device)
+    progress.warn(
+        f"the device's memory ran out while the model was loaded; once more with {format_size(placement.plan.device_nbytes)}"
+    )
+    return _built(model, config, placement, progress, tracer, began)
+
+
+def _built(
+    model: Model, config: EngineConfig, placement: Placement, progress: Progress, tracer: Tracer | None, began: float
+) -> Engine:
     checkpoint = _on_disk(model.checkpoint, progress) if placement.plan.disk_layers else model.checkpoint
     with memory_errors(placement.plan), ExitStack() as stores:
         joined = _join(checkpoint, placement, config, progress, tracer, stores)
@@ -69,6 +91,17 @@ def build(model: Model, config: EngineConfig, progress: Progress, tracer: Tracer
         load_seconds=time.perf_counter() - began,
         tracer=tracer,
     )
+
+
+def _smaller(
+    checkpoint: Checkpoint, config: EngineConfig, placement: Placement, error: DeviceMemoryError
+) -> tuple[EngineConfig, Placement]:
+    """The next plan to try. Raises the error where there is none."""
+    less = replace(config, device_memory=str(int(placement.plan.device_nbytes * RETRY_SHARE)))
+    try:
+        return less, place(checkpoint, less)
+    except BudgetError:
+        raise error from None
 
 
 def _join(

@@ -6,6 +6,7 @@ Reads sizes, never weights; allocates nothing.
 from __future__ import annotations
 
 import errno
+import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -124,6 +125,17 @@ def find_device(name: str) -> torch.device:
     return torch.device("cuda", index)
 
 
+class DeviceMemoryError(BudgetError):
+    """What ran out is the memory of a device that has its own: with a smaller plan there may be enough."""
+
+
+def release_device_memory(device: torch.device) -> None:
+    """Give back what torch keeps of a device for later, so that the next plan has it."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
 @contextmanager
 def memory_errors(plan: Plan) -> Iterator[None]:
     """Memory that runs out in spite of the plan ends in one line: the operating system's and torch's errors become ours."""
@@ -132,7 +144,8 @@ def memory_errors(plan: Plan) -> Iterator[None]:
     except (MemoryError, OSError, RuntimeError) as error:
         if not _says_memory_ran_out(error):
             raise
-        raise BudgetError(
+        kind = DeviceMemoryError if isinstance(error, torch.OutOfMemoryError) else BudgetError
+        raise kind(
             f"memory ran out; the plan takes {format_size(plan.device_nbytes)} on the device and "
             f"{format_size(plan.host_nbytes)} on the host: give smaller --device-memory or --host-memory"
         ) from error

@@ -444,7 +444,8 @@ def as_packed(config: EngineConfig, checkpoint: Checkpoint) -> EngineConfig:
         quantize_group=packed.quantize_group,
     )
     layout = layer_layout(checkpoint.spec, ELEMENT_NBYTES[dtype_of(config, checkpoint.spec)], 0, config.weight_format)
-    if packed.fields != field_places(layout):
+    held = {(each, part): layout.part_nbytes(part) for each in range(checkpoint.spec.num_layers) for part in PARTS}
+    if packed.fields != field_places(layout) or {key: info.nbytes for key, info in packed.parts.items()} != held:
         raise CheckpointError(
             f"{checkpoint.path}: its layers are laid out in another way than by this version of the program; pack the model anew"
         )

@@ -1,21 +1,34 @@
 """A model's chat template: turns a conversation into the text its model was trained on. Knows no tokenizer.
 
-Templates are Jinja programs from strangers. They run in Jinja's sandbox, with the names that Hugging Face promises them
-(https://huggingface.co/docs/transformers/chat_templating), and whatever one of them raises becomes an error of one line.
+Templates are Jinja programs from strangers: they are rendered by template_worker.py, in a process of their own, with limits on
+time and memory, and whatever one of them does becomes an error of one line.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
+import signal
+import subprocess
+import sys
+import threading
+import weakref
 from collections.abc import Mapping, Sequence
-from datetime import datetime
-from typing import TYPE_CHECKING, Any, NoReturn, TypedDict
+from typing import TypedDict
 
 from offload_sirius.errors import CheckpointError, PromptError
 
-if TYPE_CHECKING:
-    from jinja2 import Template
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
+RENDER_SECONDS = 5.0
+"""CPU time that a template may take: a conversation of a hundred thousand words takes a hundredth of it."""
+
+RENDER_NBYTES = 1 << 29
+"""Memory that it may take beside Python and Jinja, which have 20 MB."""
+
+_PROGRAM = """import json, sys
+sys.path[:] = json.loads(sys.argv[1])
+from offload_sirius.model.template_worker import serve
+serve(float(sys.argv[2]), int(sys.argv[3]), sys.stdin, sys.stdout)"""
+"""Imports what this process would, and nothing that stands in the folder it was started in."""
 
 
 class Message(TypedDict):
@@ -27,84 +40,93 @@ class Message(TypedDict):
 
 
 class ChatTemplate:
-    """Compiled when first used: Jinja costs time to import."""
+    """Thread-safe. Its process is started when it is first used, and again after one that was ended."""
 
     def __init__(self, source: str, special_tokens: Mapping[str, str], model_name: str) -> None:
         """special_tokens: what the template may use by name, such as bos_token. model_name: for messages."""
         self._source = source
         self._special_tokens = special_tokens
         self._model_name = model_name
-        self._template: Template | None = None
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[bytes] | None = None
 
     def render(self, messages: Sequence[Message]) -> str:
         """Text up to where the assistant's next answer begins.
 
-        Raises CheckpointError for a template that is not valid, PromptError for a conversation that it does not accept.
+        Raises CheckpointError for a template that is not valid or does not end, PromptError for a conversation that it does not
+        accept.
         """
         if not messages:
             raise PromptError("the conversation is empty; give at least one message")
-        template = self._compiled()
+        variables = {
+            "messages": list(messages),
+            "tools": None,
+            "documents": None,
+            "add_generation_prompt": True,
+            **self._special_tokens,
+        }
         try:
-            return template.render(
-                messages=messages, tools=None, documents=None, add_generation_prompt=True, **self._special_tokens
-            )
-        except Exception as error:  # foreign code: any exception is possible, and none is a bug of this program
+            request = json.dumps({"source": self._source, "variables": variables}).encode()
+        except (TypeError, ValueError) as error:
+            raise PromptError(f"the conversation is not of texts: {error}; change the messages") from error
+        with self._lock:
+            reply = self._asked(request)
+        if "invalid" in reply:
+            raise self._invalid(f"is not valid: {reply['invalid']}")
+        if "refused" in reply:
             raise PromptError(
-                f"the chat template of {self._model_name} does not accept this conversation: {_line(error)}; "
+                f"the chat template of {self._model_name} does not accept this conversation: {reply['refused']}; "
                 "change the messages, or give the prompt as it is with --no-chat"
-            ) from error
+            )
+        return reply["text"]
 
-    def _compiled(self) -> Template:
-        if self._template is None:
-            try:
-                self._template = _environment().from_string(self._source)
-            except Exception as error:  # syntax, or what a constant expression raises while it is folded
-                raise CheckpointError(
-                    f"{self._model_name}: the chat template is not valid: {_line(error)}; give the prompt as it is with --no-chat"
-                ) from error
-        return self._template
+    def _asked(self, request: bytes) -> dict[str, str]:
+        """What the process says."""
+        process = self._process = self._process or self._started()
+        assert process.stdin is not None
+        assert process.stdout is not None
+        try:
+            process.stdin.write(request + b"\n")
+            process.stdin.flush()
+            line = process.stdout.readline()
+        except BrokenPipeError:
+            line = b""
+        except BaseException:  # Ctrl-C: what the process would still say is not the answer to the next request
+            self._process = None
+            process.kill()
+            raise
+        if not line:
+            self._process = None
+            code = process.wait()
+            how = f"takes more than {RENDER_SECONDS:g} s" if code == -signal.SIGPROF else f"ends its process with {code}"
+            raise self._invalid(f"cannot be used, it {how}")
+        reply: dict[str, str] = json.loads(line)
+        return reply
 
+    def _started(self) -> subprocess.Popen[bytes]:
+        given = [json.dumps(sys.path), str(RENDER_SECONDS), str(RENDER_NBYTES)]
+        try:
+            process = subprocess.Popen(
+                [sys.executable, "-I", "-S", "-c", _PROGRAM, *given],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,  # Ctrl-C is for whoever asks
+            )
+        except OSError as error:
+            raise self._invalid(f"cannot be used, no process can be started for it: {error.strerror}") from error
+        weakref.finalize(self, _end, process)
+        return process
 
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
-
-
-def _environment() -> ImmutableSandboxedEnvironment:
-    from jinja2.ext import Extension, loopcontrols
-    from jinja2.nodes import Node
-    from jinja2.parser import Parser
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    class GenerationBlocks(Extension):
-        """`{% generation %}` marks answers for training; here it only lets its content through."""
-
-        tags = {"generation"}  # noqa: RUF012  so declared by Jinja
-
-        def parse(self, parser: Parser) -> list[Node]:
-            next(parser.stream)
-            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[GenerationBlocks, loopcontrols])
-    environment.filters["tojson"] = _tojson
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = _strftime_now
-    return environment
-
-
-def _tojson(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    """Jinja's own filter escapes for HTML, which a model has never seen."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    def _invalid(self, what: str) -> CheckpointError:
+        return CheckpointError(f"{self._model_name}: the chat template {what}; give the prompt as it is with --no-chat")
 
 
-def _raise_exception(message: str) -> NoReturn:
-    raise ValueError(message)
-
-
-def _strftime_now(form: str) -> str:
-    return datetime.now().strftime(form)
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """It has nothing that must be kept."""
+    process.kill()
+    process.wait()
+    for pipe in (process.stdin, process.stdout):
+        if pipe is not None:
+            with contextlib.suppress(OSError):  # a request that was not read
+                pipe.close()

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from offload_sirius.errors import CheckpointError, PromptError
 from offload_sirius.model.chat_template import ChatTemplate, Message
+from offload_sirius_loaders.shown import reason
 
 if TYPE_CHECKING:
     import tokenizers
@@ -67,7 +68,13 @@ class Tokenizer:
                 f"the prompt is not valid Unicode: half of a surrogate pair, {text[error.start]!r}, at character {error.start}; "
                 "remove it"
             ) from None
-        return self._codec.encode(text, add_special_tokens)
+        try:
+            return self._codec.encode(text, add_special_tokens)
+        except Exception as error:  # all that the libraries raise, for want of a token that stands for what is unknown, say
+            raise PromptError(
+                f"the tokenizer of {self._model_name} cannot encode the prompt: {reason(error)}; "
+                "download the tokenizer again, or change the prompt"
+            ) from error
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of token ids; U+FFFD for bytes that are not UTF-8. Ids past the vocabulary are passed over."""
@@ -194,7 +201,7 @@ def _from_tokenizer_json(directory: Path, model_name: str) -> Tokenizer:
     try:
         tokenizer = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # all that the library raises
-        raise CheckpointError(f"{path}: cannot be read: {error}; download the file again") from None
+        raise CheckpointError(f"{path}: cannot be read: {reason(error)}; download the file again") from None
     config = _read_json(directory / "tokenizer_config.json")
     special_tokens = _special_tokens({**_read_json(directory / "special_tokens_map.json"), **config})
     # The config may call tokens special that tokenizer.json holds as plain ones; those it does not hold have no embedding.
@@ -213,9 +220,9 @@ def _from_transformers(directory: Path, model_name: str) -> Tokenizer:
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # it raises whatever the many libraries behind it do
-        reason = str(error).strip().split("\n", 1)[0]
+        said = str(error).strip().split("\n", 1)[0]
         raise CheckpointError(
-            f"{directory}: transformers cannot read the tokenizer: {reason}; put a tokenizer.json into the folder"
+            f"{directory}: transformers cannot read the tokenizer: {reason(said)}; put a tokenizer.json into the folder"
         ) from error
     return Tokenizer(
         model_name=model_name,
@@ -228,7 +235,12 @@ def _from_transformers(directory: Path, model_name: str) -> Tokenizer:
 def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
     """bos_token, eos_token and the like: plain texts, or objects with the text in `content`."""
     texts = {name: token.get("content") if isinstance(token, dict) else token for name, token in config.items()}
-    return {name: text for name, text in texts.items() if name.endswith("_token") and isinstance(text, str)}
+    return {name: text for name, text in texts.items() if name.endswith("_token") and isinstance(text, str) and _is_unicode(text)}
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether it has no half of a surrogate pair, which JSON can write and no tokenizer holds."""
+    return text.isascii() or not any("\ud800" <= each <= "\udfff" for each in text)
 
 
 def _chat_template(directory: Path, config: Mapping[str, Any]) -> str | None:
@@ -255,8 +267,8 @@ def _read_json(path: Path) -> dict[str, Any]:
         return {}
     try:
         fields = json.loads(_read_text(path))
-    except json.JSONDecodeError as error:
-        raise CheckpointError(f"{path}: not valid JSON: {error}; download the file again") from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets nested thousands deep
+        raise CheckpointError(f"{path}: not valid JSON: {reason(error)}; download the file again") from None
     if not isinstance(fields, dict):
         raise CheckpointError(f"{path}: holds {type(fields).__name__}, an object is needed; download the file again")
     return fields

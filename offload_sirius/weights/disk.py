@@ -127,20 +127,28 @@ class DirectFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.direct = True
+        self._lock = threading.Lock()
+        self._opened: list[int] = []
+        """Descriptors, all kept until the end: others may be reading from one that is not read from any more."""
         try:
-            self._descriptor = os.open(path, os.O_RDONLY | os.O_DIRECT)
+            self._opened.append(os.open(path, os.O_RDONLY | os.O_DIRECT))
+            self._direct: int | None = self._opened[0]
         except OSError as error:
             if error.errno != errno.EINVAL:
                 raise _unreadable(path, error) from error
-            self._fall_back()
+            self._direct = None
+            self._open_buffered()
 
-    def _fall_back(self) -> None:
+    @property
+    def direct(self) -> bool:
+        """Whether it is read past the page cache."""
+        return self._opened[-1] == self._direct
+
+    def _open_buffered(self) -> None:
         try:
-            self._descriptor = os.open(self.path, os.O_RDONLY)
+            self._opened.append(os.open(self.path, os.O_RDONLY))
         except OSError as error:
             raise _unreadable(self.path, error) from error
-        self.direct = False
 
     def read(self, offset: int, nbytes: int, buffer: memoryview) -> npt.NDArray[np.uint8]:
         """Read [offset, offset + nbytes) into the page-aligned buffer, of at least nbytes + 2 blocks. Returns a view of it."""
@@ -160,20 +168,22 @@ class DirectFile:
         return np.frombuffer(buffer, np.uint8, nbytes, lead)
 
     def _read_some(self, view: memoryview, offset: int) -> int:
+        descriptor = self._opened[-1]
         try:
-            return os.preadv(self._descriptor, [view], offset)
+            return os.preadv(descriptor, [view], offset)
         except OSError as error:
-            if error.errno != errno.EINVAL or not self.direct:
+            if error.errno != errno.EINVAL or descriptor != self._direct:
                 raise _unreadable(self.path, error) from error
         # Some file systems accept the flag and refuse the read, or part of one (a short read leaves an unaligned rest).
-        direct = self._descriptor
-        self._fall_back()
-        os.close(direct)
+        with self._lock:  # several readers may be told so at once
+            if self.direct:
+                self._open_buffered()
         return self._read_some(view, offset)
 
     def close(self) -> None:
         """Close the file."""
-        os.close(self._descriptor)
+        for descriptor in self._opened:
+            os.close(descriptor)
 
 
 def _unreadable(path: Path, error: OSError) -> WeightReadError:

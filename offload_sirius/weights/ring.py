@@ -15,6 +15,7 @@ from typing import Generic, TypeVar
 
 from offload_sirius.errors import OffloadSiriusError
 from offload_sirius.weights.copiers import Transfer
+from offload_sirius.weights.interrupts import interrupts_held
 from offload_sirius.weights.layout import Cargo
 
 SlotT = TypeVar("SlotT")
@@ -115,12 +116,13 @@ class Ring(Generic[SlotT]):
     def restart_at(self, layer: int) -> None:
         """The first layer ever, or a pass that was given up half-way: let what is under way arrive, and begin at the layer."""
         for flight in self._flights:
-            self.discarded_nbytes += flight.nbytes
             for transfer in (flight.attention, flight.neurons):
                 with contextlib.suppress(OffloadSiriusError):  # whoever asked for that layer was told; this pass reads it again
                     if transfer is not None:
                         transfer.wait()
-        self._flights.clear()
+        with interrupts_held():
+            self.discarded_nbytes += sum(flight.nbytes for flight in self._flights)
+            self._flights.clear()
         self._broken_off = False
         self._next = self._layers[self._cargo].index(layer)
         self._sending = self._cargo
@@ -136,7 +138,8 @@ class Ring(Generic[SlotT]):
     def _start(self, slot: SlotT) -> None:
         layers, cargo = self._layers[self._sending], self._sending
         layer = layers[self._next]
-        self._next = (self._next + 1) % len(layers)
-        if self._next == 0:
-            self._sending = self._following
-        self._flights.append(self._send(layer, cargo, slot))
+        with interrupts_held():  # a transfer that was begun and is not in the ring would write to its slot unseen, and uncounted
+            self._next = (self._next + 1) % len(layers)
+            if self._next == 0:
+                self._sending = self._following
+            self._flights.append(self._send(layer, cargo, slot))

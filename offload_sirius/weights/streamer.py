@@ -21,6 +21,7 @@ from offload_sirius.trace import Moment, Tracer
 from offload_sirius.weights.buffers import KeptNeurons, LayerBuffer
 from offload_sirius.weights.copiers import Copier, Transfer
 from offload_sirius.weights.embedding import Embedding
+from offload_sirius.weights.interrupts import interrupts_held
 from offload_sirius.weights.kept import KeptStore
 from offload_sirius.weights.layout import SLICES, Cargo, Part, slice_of
 from offload_sirius.weights.ring import Flight, Ring
@@ -227,13 +228,14 @@ class WeightStreamer(Streamer):
         flight = self._front_of(layer)
         assert flight.part == "gate", flight.part
         place = flight.slot.up_down[: len(neuron_ids)]
-        self.pass_nbytes[self._phase] += place.nbytes
         self._let_fetched_arrive()
-        self._fetching = transfer = self._copier.fetch(layer, neuron_ids, flight.slot)
-        if self._early is None:
-            # While the records are computed on, nobody asks for anything, and the link would idle in every layer. Of the slot the
-            # attention block has been used already.
-            self._early = self._copier.start(self._ring.next_layer, "attention", flight.slot)
+        with interrupts_held():
+            self.pass_nbytes[self._phase] += place.nbytes
+            self._fetching = transfer = self._copier.fetch(layer, neuron_ids, flight.slot)
+            if self._early is None:
+                # While the records are computed on, nobody asks for anything, and the link would idle in every layer. Of the slot
+                # the attention block has been used already.
+                self._early = self._copier.start(self._ring.next_layer, "attention", flight.slot)
         return FetchedRecords(place, lambda: self._fetched(layer, transfer))
 
     def keep(self, layer: int, neuron_ids: Tensor) -> None:
@@ -248,9 +250,10 @@ class WeightStreamer(Streamer):
         self._computed()
         if layer in self._residents:
             return
-        flight = self._ring.advance()
-        assert flight.layer == layer
-        self.pass_nbytes[self._phase] += flight.nbytes
+        with interrupts_held():  # what leaves the ring is counted
+            flight = self._ring.advance()
+            assert flight.layer == layer
+            self.pass_nbytes[self._phase] += flight.nbytes
 
     @property
     def discarded_nbytes(self) -> int:

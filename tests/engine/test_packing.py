@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,20 +14,21 @@ import torch
 
 import offload_sirius
 from offload_sirius.config import DecodingConfig, EngineConfig
-from offload_sirius.engine import Engine, NoProgress, open_model
+from offload_sirius.engine import Engine, NoProgress, open_model, packing
 from offload_sirius.engine.packing import pack, report_of, source_fingerprint, verify_copy
 from offload_sirius.engine.placement import DTYPES, place
 from offload_sirius.engine.planning import ELEMENT_NBYTES, as_packed, dtype_of
 from offload_sirius.errors import BudgetError, CheckpointError, ConfigError
 from offload_sirius.weights.buffers import LayerBuffer
 from offload_sirius.weights.disk import ReaderPool
-from offload_sirius.weights.layout import layer_layout
+from offload_sirius.weights.layout import LayerLayout, layer_layout
 from offload_sirius.weights.load import Loader
 from offload_sirius.weights.pieces import PIECE_NBYTES, reader_nbytes
 from offload_sirius.weights.quant import quantise_rows, quantization_error
 from offload_sirius_loaders import open_checkpoint
+from offload_sirius_loaders.checkpoint import PACKED_ROW_NBYTES
 from offload_sirius_loaders.pack_index import INDEX_NAME, MARKER_NAME, layer_file_name
-from offload_sirius_loaders.packed import open_packed
+from offload_sirius_loaders.packed import ERRORS_NOTE, open_packed
 
 from ..weights.simulated import SimulatedUplink
 from .conftest import CONTEXT, TINY, Load, hot_budgets
@@ -284,6 +287,44 @@ def test_damage_is_named_in_one_line_and_packing_again_repairs_it(tmp_path: Path
     packed_as({}, tmp_path / "m")
     assert path.read_bytes() == before
     verify_copy(model, NoProgress())
+
+
+@pytest.mark.parametrize("part", ["attention", "records"])
+def test_layers_of_another_size_are_refused_though_every_seal_is_right(
+    part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = packing.layer_layout
+
+    def wrong(*arguments: Any) -> LayerLayout:
+        """Where tensors lie is as it must be, and the part has a row of bytes behind them."""
+        layout = right(*arguments)
+        return replace(layout, **{f"{part}_nbytes": layout.part_nbytes(part) + PACKED_ROW_NBYTES})  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patched:
+        patched.setattr(packing, "layer_layout", wrong)
+        model = packed_as({}, tmp_path / "m")
+    checkpoint = open_packed(tmp_path / "m", "m")
+    with pytest.raises(CheckpointError, match="m: its layers are laid out in another way than by this version of the program"):
+        as_packed(EngineConfig(model=model), checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("note", "message"),
+    [
+        ("[1]", r"errors: holds \[1\], a JSON object is needed; .*"),
+        ("{", r"errors: broken JSON at line 1 .*"),
+        ('{"gate": 1}', r"errors: 'gate' is 1; a matrix with its errors is needed, pack the model again"),
+        ('{"x": {}}', r"errors: 'x' is \{\}; a matrix with its errors is needed, pack the model again"),
+        ('{"gate": {"largest": "a", "relative_rms": 0}}', r"errors of gate: largest is 'a'; it must be a number above -1"),
+    ],
+)
+def test_errors_that_are_none_are_refused_though_every_seal_is_right(note: str, message: str, tmp_path: Path) -> None:
+    model = packed_as({"quantize": "int8"}, tmp_path / "m")
+    checkpoint = open_packed(tmp_path / "m", "m")
+    file = checkpoint.files[layer_file_name(0)]
+    checkpoint.files[layer_file_name(0)] = replace(file, notes={ERRORS_NOTE: note})
+    with pytest.raises(CheckpointError, match=rf"{re.escape(model)}/{file.path.name}: {message}"):
+        checkpoint.errors(0)
 
 
 def test_a_packed_model_is_not_packed_again(tmp_path: Path) -> None:

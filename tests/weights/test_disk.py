@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -175,6 +176,28 @@ def test_a_file_system_that_refuses_o_direct_at_reading_is_read_buffered(tmp_pat
     monkeypatch.setattr(os, "preadv", refuse)
     assert file.read(10, 8000, read_buffers(1, 20000)[0]).tobytes() == content[10:8010]
     assert not file.direct
+
+
+def test_readers_that_are_refused_o_direct_at_the_same_time_all_read_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, content = written(tmp_path, 90_000)
+    real_preadv, num_readers = os.preadv, 6
+    file = DirectFile(path)
+    together = threading.Barrier(num_readers)
+    refused = threading.local()
+
+    def refuse(descriptor: int, buffers: list[memoryview], offset: int) -> int:
+        if not getattr(refused, "already", False):
+            refused.already = True
+            together.wait(timeout=30)
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return real_preadv(descriptor, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", refuse)
+    buffers = read_buffers(num_readers, 30_000)
+    with ThreadPoolExecutor(num_readers) as executor:
+        read = list(executor.map(lambda n: file.read(1000 * n, 20_000, buffers[n]).tobytes(), range(num_readers)))
+    assert read == [content[1000 * n : 1000 * n + 20_000] for n in range(num_readers)]
+    file.close()
 
 
 def test_short_reads_are_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

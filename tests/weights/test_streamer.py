@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import signal
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -321,6 +324,42 @@ def test_whatever_passes_follow_each_other_nothing_is_computed_on_wrong_bytes_an
     streamer, _ = make(6, resident, min(num_slots, max(2, len(streamed))), copier, sliceable)
     for this in sequence:
         run_sparse(streamer, this, sliceable, resident, 6)
+        assert streamer.copied_nbytes == sum(streamer.pass_nbytes.values()) + streamer.discarded_nbytes + in_flight(streamer)
+
+
+@dataclass
+class Alarm:
+    """Ctrl-C, a real signal, in front of the call of that number."""
+
+    moment: int
+    num_calls: int = 0
+
+    def before(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        """Count calls of it."""
+
+        def watched(*arguments: Any) -> Any:
+            self.num_calls += 1
+            if self.num_calls == self.moment:
+                signal.raise_signal(signal.SIGINT)
+            return call(*arguments)
+
+        return watched
+
+
+@pytest.mark.parametrize("cargo", ["records", "gate", "kept"])
+def test_ctrl_c_as_a_transfer_begins_or_a_layer_is_released_leaves_every_byte_counted_once(cargo: Cargo) -> None:
+    """In front of each transfer of two passes, and as each layer leaves the ring."""
+    this = Pass(cargo=cargo, following=cargo)
+    for moment in range(12 * 3):
+        streamer, copier = make(6, set(), 2, DisorderlyCopier(pick=lambda below: 0), set(range(6)))
+        alarm = Alarm(moment)
+        copier.start, copier.fetch = alarm.before(copier.start), alarm.before(copier.fetch)  # type: ignore[method-assign]
+        streamer._ring.advance = alarm.before(streamer._ring.advance)  # type: ignore[method-assign]
+        with contextlib.suppress(KeyboardInterrupt):
+            for _ in range(2):
+                run_sparse(streamer, this, set(range(6)), set(), 6)
+        assert alarm.num_calls >= moment
+        run_sparse(streamer, this, set(range(6)), set(), 6)
         assert streamer.copied_nbytes == sum(streamer.pass_nbytes.values()) + streamer.discarded_nbytes + in_flight(streamer)
 
 
