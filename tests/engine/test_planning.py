@@ -354,3 +354,27 @@ def test_a_plan_has_room_for_recorded_draft_steps_where_a_device_records_them(
     assert more == (recorded_steps_nbytes(SMALL.spec, with_graphs.context, 4) if billed else 0)
     assert not without.records_drafts
     assert with_graphs.records_drafts or not billed
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"mode": "full"}, {"draft": "streamed"}, {"draft": "resident"}, {"mode": "full", "kv_dtype": "int8"}],
+    ids=str,
+)
+def test_a_context_too_long_for_the_budget_is_refused_with_the_longest_that_works(settings: dict[str, Any]) -> None:
+    kv_dtype = settings.get("kv_dtype", "auto")
+    decoding = DecodingConfig(**{name: value for name, value in settings.items() if name != "kv_dtype"})
+    config = EngineConfig(device_memory="16MiB", max_context=2048, decoding=decoding, kv_dtype=kv_dtype)
+    remedies = r"--device-memory [^,]+, or (--draft streamed, or )?--max-context \d+ at most$"
+    with pytest.raises(BudgetError, match=remedies) as caught:
+        plan_model(SMALL, config, HERE)
+    longest = int(str(caught.value).split()[-3])
+    assert 1 <= longest < 2048
+    plan_model(SMALL, replace(config, max_context=longest), HERE)
+    with pytest.raises(BudgetError):
+        plan_model(SMALL, replace(config, max_context=longest + 1), HERE)
+
+
+def test_where_no_context_fits_none_is_offered() -> None:
+    with pytest.raises(BudgetError, match=r"give at least --device-memory [\w.]+$"):
+        plan_model(SMALL, EngineConfig(device_memory="1MiB", decoding=DecodingConfig(mode="full")), HERE)
