@@ -170,7 +170,6 @@ class Planned:
     dtype: DtypeName
     context: int
     """Positions of the KV cache."""
-    batch: int
     computed: bool
     """Synthetic weights: nothing is read before the first token, but for those that are streamed from disk."""
     layout: LayerLayout
@@ -182,6 +181,11 @@ class Planned:
     def spec(self) -> ModelSpec:
         """The model's shape."""
         return self.checkpoint.spec
+
+    @property
+    def batch(self) -> int:
+        """Answers that share the passes."""
+        return self.config.parallel
 
     def with_more(self, *, device_nbytes: int = 0, host_nbytes: int = 0) -> Planned:
         """The same with larger budgets, whether or not this machine has as much."""
@@ -288,13 +292,11 @@ class Planned:
         )
 
     def _layer_cache_nbytes(self, positions: int) -> int:
-        nbytes = cache_nbytes(self.config, self.spec, positions, ELEMENT_NBYTES[self.dtype], self.batch)
+        nbytes = cache_nbytes(self.config, self.spec, positions, ELEMENT_NBYTES[self.dtype])
         return nbytes // self.spec.num_layers
 
 
-def plan_model(
-    checkpoint: Checkpoint, config: EngineConfig, hardware: Hardware, *, batch: int = 1, computed: bool | None = None
-) -> Planned:
+def plan_model(checkpoint: Checkpoint, config: EngineConfig, hardware: Hardware, *, computed: bool | None = None) -> Planned:
     """Decide. config: of a packed model as `as_packed` gives it. computed: the weights are in no file; default: as the checkpoint
     says.
 
@@ -308,7 +310,7 @@ def plan_model(
     layout = layer_layout(spec, element_nbytes, num_gathered, config.weight_format)
     # Looks at every tensor of the checkpoint, so only once.
     readers = reader_nbytes(checkpoint)
-    demand_of = partial(_demand, checkpoint, config, hardware, layout, batch=batch, reader_nbytes=readers)
+    demand_of = partial(_demand, checkpoint, config, hardware, layout, reader_nbytes=readers)
     demand = demand_of(context)
     try:
         budgets = _budgets(spec, layout, demand, config, hardware)
@@ -328,7 +330,6 @@ def plan_model(
         hardware=hardware,
         dtype=dtype,
         context=context,
-        batch=batch,
         computed=checkpoint.path is None if computed is None else computed,
         layout=layout,
         demand=demand,
@@ -344,7 +345,6 @@ def _demand(
     layout: LayerLayout,
     context: int,
     *,
-    batch: int,
     reader_nbytes: int,
 ) -> Demand:
     """What a plan has to make room for, with so many positions of each sequence."""
@@ -353,9 +353,9 @@ def _demand(
     resident_draft = sparse is not None and decoding.draft == "resident"
     recorded = resident_draft and hardware.own_memory and records_drafts(config)
     return Demand(
-        kv_cache_nbytes=cache_nbytes(config, spec, context, element_nbytes, batch),
-        position_tables_nbytes=position_tables_nbytes(spec, context, element_nbytes),
-        activation_nbytes=computing_nbytes(config, spec, context, element_nbytes, batch)
+        kv_cache_nbytes=cache_nbytes(config, spec, context, element_nbytes),
+        position_tables_nbytes=position_tables_nbytes(spec, context, element_nbytes, config.parallel),
+        activation_nbytes=computing_nbytes(config, spec, context, element_nbytes)
         + (recorded_nbytes(config, spec, context, element_nbytes) if recorded else 0),
         reader_nbytes=reader_nbytes,
         embedding_on_device=spec.tied_head,
@@ -373,21 +373,21 @@ def _least_device_nbytes(spec: ModelSpec, layout: LayerLayout, demand: Demand) -
     return (least_hot_device_nbytes if demand.num_hot else least_device_nbytes)(spec, layout, demand)
 
 
-def computing_nbytes(config: EngineConfig, spec: ModelSpec, num_tokens: int, element_nbytes: int, batch: int = 1) -> int:
-    """Device bytes that passes over a prompt of that many tokens, and over windows behind it, take beside what stays there."""
-    decoding = config.decoding
-    observed, step_rows = sparsity_of(decoding, spec) is not None, decoding.max_nodes
-    nbytes = activation_nbytes(spec, num_tokens, element_nbytes, batch=batch, step_rows=step_rows, observed=observed)
+def computing_nbytes(config: EngineConfig, spec: ModelSpec, num_tokens: int, element_nbytes: int) -> int:
+    """Device bytes that passes over prompts of that many tokens together, and over windows behind them, take beside what stays
+    there."""
+    observed, step_rows = sparsity_of(config.decoding, spec) is not None, config.step_rows
+    nbytes = activation_nbytes(spec, num_tokens, element_nbytes, step_rows=step_rows, observed=observed)
     if config.kv_dtype == "int8":
         nbytes += quantized_attention_nbytes(spec, max(min(CHUNK_SIZE, num_tokens), step_rows), num_tokens)
     return nbytes + (unpacking_nbytes(spec, element_nbytes, step_rows) if config.weight_format else 0)
 
 
-def cache_nbytes(config: EngineConfig, spec: ModelSpec, num_positions: int, element_nbytes: int, batch: int = 1) -> int:
-    """Device bytes of keys and values, of that many positions of each sequence."""
+def cache_nbytes(config: EngineConfig, spec: ModelSpec, num_positions: int, element_nbytes: int) -> int:
+    """Device bytes of keys and values, of that many positions of each answer."""
     if config.kv_dtype == "int8":
-        return quantized_kv_cache_nbytes(spec, batch, num_positions)
-    return kv_cache_nbytes(spec, batch, num_positions, element_nbytes)
+        return quantized_kv_cache_nbytes(spec, config.parallel, num_positions)
+    return kv_cache_nbytes(spec, config.parallel, num_positions, element_nbytes)
 
 
 def recorded_nbytes(config: EngineConfig, spec: ModelSpec, capacity: int, element_nbytes: int) -> int:
@@ -398,7 +398,7 @@ def recorded_nbytes(config: EngineConfig, spec: ModelSpec, capacity: int, elemen
 
 def scored_rows_of(config: EngineConfig, spec: ModelSpec, num_tokens: int, element_nbytes: int) -> int:
     """Tokens of a prompt whose logits there is room for at once, where computing_nbytes was planned for so many tokens."""
-    observed, step_rows = sparsity_of(config.decoding, spec) is not None, config.decoding.max_nodes
+    observed, step_rows = sparsity_of(config.decoding, spec) is not None, config.step_rows
     return scored_rows(spec, num_tokens, element_nbytes, step_rows=step_rows, observed=observed)
 
 
