@@ -247,6 +247,11 @@ def head_nbytes(spec: ModelSpec, element_nbytes: int, head_format: WeightFormat 
     return spec.vocab_size * (spec.width * element_nbytes if head_format is None else head_format.row_nbytes(spec.width))
 
 
+def least_device_nbytes(spec: ModelSpec, layout: LayerLayout, demand: Demand) -> int:
+    """Device bytes that a plan takes at least."""
+    return sum(fixed_device_bill(spec, layout, demand).values()) + min(MIN_SLOTS, spec.num_layers) * layout.nbytes
+
+
 def _layer_room(num_layers: int, layer_nbytes: int, fixed_nbytes: int, budget_nbytes: int) -> int:
     """Layers, resident ones and slots together, that the device has room for; num_layers at most."""
     room = min((budget_nbytes - fixed_nbytes) // layer_nbytes, num_layers)
@@ -254,7 +259,7 @@ def _layer_room(num_layers: int, layer_nbytes: int, fixed_nbytes: int, budget_nb
     if budget_nbytes < needed:
         raise BudgetError(
             f"device budget {format_size(budget_nbytes)} is too small: head, KV cache, activations and {MIN_SLOTS} layer slots "
-            f"need {format_size(needed)}; give at least --device-memory {as_flag(needed)}, or a smaller --max-context"
+            f"need {format_size(needed)}; give at least --device-memory {as_flag(needed)}"
         )
     return room
 

@@ -39,7 +39,7 @@ from offload_sirius.engine.conversation import Conversation
 from offload_sirius.engine.engine import Engine
 from offload_sirius.errors import ConfigError, PromptError
 from offload_sirius.model.tokenizer import Message
-from offload_sirius.model.transformer import Transformer
+from offload_sirius.model.transformer import Tokens, Transformer
 
 from .conftest import TINY, Pipe, Ran, Run
 
@@ -107,13 +107,13 @@ def test_a_turn_computes_its_own_tokens_only(
     mode: str, session: ChatSession, prompts: Prompts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prefilled: list[int] = []
-    prefill = Transformer.prefill
+    prefill = Transformer.prefill_all
 
-    def counted(self: Transformer, token_ids: Tensor, *arguments: Any) -> Tensor:
-        prefilled.append(len(token_ids))
-        return prefill(self, token_ids, *arguments)
+    def counted(self: Transformer, prompts: Sequence[Tokens], *arguments: Any) -> Tensor:
+        prefilled.append(sum(len(prompt.token_ids) for prompt in prompts))
+        return prefill(self, prompts, *arguments)
 
-    monkeypatch.setattr(Transformer, "prefill", counted)
+    monkeypatch.setattr(Transformer, "prefill_all", counted)
     run_command(session, f"/mode {mode}")
     written: list[list[int]] = []
     for content in ("hello", "and?", "well?"):
@@ -345,7 +345,7 @@ def test_ctrl_c_before_anything_was_written_takes_the_message_back_for_retry(
     session.answer("hello")
     before = list(session.conversation.turns)
     with monkeypatch.context() as patched:
-        patched.setattr(Transformer, "prefill", lambda *_: signal.raise_signal(signal.SIGINT))
+        patched.setattr(Transformer, "prefill_all", lambda *_: signal.raise_signal(signal.SIGINT))
         session.answer("and?")
         assert session.conversation.turns == before
         run_command(session, "/retry")
@@ -353,7 +353,7 @@ def test_ctrl_c_before_anything_was_written_takes_the_message_back_for_retry(
     run_command(session, "/retry")
     assert [turn.question for turn in session.conversation.turns] == ["hello", "and?"]
     with monkeypatch.context() as patched:
-        patched.setattr(Transformer, "prefill", lambda *_: signal.raise_signal(signal.SIGINT))
+        patched.setattr(Transformer, "prefill_all", lambda *_: signal.raise_signal(signal.SIGINT))
         both = list(session.conversation.turns)
         run_command(session, "/retry")
         assert session.conversation.turns == both, "an answer that could not be written anew stays"

@@ -34,7 +34,7 @@ DOCUMENTED = {
         "--resident-first --prior --draft-keep --tree-width --lookup "
         "--device --device-memory --host-memory --link-gbps --dtype --quantize --quantize-group --quantize-head "
         "--max-context --auto --cuda-graphs --device-tflops "
-        "--device-gbps --disk-gbps --prompt-tokens --batch --json --verbose"
+        "--device-gbps --disk-gbps --prompt-tokens --parallel --json --verbose"
     ),
     "pack": "--model --out --quantize --quantize-group --dtype --report --verify --json --verbose",
     "doctor": "--path --measure --json",
@@ -125,4 +125,5 @@ def parameters(command: Callable[..., Any]) -> dict[str, Any]:
 def test_every_setting_can_be_given_on_the_command_line() -> None:
     configs = (EngineConfig, DecodingConfig, GenerationConfig, SamplingConfig)
     settings = {name for config in configs for name in config.__dataclass_fields__}
-    assert settings - {"decoding", "sampling"} <= set(parameters(generate))
+    of_several_answers = {"parallel", "reuse", "logprobs"}
+    assert settings - {"decoding", "sampling"} - of_several_answers <= set(parameters(generate))

@@ -72,6 +72,14 @@ def test_kept_branches_take_their_scales_along() -> None:
         assert torch.equal(kept.plain(), all_of_it[:, :, [0, 1, 2, 4, 7]])
 
 
+def test_a_beginning_that_another_cache_takes_comes_with_its_scales() -> None:
+    cache, other = filled(8), QuantizedKVCache(SPEC, CAPACITY, dtype=torch.float32)
+    other.take(cache, 5)
+    assert other.length == 5
+    for taken, own in zip(other.read(1, 0, 5), cache.read(1, 0, 5), strict=True):
+        assert torch.equal(taken.plain(), own.plain())
+
+
 def test_bytes_are_those_of_the_formula() -> None:
     assert filled(1).nbytes == quantized_kv_cache_nbytes(SPEC, 1, CAPACITY) == 2 * 2 * 3 * CAPACITY * (2 + 4)
 
