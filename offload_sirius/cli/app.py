@@ -12,7 +12,7 @@ from typing import Any
 import typer
 
 from offload_sirius import __version__
-from offload_sirius.cli import bench, doctor, generate, models, pack, plan
+from offload_sirius.cli import bench, doctor, generate, models, pack, plan, serve
 from offload_sirius.errors import USER_ERRORS
 
 # Some versions of typer carry a click of their own, others use the installed one: this is the base of the errors of either.
@@ -30,6 +30,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command(epilog=generate.EXAMPLES)(generate.generate)
+app.command(epilog=serve.EXAMPLES)(serve.serve)
 app.command(epilog=plan.EXAMPLES)(plan.plan)
 app.command(epilog=pack.EXAMPLES)(pack.pack)
 app.add_typer(bench.app, name="bench")

@@ -104,6 +104,16 @@ class Engine:
         return self._placement.plan
 
     @property
+    def context(self) -> int:
+        """Positions of the KV cache: a prompt and its answer."""
+        return self._placement.context
+
+    @property
+    def streamer(self) -> Streamer:
+        """Where the weights come from; its counters are those of the link."""
+        return self._streamer
+
+    @property
     def rates_problem(self) -> str:
         """One line where the rates measured on this machine could not be read; predictions then rest on assumed ones."""
         return self._placement.rates_problem

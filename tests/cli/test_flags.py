@@ -34,6 +34,13 @@ DOCUMENTED = {
         "--max-context --auto --cuda-graphs --device-tflops "
         "--device-gbps --disk-gbps --prompt-tokens --batch --json --verbose"
     ),
+    "serve": (
+        "--host --port --api-key --served-name --max-queue --max-request-size --grace "
+        "--model --mode --sparsity --keep --cats-threshold --window --accept --threshold --draft --resident-first --refresh "
+        "--refresh-decay --overlap --prior --draft-keep --tree-width --lookup --device --device-memory --host-memory "
+        "--link-gbps --dtype --quantize --quantize-group --max-context --auto --threads --cuda-graphs --shared-host-buffers "
+        "--verbose"
+    ),
     "pack": "--model --out --quantize --quantize-group --dtype --report --verify --json --verbose",
     "doctor": "--path --measure --json",
     "models": "--json",
