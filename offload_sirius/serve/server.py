@@ -75,6 +75,7 @@ def serve(
     if worker.engine.done() and (error := worker.engine.exception()) is not None:
         raise error
     worker.close()
+    worker.engine.result().close()
     return 0
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from concurrent.futures import Future
-from contextlib import ExitStack
+from contextlib import closing
 from dataclasses import dataclass, field
 from threading import Condition, Thread
 from typing import Literal, Protocol
@@ -86,7 +86,8 @@ class Worker:
     """Jobs come from any thread; all that the engine is asked happens in this one."""
 
     def __init__(self, load: Callable[[], Loaded], max_queue: int) -> None:
-        """load: called in the thread, so that whoever starts it can say meanwhile that the model is loading."""
+        """load: called in the thread, so that whoever starts it can say meanwhile that the model is loading. What it has made is
+        closed by whoever gave it."""
         self.engine: Future[Engine] = Future()
         """Done when the model is loaded; its exception says why it could not be."""
         self.figures = Figures()
@@ -161,7 +162,7 @@ class Worker:
             self.cancel(job, ServerStoppingError())
 
     def close(self) -> None:
-        """End what is left, close the engine and wait for it."""
+        """End what is left, and wait for it."""
         self.stop()
         self.end_answers()
         with self._changed:
@@ -175,21 +176,20 @@ class Worker:
         return max(1, min(MAX_RETRY_SECONDS, round(seconds)))
 
     def _run(self) -> None:
-        with ExitStack() as closing:
-            try:
-                engine, batch = self._load()
-            except BaseException as error:
-                self.engine.set_exception(error)
-                return
-            closing.callback(engine.close)
-            closing.callback(batch.close)
-            self._max_answers = batch.max_answers
-            self.engine.set_result(engine)
+        try:
+            engine, batch = self._load()
+        except BaseException as error:
+            self.engine.set_exception(error)
+            return
+        self._max_answers = batch.max_answers
+        self.engine.set_result(engine)
+        with closing(batch):
             while self._take(batch):
-                self._step(engine, batch)
+                if self._active:
+                    self._step(engine, batch)
 
     def _take(self, batch: Batcher) -> bool:
-        """Wait until there is something to do, and give free slots to those whose turn it is. False: nothing will come."""
+        """Wait until there is something to do, and give free slots to those whose turn it is. False: no more will come."""
         with self._changed:
             while not self._waiting and not self._active:
                 if self._closing:
