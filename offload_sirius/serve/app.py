@@ -156,19 +156,19 @@ async def _events(exchange: Exchange, events: list[Event], reply: Reply, *, incl
     """A stream from its first piece to its end. Pieces that come together go together."""
     if (beginning := reply.first()) is not None:
         yield event(beginning)
-    try:
-        while True:
-            pieces = [each for each in events if isinstance(each, TextPiece)]
-            if (chunk := reply.pieces(pieces)) is not None:
-                yield event(chunk)
-            if isinstance(result := events[-1], Generation):
-                break
+    while True:
+        pieces = [each for each in events if isinstance(each, TextPiece)]
+        if (chunk := reply.pieces(pieces)) is not None:
+            yield event(chunk)
+        if isinstance(result := events[-1], Generation):
+            break
+        try:
             events = await exchange.take()
-    except ClientLeftError:
-        return
-    except Exception as error:
-        yield event(as_api_error(error).body)
-        return
+        except ClientLeftError:
+            return
+        except Exception as error:  # what the worker has ended the answer with
+            yield event(as_api_error(error).body)
+            return
     yield event(reply.last(result))
     if include_usage:
         yield event(reply.usage(result))

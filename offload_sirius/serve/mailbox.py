@@ -37,6 +37,8 @@ class Mailbox:
 
     async def take(self) -> list[Event]:
         """All there is, once there is anything."""
-        await self._arrived.wait()
-        self._arrived.clear()
+        # It may have been set once more for an event that was taken with the one before.
+        while not self._events:
+            self._arrived.clear()
+            await self._arrived.wait()
         return [self._events.popleft() for _ in range(len(self._events))]
