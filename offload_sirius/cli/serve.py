@@ -127,10 +127,10 @@ def _run(engine_config: EngineConfig, serving: ServeConfig, *, verbose: bool) ->
     from offload_sirius.serve.sequential import Sequential
     from offload_sirius.serve.worker import Loaded
 
-    # What can be known before anything is loaded: that the model is there, and that the port is free.
+    # What can be known before anything is loaded: that the port is free, and that the model is there.
+    listener = bind(serving)
     model = open_model(engine_config.model)
     names = names_of_model(engine_config.model, model.spec.name, serving.served_name)
-    listener = bind(serving)
     where = _address(listener.getsockname())
     say(f"{where}: loading {names[0]}")
 

@@ -115,7 +115,7 @@ class Process:
         assert self._ready.wait(timeout=120), self.lines
         assert self.url, self.lines
 
-    def signal(self, number: signal.Signals = signal.SIGTERM) -> None:
+    def signal(self, number: signal.Signals) -> None:
         """Send a signal."""
         self.process.send_signal(number)
 
