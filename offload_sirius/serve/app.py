@@ -8,12 +8,14 @@ import logging
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, replace
 
+import torch
 from fastapi import APIRouter, Depends, FastAPI
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from offload_sirius import machine
 from offload_sirius.config import GenerationConfig, ServeConfig
 from offload_sirius.decode.result import Generation
 from offload_sirius.decode.stream import TextPiece
@@ -231,13 +233,14 @@ def figures_json(service: Service) -> Json:
 
 def memory_of(engine: Engine) -> Memory:
     """What the plan says, and what there is."""
-    import torch
-
-    from offload_sirius import machine
-
     device = engine.device
-    total = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else machine.total_host_nbytes()
-    return Memory(device_total_nbytes=total, device_bill=engine.plan.device_bill, host_bill=engine.plan.host_bill)
+    is_cuda = device.type == "cuda"
+    total = torch.cuda.get_device_properties(device).total_memory if is_cuda else machine.total_host_nbytes()
+    return Memory(
+        device_budget_nbytes=engine.config.device_size.nbytes or total,
+        device_bill=engine.plan.device_bill,
+        host_bill=engine.plan.host_bill,
+    )
 
 
 def _health(worker: Worker) -> Json:

@@ -139,7 +139,8 @@ def _rates(first: _Sample, last: _Sample) -> Rates:
 class Memory:
     """Planned bytes by purpose, and what there is."""
 
-    device_total_nbytes: int
+    device_budget_nbytes: int
+    """All of the device's memory where none is set in bytes."""
     device_bill: Mapping[str, int]
     host_bill: Mapping[str, int]
 
@@ -148,7 +149,7 @@ class Memory:
         return {
             "device_plan_bytes": sum(self.device_bill.values()),
             "device_bill": dict(self.device_bill),
-            "device_total_bytes": self.device_total_nbytes,
+            "device_budget_bytes": self.device_budget_nbytes,
             "host_plan_bytes": sum(self.host_bill.values()),
             "host_bill": dict(self.host_bill),
             "host_resident_bytes": machine.resident_nbytes(),
