@@ -133,9 +133,10 @@ def _run(engine_config: EngineConfig, serving: ServeConfig, *, verbose: bool) ->
     names = names_of_model(engine_config.model, model.spec.name, serving.served_name)
     where = _address(listener.getsockname())
     say(f"{where}: loading {names[0]}")
+    progress = LoadProgress()
 
     def load() -> Loaded:
-        engine = build(model, engine_config, LoadProgress())
+        engine = build(model, engine_config, progress)
         if engine.rates_problem:
             say(engine.rates_problem)
         if verbose:
@@ -145,7 +146,7 @@ def _run(engine_config: EngineConfig, serving: ServeConfig, *, verbose: bool) ->
     def on_ready() -> None:
         say(f"{where}: {names[0]} is ready; a page to chat is there, and OpenAI's API at {where}/v1")
 
-    return run(listener, load, serving, names, on_ready)
+    return run(listener, load, serving, names, on_ready=on_ready, on_abort=progress.end)
 
 
 def _address(name: tuple[Any, ...]) -> str:

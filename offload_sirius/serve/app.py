@@ -37,6 +37,9 @@ _LOG = logging.getLogger(__name__)
 MAILBOX_CAPACITY = 512
 """Pieces that wait for a client's connection; a client that lets more of them wait is let go."""
 
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+"""Names that lead to this machine from this machine only."""
+
 CLIENT_LEFT = 499
 """Nobody reads this status; it is for the metrics, where nginx' number for it is well known."""
 
@@ -92,10 +95,11 @@ def _open_routes(service: Service) -> APIRouter:
 def _api_routes(service: Service) -> APIRouter:
     """For those who have the key, where there is one."""
 
-    async def authorized(request: Request) -> None:
+    async def allowed(request: Request) -> None:
+        _require_own_page(service.config, request)
         _require_key(service.config.api_key, request)
 
-    routes = APIRouter(dependencies=[Depends(_same_origin), Depends(authorized)])
+    routes = APIRouter(dependencies=[Depends(allowed)])
 
     @routes.get("/metrics")
     async def metrics() -> Response:
@@ -140,17 +144,18 @@ async def _answer(service: Service, request: Request, read: Callable[[bytes], As
     reply = Reply(model=asked.model, is_chat=asked.is_chat)
     try:
         if not asked.stream:
-            with exchange:
-                _, result = await exchange.result()
+            _, result = await exchange.result()
+            exchange.end()
             return JSONResponse(reply.whole(result))
         # What is wrong before the first piece still has a status of its own.
         first = await exchange.take()
-    except ClientLeftError:
+    except BaseException as error:
         exchange.end()
-        return Response(status_code=CLIENT_LEFT)
-    except Exception as error:
-        exchange.end()
-        raise as_api_error(error) from error
+        if isinstance(error, ClientLeftError):
+            return Response(status_code=CLIENT_LEFT)
+        if isinstance(error, Exception):
+            raise as_api_error(error) from error
+        raise
     return EventStream(exchange, _events(exchange, first, reply, include_usage=asked.include_usage))
 
 
@@ -192,6 +197,8 @@ def _encode(engine: Engine, asked: Asked) -> list[int]:
 
 def _generation(engine: Engine, asked: Asked, num_prompt: int) -> GenerationConfig:
     """The settings of an answer, as long as there is room for. Raises ApiError."""
+    if asked.num_top_logprobs is not None:
+        raise ApiError(400, "logprobs are not supported; leave it out", code="unsupported_parameter", param="logprobs")
     room = engine.context - num_prompt + 1
     if room < 1:
         message = f"the prompt has {num_prompt} tokens and the server has room for {engine.context}, the answer included"
@@ -265,11 +272,16 @@ def _require_model(service: Service, name: str) -> None:
         raise ApiError(404, message, code="model_not_found", param="model")
 
 
-async def _same_origin(request: Request) -> None:
+def _require_own_page(config: ServeConfig, request: Request) -> None:
     """Pages of other sites must not have a visitor's browser ask this server."""
-    origin = request.headers.get("origin")
-    if origin is not None and origin.partition("://")[2] != request.headers.get("host"):
+    host, origin = request.headers.get("host", ""), request.headers.get("origin")
+    if origin is not None and origin.partition("://")[2] != host:
         raise ApiError(403, f"requests from pages of {origin[:100]!r} are not answered; ask from the server's own page")
+    # A name of somebody's own may lead to this machine, and make a page of theirs look like the server's.
+    name = (request.url.hostname or "").lower()
+    if config.api_key is None and config.host in LOOPBACK and name not in (*LOOPBACK, config.host):
+        message = f"this server is not known as {name[:100]!r}; ask for {config.host}, or start it with --api-key"
+        raise ApiError(403, message, code="unknown_host")
 
 
 def _require_key(api_key: str | None, request: Request) -> None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from types import TracebackType
 from typing import Any
 
 from starlette.responses import Response
@@ -24,7 +23,7 @@ STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 
 class Exchange:
-    """From the job's submission to its end; as a context, it takes care that nothing is left behind."""
+    """From the job's submission to its end, for which `end` must be called."""
 
     def __init__(self, worker: Worker, job: Job, mailbox: Mailbox, receive: Receive) -> None:
         """receive: of a request whose body has been read; what is left to come is that the client leaves."""
@@ -67,12 +66,6 @@ class Exchange:
         """Leave nothing behind: the job ends where it has not."""
         self.left.cancel()
         self._worker.cancel(self._job, reason or ClientLeftError())
-
-    def __enter__(self) -> Exchange:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
-        self.end()
 
 
 class EventStream(Response):

@@ -7,7 +7,6 @@ import contextlib
 import os
 import signal
 import socket
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -61,17 +60,23 @@ def names_of_model(model: str, own_name: str, served: tuple[str, ...]) -> tuple[
 
 
 def serve(
-    listener: socket.socket, load: Callable[[], Loaded], config: ServeConfig, names: tuple[str, ...], on_ready: Callable[[], None]
+    listener: socket.socket,
+    load: Callable[[], Loaded],
+    config: ServeConfig,
+    names: tuple[str, ...],
+    *,
+    on_ready: Callable[[], None],
+    on_abort: Callable[[], None],
 ) -> int:
     """Answer until a signal comes. Returns 0. Raises what made loading fail.
 
     load: brings the model, in a thread of its own; on_ready: called when it has. The first SIGINT or SIGTERM lets running answers
-    end, the second ends all at once, with 130.
+    end, the second ends all at once, with 130. on_abort: called before the process ends so.
     """
     worker = Worker(load, config.max_queue)
     metrics = Metrics(worker)
     service = Service(worker=worker, config=config, names=names, created=int(time.time()), metrics=metrics)
-    asyncio.run(_Server(service, on_ready).run(listener))
+    asyncio.run(_Server(service, on_ready, on_abort).run(listener))
     if worker.engine.done() and (error := worker.engine.exception()) is not None:
         raise error
     worker.close()
@@ -91,10 +96,11 @@ class _Uvicorn(uvicorn.Server):
 class _Server:
     """The event loop's side of a server."""
 
-    def __init__(self, service: Service, on_ready: Callable[[], None]) -> None:
+    def __init__(self, service: Service, on_ready: Callable[[], None], on_abort: Callable[[], None]) -> None:
         self._service = service
         self._worker = service.worker
         self._on_ready = on_ready
+        self._on_abort = on_abort
         self._http = _Uvicorn(
             uvicorn.Config(
                 make_app(service),
@@ -130,7 +136,7 @@ class _Server:
         if self._worker.is_stopping or not self._worker.engine.done():
             # Nothing to finish, or nobody wants it finished; a thread that loads or computes cannot be asked to end.
             code = 130 if self._worker.is_stopping else 0
-            sys.stderr.flush()
+            self._on_abort()
             os._exit(code)
         self._worker.stop()
         self._http.should_exit = True

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -71,7 +71,7 @@ def serve(engine: Engine) -> Iterator[Serve]:
         worker.start()
         worker.engine.result(timeout=60)
         service = Service(worker=worker, config=config, names=(NAME, "alias"), created=0, metrics=Metrics(worker))
-        return TestClient(make_app(service), raise_server_exceptions=False)
+        return TestClient(make_app(service), base_url="http://127.0.0.1", raise_server_exceptions=False)
 
     yield serve
     for worker in workers:
@@ -84,26 +84,18 @@ def client(serve: Serve) -> TestClient:
     return serve()
 
 
+COMMAND = (sys.executable, "-m", "offload_sirius", "serve", "--port", "0", "--device", "cpu", "--threads", "1")
+
+
 class Process:
     """`offload-sirius serve` in a process of its own."""
 
-    def __init__(self, *arguments: str) -> None:
-        command = [
-            sys.executable,
-            "-m",
-            "offload_sirius",
-            "serve",
-            "--port",
-            "0",
-            "--device",
-            "cpu",
-            "--threads",
-            "1",
-            *arguments,
-        ]
+    def __init__(self, *arguments: str, command: Sequence[str] = COMMAND) -> None:
         # Its threads shall not spin while they wait: tests share the machine.
         environment = os.environ | {"OMP_WAIT_POLICY": "passive"}
-        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=environment)
+        self.process = subprocess.Popen(
+            [*command, *arguments], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=environment
+        )
         self.lines: list[str] = []
         self.url = ""
         self._ready = threading.Event()

@@ -197,9 +197,18 @@ def test_with_a_key_only_those_who_send_it_are_answered(serve: Serve) -> None:
 
 
 def test_pages_of_other_sites_are_not_answered(client: TestClient) -> None:
-    assert client.post("/v1/completions", json=COMPLETION, headers={"Origin": "http://testserver"}).status_code == 200
+    assert client.post("/v1/completions", json=COMPLETION, headers={"Origin": "http://127.0.0.1"}).status_code == 200
     error = error_of(client.post("/v1/completions", json=COMPLETION, headers={"Origin": "http://evil.example"}), 403)
     assert error["type"] == "permission_error"
+    # Not even those whose name has been made to lead here.
+    own = {"Origin": "http://evil.example", "Host": "evil.example"}
+    assert error_of(client.post("/v1/completions", json=COMPLETION, headers=own), 403)["code"] == "unknown_host"
+
+
+def test_a_server_with_a_key_or_for_other_machines_may_be_called_by_any_name(serve: Serve) -> None:
+    key = {"Authorization": "Bearer secret", "Host": "models.example"}
+    assert serve(api_key="secret").get("/v1/models", headers=key).status_code == 200
+    assert serve(host="0.0.0.0").get("/v1/models", headers={"Host": "models.example"}).status_code == 200
 
 
 def test_a_failure_of_the_engine_is_a_500_and_health_tells(

@@ -6,7 +6,9 @@ import contextlib
 import json
 import signal
 import socket
+import sys
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -206,3 +208,32 @@ def test_a_second_signal_ends_at_once(chatty: Path) -> None:
         server.signal(signal.SIGTERM)
         assert server.ended()[0] == 130
         assert waiting.recv(4096) == b""
+
+
+LOADING = """
+import sys, time
+from offload_sirius.config import ServeConfig
+from offload_sirius.serve.server import bind, serve
+
+config = ServeConfig(port=0)
+listener = bind(config)
+print(f"http://127.0.0.1:{listener.getsockname()[1]}: m is ready", file=sys.stderr, flush=True)
+give_up = lambda: print("given up", file=sys.stderr)
+serve(listener, lambda: time.sleep(600), config, ("m",), on_ready=lambda: None, on_abort=give_up)
+"""
+
+
+def test_while_the_model_loads_the_server_says_so_and_ends_when_it_is_told_to() -> None:
+    server = Process(command=[sys.executable, "-c", LOADING])
+    server.wait_until_ready()
+    client = openai.OpenAI(base_url=server.url + "/v1", api_key="any", max_retries=0, timeout=60)
+    with pytest.raises(openai.InternalServerError) as early:
+        chat(client, model="m")
+    assert (early.value.status_code, early.value.code) == (503, "model_loading")
+    with pytest.raises(urllib.error.HTTPError) as health:
+        urllib.request.urlopen(server.url + "/health", timeout=20)
+    assert (health.value.code, json.load(health.value)) == (503, {"status": "loading"})
+    server.signal(signal.SIGTERM)
+    code, said = server.ended()
+    assert code == 0
+    assert said.endswith("given up\n")
