@@ -46,7 +46,7 @@ def main() -> None:
             drafts=["streamed"],
             tree_widths=[1, 4],
         ),
-        generation=GenerationConfig(max_new_tokens=options.max_new_tokens),
+        generation=GenerationConfig(max_new_tokens=options.max_new_tokens, reuse=False),
     )
     asked = EngineConfig(model=options.model, device="cpu", link_gbps=options.link_gbps)
     config = decode_config(open_model(asked.model), asked, bench, all_streamed=True)

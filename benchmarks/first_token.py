@@ -51,7 +51,9 @@ def measure(options: argparse.Namespace) -> None:
     with build(model, config, NoProgress()) as engine:
         one_pass = statistics.median(pass_seconds(engine, NUM_PASSES))
         prompt = [1 + index % 200 for index in range(options.prompt_tokens)]
-        answers = [engine.generate(prompt, mode="full", max_new_tokens=1, ignore_eos=True) for _ in range(options.prompts)]
+        answers = [
+            engine.generate(prompt, mode="full", max_new_tokens=1, ignore_eos=True, reuse=False) for _ in range(options.prompts)
+        ]
     seconds = [answer.ttft_seconds for answer in answers]
     ratio = statistics.median(seconds) / one_pass
     print(

@@ -174,7 +174,8 @@ def measure(row: Row, config: EngineConfig, prompts: Sequence[str]) -> list[Gene
     """Load once, answer every prompt; a first answer warms up."""
     with offload_sirius.load(**vars(config)) as engine:
         engine.generate(prompts[0], max_new_tokens=2)
-        return [engine.generate(prompt, max_new_tokens=row.num_tokens, ignore_eos=True) for prompt in prompts]
+        asked = {"max_new_tokens": row.num_tokens, "ignore_eos": True, "reuse": False}
+        return [engine.generate(prompt, **asked) for prompt in prompts]
 
 
 def predicted_seconds(row: Row, config: EngineConfig, rates: Rates, answers: Sequence[Generation]) -> float | None:

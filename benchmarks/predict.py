@@ -178,7 +178,9 @@ def draft_rows(model: str, sparsity: Sparsity, rates: Rates) -> list[Row]:
     assert predicted.draft is not None
     with offload_sirius.load(**vars(planned.config)) as engine:
         assert engine.plan == planned.plan
-        answers = [engine.generate(PROMPT, max_new_tokens=NUM_NEW, ignore_eos=True) for _ in range(1 + NUM_ANSWERS)][1:]
+        answers = [engine.generate(PROMPT, max_new_tokens=NUM_NEW, ignore_eos=True, reuse=False) for _ in range(1 + NUM_ANSWERS)][
+            1:
+        ]
 
     draft, correction = predicted.draft, predicted.windows[0].correction
     known = planned.plan.num_cached_neurons == 0

@@ -79,7 +79,7 @@ def compare(options: argparse.Namespace, dtype: str) -> dict[str, Any]:
 def our_seconds(engine: Engine, prompt_ids: list[int], num_new: int) -> float:
     """One answer of the engine."""
     began = time.perf_counter()
-    engine.generate(prompt_ids, max_new_tokens=num_new, ignore_eos=True)
+    engine.generate(prompt_ids, max_new_tokens=num_new, ignore_eos=True, reuse=False)
     return time.perf_counter() - began
 
 

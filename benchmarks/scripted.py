@@ -129,7 +129,7 @@ def measured(engine: Engine) -> Iterator[Row]:
 def answer_of(engine: Engine, acceptance: float) -> Answer:
     """Some windows, of which the last one is a whole one, too."""
     aal, decoding = Fraction(str(round(expected_tokens(acceptance, WINDOW), 3))), engine.config.decoding
-    generation = GenerationConfig(max_new_tokens=1 + forced_tokens(aal, NUM_WINDOWS), chat=False)
+    generation = GenerationConfig(max_new_tokens=1 + forced_tokens(aal, NUM_WINDOWS), chat=False, reuse=False)
     bench = DecodeBench(prompts=(PROMPT,), variants=(decoding,), generation=generation, forced_aal=aal)
     return answer_to(engine, PROMPT, decoding, bench)
 

@@ -38,6 +38,12 @@ MAX_TREE_NODES = 512
 MAX_LOOKUP_NODES = 16
 """Of them tokens at most that were looked up and not drafted."""
 
+MAX_LOGPROBS = 20
+"""Likeliest tokens beside each token of an answer at most."""
+
+MAX_PARALLEL = 64
+"""Answers that are written together at most: of a correction's tokens each has eight then."""
+
 Dtype = Literal["auto", "bfloat16", "float32"]
 DTYPES: tuple[Dtype, ...] = get_args(Dtype)
 
@@ -280,6 +286,9 @@ class EngineConfig:
         + ".",
     )
     max_context: int | None = _setting(None, "Positions to plan the KV cache for. Default: prompt and answer, 4096 in Python.")
+    parallel: int = _setting(
+        1, "Answers that may be written together: each has a KV cache of its own, and all share every pass of the weights."
+    )
     auto: bool = _setting(False, "Choose by predicted speed what is left to choose: bfloat16 or float32, where --dtype is auto.")
     threads: int | None = _setting(
         None, "CPU threads to compute with. Default: the physical cores, less one while layers come from disk."
@@ -312,12 +321,18 @@ class EngineConfig:
             _require(1e-6 <= self.link_gbps <= 1e6, "link-gbps", self.link_gbps, "between 0.000001 and 1,000,000 GB/s")
         if self.max_context is not None:
             _require(self.max_context >= 1, "max-context", self.max_context, "at least 1")
+        _require(1 <= self.parallel <= MAX_PARALLEL, "parallel", self.parallel, f"between 1 and {MAX_PARALLEL}")
         if self.threads is not None:
             _require(1 <= self.threads <= 1024, "threads", self.threads, "between 1 and 1024")
         if self.shared_host_buffers is not None:
             _require(self.shared_host_buffers >= 1, "shared-host-buffers", self.shared_host_buffers, "at least 1")
             _require(self.model.startswith("synthetic:"), "model", self.model, "synthetic:SHAPE with --shared-host-buffers")
         self.device_size, self.host_size  # noqa: B018  raises where a size cannot be read
+
+    @property
+    def step_rows(self) -> int:
+        """Most tokens of one pass behind the prompts, of all answers together."""
+        return max(self.parallel, min(self.parallel * self.decoding.max_nodes, max(self.decoding.max_nodes, MAX_TREE_NODES)))
 
     @property
     def weight_format(self) -> WeightFormat | None:
@@ -351,7 +366,6 @@ class PlanConfig:
         None, "Rate of the disk in GB/s (1e9 bytes). Default: measured by doctor --measure, or assumed."
     )
     prompt_tokens: int = _setting(512, "Tokens of the prompt.")
-    batch: int = _setting(1, "Sequences that would be decoded together in every pass; generate decodes one.")
 
     def __post_init__(self) -> None:
         for name in ("device_tflops", "device_gbps", "disk_gbps"):
@@ -359,7 +373,6 @@ class PlanConfig:
             if found is not None:
                 _require(1e-6 <= found <= 1e6, name.replace("_", "-"), found, "between 0.000001 and 1,000,000")
         _require(1 <= self.prompt_tokens <= 10**7, "prompt-tokens", self.prompt_tokens, "between 1 and 10,000,000")
-        _require(1 <= self.batch <= 10**4, "batch", self.batch, "between 1 and 10,000")
 
     @property
     def describes_device(self) -> bool:
@@ -402,8 +415,19 @@ class GenerationConfig:
     stop: tuple[str, ...] = _setting((), "Text that ends the answer and is not part of it; may be given several times.")
     ignore_eos: bool = _setting(False, "Go on past the model's end tokens (for timing).")
     chat: bool = _setting(True, "Apply the model's chat template, where it has one.")
+    reuse: bool = _setting(
+        True,
+        "Take keys and values of the prompt's beginning from earlier answers, where it is the same and the full model decides "
+        "every token: modes full, and sirius with exact acceptance.",
+    )
+
+    logprobs: int | None = _setting(
+        None, "Give each token's log-probability by the full model, before temperature, and that of so many of the likeliest."
+    )
 
     def __post_init__(self) -> None:
+        if self.logprobs is not None:
+            _require(0 <= self.logprobs <= MAX_LOGPROBS, "logprobs", self.logprobs, f"between 0 and {MAX_LOGPROBS}")
         _require(1 <= self.max_new_tokens <= 10**7, "max-new-tokens", self.max_new_tokens, "between 1 and 10,000,000")
         _require(all(self.stop), "stop", repr(""), "a text that is not empty")
         if self.decoding is not None:

@@ -168,7 +168,7 @@ class RunPasses:
 def run_passes(engine: Engine, num_passes: int, progress: Progress) -> RunPasses:
     """Passes of the full model, one token each, after those that warm up."""
     num_tokens, moments = NUM_WARMUPS + num_passes, []
-    stream = engine.stream(PROMPT, mode="full", max_new_tokens=num_tokens, ignore_eos=True)
+    stream = engine.stream(PROMPT, mode="full", max_new_tokens=num_tokens, ignore_eos=True, reuse=False)
     progress.begin("passes", num_tokens * engine.plan.pass_nbytes)
     try:
         for piece in stream:

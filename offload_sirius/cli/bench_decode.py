@@ -147,6 +147,7 @@ def decode(
         tree_widths=_values("--tree-width", tree_width, int),
     )
     generation = GenerationConfig(
+        reuse=False,  # every answer begins where the first one does
         sampling=SamplingConfig(
             temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty, seed=seed
         ),

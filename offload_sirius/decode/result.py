@@ -99,6 +99,8 @@ class Generation:
     memory: MemoryFigures
     plan: Mapping[str, Any]
     settings: Mapping[str, Any]
+    cached_tokens: int = 0
+    """Tokens of the prompt whose keys and values were there from earlier answers."""
     tokens_by_origin: TokensByOrigin = field(default_factory=TokensByOrigin)
     windows: int = 0
     """Corrections, each of one window."""

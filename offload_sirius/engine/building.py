@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -106,12 +107,12 @@ def _join(
     copier = make_link(Origins(checkpoint, readers, arenas), plan, uplink, config.link_gbps, progress, tracer)
     streamer = _streamer(device, placement, arenas, copier, embedding, tracer)
     stores.callback(streamer.close)
-    cache = KVCache(spec, capacity=placement.context, dtype=dtype, device=placement.device)
-    transformer = Transformer(spec, streamer, cache, tracer=tracer)
+    caches = [KVCache(spec, capacity=placement.context, dtype=dtype, device=placement.device) for _ in range(config.parallel)]
+    transformer = Transformer(spec, streamer, caches[0], tracer=tracer, more_caches=caches[1:])
     captured = _captured(device, placement, transformer, streamer, progress, tracer)
     prior = _prior(checkpoint, placement, progress)
-    streamed = _decoded(device, placement, transformer, streamer, captured, prior)
-    nbytes = device.nbytes + cache.nbytes + transformer.nbytes + plan.device_bill["sparsity"]
+    streamed = _decoded(device, placement, transformer, streamer, captured, prior, caches[1:])
+    nbytes = device.nbytes + sum(cache.nbytes for cache in caches) + transformer.nbytes + plan.device_bill["sparsity"]
     return streamer, transformer, streamed, readers, nbytes, arenas.report()
 
 
@@ -191,15 +192,16 @@ def _decoded(
     streamer: WeightStreamer | HotStreamer,
     captured: CapturedStep | None,
     prior: NeuronPrior | None,
+    more_caches: Sequence[KVCache],
 ) -> StreamedModel:
     """The model as decoding sees it."""
     decoding = placement.planned.config.decoding
     if isinstance(streamer, HotStreamer):
         assert placement.plan.hot is not None
-        return hot_model(transformer, streamer, placement.plan.hot.num_hot, decoding, captured, prior)
+        return hot_model(transformer, streamer, placement.plan.hot.num_hot, decoding, captured, prior, more_caches)
     assert isinstance(device, DeviceStore)
     rows = rows_of(placement.layout, "up_down")
-    return streamed_model(transformer, streamer, device.caches, rows, decoding)
+    return streamed_model(transformer, streamer, device.caches, rows, decoding, more_caches)
 
 
 def _embedding(placement: Placement, loader: Loader, readers: ReaderPool, device: DeviceStore | HotDeviceStore) -> Embedding:

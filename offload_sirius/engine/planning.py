@@ -165,7 +165,6 @@ class Planned:
     dtype: DtypeName
     context: int
     """Positions of the KV cache."""
-    batch: int
     computed: bool
     """Synthetic weights: nothing is read before the first token, but for those that are streamed from disk."""
     layout: LayerLayout
@@ -177,6 +176,11 @@ class Planned:
     def spec(self) -> ModelSpec:
         """The model's shape."""
         return self.checkpoint.spec
+
+    @property
+    def batch(self) -> int:
+        """Answers that share the passes."""
+        return self.config.parallel
 
     def with_more(self, *, device_nbytes: int = 0, host_nbytes: int = 0) -> Planned:
         """The same with larger budgets, whether or not this machine has as much."""
@@ -287,9 +291,7 @@ class Planned:
         return nbytes // self.spec.num_layers
 
 
-def plan_model(
-    checkpoint: Checkpoint, config: EngineConfig, hardware: Hardware, *, batch: int = 1, computed: bool | None = None
-) -> Planned:
+def plan_model(checkpoint: Checkpoint, config: EngineConfig, hardware: Hardware, *, computed: bool | None = None) -> Planned:
     """Decide. config: of a packed model as `as_packed` gives it. computed: the weights are in no file; default: as the checkpoint
     says.
 
@@ -305,9 +307,9 @@ def plan_model(
     num_gathered = num_kept if sparse == "griffin" and not resident_draft else 0
     layout = layer_layout(spec, element_nbytes, num_gathered, config.weight_format)
     demand = Demand(
-        kv_cache_nbytes=kv_cache_nbytes(spec, batch=batch, capacity=context, element_nbytes=element_nbytes),
-        position_tables_nbytes=position_tables_nbytes(spec, context, element_nbytes),
-        activation_nbytes=computing_nbytes(config, spec, context, element_nbytes, batch)
+        kv_cache_nbytes=kv_cache_nbytes(spec, batch=config.parallel, capacity=context, element_nbytes=element_nbytes),
+        position_tables_nbytes=position_tables_nbytes(spec, context, element_nbytes, config.parallel),
+        activation_nbytes=computing_nbytes(config, spec, context, element_nbytes)
         + (recorded_steps_nbytes(spec, context, element_nbytes) if recorded else 0),
         reader_nbytes=reader_nbytes(checkpoint),
         embedding_on_device=spec.tied_head,
@@ -328,7 +330,6 @@ def plan_model(
         hardware=hardware,
         dtype=dtype,
         context=context,
-        batch=batch,
         computed=checkpoint.path is None if computed is None else computed,
         layout=layout,
         demand=demand,
@@ -337,11 +338,11 @@ def plan_model(
     )
 
 
-def computing_nbytes(config: EngineConfig, spec: ModelSpec, num_tokens: int, element_nbytes: int, batch: int = 1) -> int:
-    """Device bytes that passes over a prompt of that many tokens, and over windows behind it, take beside what stays there."""
-    decoding = config.decoding
-    observed, step_rows = sparsity_of(decoding, spec) is not None, decoding.max_nodes
-    nbytes = activation_nbytes(spec, num_tokens, element_nbytes, batch=batch, step_rows=step_rows, observed=observed)
+def computing_nbytes(config: EngineConfig, spec: ModelSpec, num_tokens: int, element_nbytes: int) -> int:
+    """Device bytes that passes over prompts of that many tokens together, and over windows behind them, take beside what stays
+    there."""
+    observed, step_rows = sparsity_of(config.decoding, spec) is not None, config.step_rows
+    nbytes = activation_nbytes(spec, num_tokens, element_nbytes, step_rows=step_rows, observed=observed)
     return nbytes + (unpacking_nbytes(spec, element_nbytes, step_rows) if config.weight_format else 0)
 
 

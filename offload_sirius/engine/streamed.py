@@ -13,11 +13,13 @@ import torch
 from torch import Tensor
 
 from offload_sirius.config import AUTO, DecodingConfig
-from offload_sirius.decode.model import Pass
+from offload_sirius.decode.model import Ask, Pass
 from offload_sirius.engine.captured import CapturedStep
+from offload_sirius.engine.kv_slot import KVSlot
 from offload_sirius.engine.planning import CARGO, sparsity_of
 from offload_sirius.model.feed_forward import FeedForward
-from offload_sirius.model.transformer import TokenTree, Transformer
+from offload_sirius.model.kv_cache import KVCache
+from offload_sirius.model.transformer import Tokens, Transformer
 from offload_sirius.sparsity.cats import Cats
 from offload_sirius.sparsity.griffin import Griffin
 from offload_sirius.sparsity.hot import HotSet
@@ -47,6 +49,9 @@ class Way:
     """What it does with their neurons; None computes all."""
 
 
+FOLLOWING: tuple[Pass, ...] = ("draft", "correction", "full")
+"""Passes that may follow one, the first before the others."""
+
 ALL = Way()
 FULL_WAYS: dict[Pass, Way] = {"prefill": ALL, "draft": ALL, "correction": ALL, "full": ALL}
 """Every pass computes all neurons."""
@@ -63,24 +68,25 @@ class StreamedModel:
         sparsity: Griffin | Cats | HotSet | None = None,
         captured: CapturedStep | None = None,
         prior: NeuronPrior | None = None,
+        more_caches: Sequence[KVCache] = (),
     ) -> None:
         """sparsity: whose feed-forwards are among the ways; None where they compute all neurons.
 
-        captured: takes draft steps of a single token that compute what `ways` says; None: there are none. prior: for answers with
-        a hot set that want it.
+        captured: takes draft steps of a single token in the first slot that compute what `ways` says; None: there are none.
+        prior: for answers with a hot set that want it. more_caches: the transformer's for further answers.
         """
         self.sparsity = sparsity
+        self.slots = [KVSlot(cache) for cache in (transformer.cache, *more_caches)]
         self._transformer = transformer
         self._source = source
         self._ways = ways
         self._captured = captured
         self._plays = False
-        """Whether the answer's drafts are those that are recorded."""
+        """Whether drafts are those that are recorded."""
         self._prior = prior
 
-    def begin_answer(self, decoding: DecodingConfig) -> None:
-        """Forget the answer before."""
-        self.keep(0)
+    def prepare(self, decoding: DecodingConfig) -> None:
+        """Passes will be for answers that are decoded so."""
         if isinstance(self.sparsity, HotSet):
             num_drafted = decoding.num_drafted(self._transformer.spec.ffn_width, self.sparsity.num_hot)
             self.sparsity.begin(num_drafted, self._prior if decoding.with_prior else None)
@@ -88,49 +94,60 @@ class StreamedModel:
             self._source.corrects = decoding.mode == "sirius"
             self._plays = self._captured is not None and self._captured.num_drafted == num_drafted
 
+    @property
+    def reuses(self) -> bool:
+        """Whether keys do not depend on what follows them: the rotations of `dynamic` do, on the length of the prompt."""
+        return self._transformer.spec.rope.kind != "dynamic"
+
+    def forget(self) -> None:
+        """Something broke: what the caches hold is not to be trusted."""
+        for slot in self.slots:
+            slot.begin(0)
+            slot.is_heard = False
+
     def end_answer(self) -> None:
         """Keep what an answer has shown, for others to come."""
         if isinstance(self.sparsity, HotSet) and self.sparsity.prior is not None:
             self.sparsity.prior.keep()
 
-    @property
-    def length(self) -> int:
-        """Positions in the KV cache."""
-        return self._transformer.cache.length
-
-    @property
-    def room(self) -> int:
-        """Further positions that the cache has room for."""
-        return self._transformer.cache.capacity - self._transformer.cache.length
-
-    @property
-    def device(self) -> torch.device:
-        """Where trees have to be."""
-        return self._transformer.cache.device
-
-    def prefill(self, token_ids: Tensor, *, following: Pass) -> Tensor:
+    def run(self, asks: Sequence[Ask]) -> list[Tensor]:
         """See Model."""
-        return self._transformer.prefill(token_ids, self._begin("prefill", following))
+        slots = [_kv_slot(ask) for ask in asks]
+        tokens = [
+            Tokens(cache=slot.cache, token_ids=torch.tensor(ask.token_ids), tree=ask.tree)
+            for slot, ask in zip(slots, asks, strict=True)
+        ]
+        kind: Pass = "correction" if any(ask.kind == "correction" for ask in asks) else asks[0].kind
+        feed_forward = self._begin(kind, _following(asks))
+        if kind == "prefill":
+            self._hear(slots)
+            logits = self._transformer.prefill_all(tokens, feed_forward)  # [asks, V]
+            lengths = [1] * len(asks)
+        else:
+            if isinstance(self.sparsity, HotSet):
+                self.sparsity.heard = _heard(asks, self._transformer.cache.device)
+            played = self._played(asks) if kind == "draft" else None
+            logits = self._transformer.step_all(tokens, feed_forward) if played is None else played  # [S, V]
+            lengths = [len(ask.token_ids) for ask in asks]
+        for slot, ask in zip(slots, asks, strict=True):
+            slot.appended(ask.kind, ask.token_ids)
+        return list(logits.split(lengths))
 
-    def full(self, token_ids: Tensor, *, following: Pass) -> Tensor:
-        """See Model."""
-        return self._transformer.step(token_ids, feed_forward=self._begin("full", following))
+    def _played(self, asks: Sequence[Ask]) -> Tensor | None:
+        """Logits of a recorded step [1, V]; None where there is no recording of it."""
+        if self._captured is None or not self._plays or len(asks) > 1 or asks[0].tree is not None:
+            return None
+        return self._captured.step(torch.tensor(asks[0].token_ids)) if asks[0].slot is self.slots[0] else None
 
-    def draft(self, token_ids: Tensor, tree: TokenTree | None = None, *, following: Pass) -> Tensor:
-        """See Model."""
-        feed_forward = self._begin("draft", following)
-        played = self._captured.step(token_ids) if self._captured is not None and self._plays and tree is None else None
-        return self._transformer.step(token_ids, tree, feed_forward) if played is None else played
-
-    def correct(self, token_ids: Tensor, tree: TokenTree | None = None, *, following: Pass, num_grafted: int = 0) -> Tensor:
-        """See Model."""
-        if isinstance(self.sparsity, HotSet):
-            self.sparsity.num_unheard = num_grafted
-        return self._transformer.step(token_ids, tree, self._begin("correction", following))
-
-    def keep(self, length: int, offsets: Sequence[int] = ()) -> None:
-        """See Model."""
-        self._transformer.cache.keep(length, offsets)
+    def _hear(self, beginning: Sequence[KVSlot]) -> None:
+        """Prompts are going to choose neurons: what was said of texts that are still there counts as before."""
+        if self.sparsity is None:
+            return
+        num_heard = sum(slot.num_heard_before if slot in beginning else slot.num_heard for slot in self.slots)
+        staying = [slot for slot in self.slots if slot.is_busy or slot in beginning]
+        self.sparsity.remember(sum(slot.num_heard for slot in staying), num_heard)
+        for slot in self.slots:
+            slot.is_heard = slot in staying
 
     def _begin(self, this: Pass, following: Pass) -> FeedForward | None:
         way = self._ways[this]
@@ -138,13 +155,38 @@ class StreamedModel:
         return way.feed_forward
 
 
+def _kv_slot(ask: Ask) -> KVSlot:
+    assert isinstance(ask.slot, KVSlot), ask.slot
+    return ask.slot
+
+
+def _following(asks: Sequence[Ask]) -> Pass:
+    """What most probably comes next: the others wait while any drafts."""
+    wanted = {ask.following for ask in asks}
+    return next(kind for kind in FOLLOWING if kind in wanted)
+
+
+def _heard(asks: Sequence[Ask], device: torch.device) -> Tensor | None:
+    """1 for each token of a correction of which the statistic is to learn, 0 for others; float32 [S]. None: of all."""
+    if not any(ask.num_grafted for ask in asks):
+        return None
+    heard = [float(index < len(ask.token_ids) - ask.num_grafted) for ask in asks for index in range(len(ask.token_ids))]
+    return torch.tensor(heard, device=device)
+
+
 def streamed_model(
-    transformer: Transformer, streamer: WeightStreamer, caches: Mapping[int, NeuronCache], rows: Rows, decoding: DecodingConfig
+    transformer: Transformer,
+    streamer: WeightStreamer,
+    caches: Mapping[int, NeuronCache],
+    rows: Rows,
+    decoding: DecodingConfig,
+    more_caches: Sequence[KVCache] = (),
 ) -> StreamedModel:
-    """The model whose drafts bring what they need. caches: layer -> records of its neurons on the device; rows: reads them."""
+    """The model whose drafts bring what they need. caches: layer -> records of its neurons on the device; rows: reads them.
+    more_caches: as for StreamedModel."""
     spec, kind = transformer.spec, sparsity_of(decoding, transformer.spec)
     if kind is None:
-        return StreamedModel(transformer, streamer, FULL_WAYS)
+        return StreamedModel(transformer, streamer, FULL_WAYS, more_caches=more_caches)
     num_kept, cache = decoding.num_kept(spec.ffn_width), transformer.cache
     sparsity: Griffin | Cats
     if kind == "griffin":
@@ -154,9 +196,8 @@ def streamed_model(
         calibrate = decoding.cats_threshold == AUTO
         sparsity = Cats(spec, streamer, num_kept, caches=caches, rows=rows, thresholds=thresholds, calibrate=calibrate)
     drafting = Way(cargo=CARGO[kind], feed_forward=sparsity.draft)
-    return StreamedModel(
-        transformer, streamer, FULL_WAYS | {"prefill": Way(feed_forward=sparsity.prefill), "draft": drafting}, sparsity
-    )
+    ways = FULL_WAYS | {"prefill": Way(feed_forward=sparsity.prefill), "draft": drafting}
+    return StreamedModel(transformer, streamer, ways, sparsity, more_caches=more_caches)
 
 
 def hot_model(
@@ -166,8 +207,10 @@ def hot_model(
     decoding: DecodingConfig,
     captured: CapturedStep | None = None,
     prior: NeuronPrior | None = None,
+    more_caches: Sequence[KVCache] = (),
 ) -> StreamedModel:
-    """The model whose drafts are on the device. captured: the draft step of a single token, recorded; None: it is not."""
+    """The model whose drafts are on the device. captured: the draft step of a single token, recorded; None: it is not.
+    more_caches: as for StreamedModel."""
     decay = decoding.refresh_decay if decoding.refresh else None
     hot_set = HotSet(transformer.spec, streamer, num_hot, decay=decay, device=transformer.cache.device)
     ways: dict[Pass, Way] = {
@@ -176,7 +219,7 @@ def hot_model(
         "correction": Way(cargo="cold", feed_forward=hot_set.correction),
         "full": Way(cargo="cold", feed_forward=hot_set.full),
     }
-    return StreamedModel(transformer, streamer, ways, hot_set, captured, prior)
+    return StreamedModel(transformer, streamer, ways, hot_set, captured, prior, more_caches)
 
 
 def _thresholds(decoding: DecodingConfig, spec: ModelSpec, device: torch.device) -> Tensor | None:

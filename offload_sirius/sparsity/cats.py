@@ -110,6 +110,12 @@ class Cats:
         """Computes all neurons, and finds thresholds; None where there is nothing to find."""
         self.draft = SelectingFeedForward(self)
         """Computes the neurons that are kept."""
+        self.num_staying = 0
+        """Tokens for which the thresholds before count when a prompt comes."""
+
+    def remember(self, num_staying: int, num_heard: int) -> None:
+        """A prompt comes. Of so many tokens that were heard so many stay, and count as before."""
+        self.num_staying = num_staying
 
     def needed(self, layer: int, gates: Tensor) -> Tensor:
         """Which neurons to keep for gates [C, F]: bool [F]."""
@@ -180,8 +186,9 @@ class CalibratingFeedForward:
         """See FeedForward."""
         cats, neurons = self._cats, self._cats.source.neurons(layer)
         assert cats.thresholds is not None
-        threshold = cats.thresholds[layer].zero_()
-        self._num_rows = 0
+        threshold = cats.thresholds[layer]
+        threshold.copy_(threshold * cats.num_staying if cats.num_staying else torch.zeros_like(threshold))
+        self._num_rows = cats.num_staying
 
         def compute(x: Tensor) -> Tensor:
             gates = cats.activation(project(x, neurons.gate))  # [C, D] -> [C, F]
@@ -192,7 +199,7 @@ class CalibratingFeedForward:
         return compute
 
     def close(self, layer: int) -> None:
-        """See FeedForward. The mean over chunks, each weighted by its tokens."""
+        """See FeedForward. The mean over chunks, each weighted by its tokens, and over what stays of texts before."""
         assert self._cats.thresholds is not None
         self._cats.thresholds[layer].div_(self._num_rows)
 

@@ -39,7 +39,7 @@ def draft_density(spec: ModelSpec, decoding: DecodingConfig, num_hot: int | None
 
 
 def sparsity_nbytes(spec: ModelSpec, decoding: DecodingConfig, element_nbytes: int) -> int:
-    """Device bytes that choosing neurons keeps: griffin has a score a neuron and a mask a layer, cats a threshold a layer."""
+    """Device bytes that choosing neurons keeps: griffin has a score and a mask a neuron, cats a threshold a layer."""
     if not decoding.drafts or decoding.num_kept(spec.ffn_width) == spec.ffn_width:
         return 0
     if decoding.draft == "resident":
@@ -50,7 +50,7 @@ def sparsity_nbytes(spec: ModelSpec, decoding: DecodingConfig, element_nbytes: i
         )
         return spec.num_layers * spec.ffn_width * neuron_nbytes
     if decoding.sparsity == "griffin":
-        return spec.ffn_width * 4 + spec.num_layers * spec.ffn_width * element_nbytes
+        return spec.num_layers * spec.ffn_width * (4 + element_nbytes)
     return spec.num_layers * 4 if decoding.cats_threshold is not None else 0
 
 

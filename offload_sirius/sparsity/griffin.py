@@ -4,7 +4,8 @@ While the full model reads the prompt, each neuron j of a layer is scored by how
 
     s_j = || [ z_tj / ||z_t|| ]_t ||        z_t = act(x_t gate^T) * (x_t up^T)
 
-and the N with the largest scores are kept for all draft steps that follow. Knows neither slots nor links: the source is told
+and the N with the largest scores are kept for all draft steps that follow. Of a prompt whose beginning was computed before, with
+another text behind it, the scores of that text count as far as it is shared. Knows neither slots nor links: the source is told
 which neurons are kept, and hands out those alone where it can.
 """
 
@@ -43,14 +44,20 @@ class Griffin:
         self.num_kept = num_kept
         self.source = source
         self.activation = activation_named(spec.activation)
-        self.squared_scores = torch.zeros(spec.ffn_width, device=device)  # [F]
-        """s_j^2 of the layer that is being observed."""
+        self.squared_scores = torch.zeros(spec.num_layers, spec.ffn_width, device=device)  # [L, F]
+        """s_j^2 of what was computed of the text so far."""
+        self.memory = 0.0
+        """What earlier scores count for when a prompt comes."""
         self.masks = torch.ones(spec.num_layers, spec.ffn_width, dtype=dtype, device=device)  # [L, F]
         """1 for neurons that are kept, 0 for others."""
         self.prefill = ObservingFeedForward(self)
         """Computes all neurons, and chooses those to keep."""
         self.draft = KeptFeedForward(self)
         """Computes those that are kept."""
+
+    def remember(self, num_staying: int, num_heard: int) -> None:
+        """A prompt comes. Of so many tokens that were heard so many stay, and count as before."""
+        self.memory = num_staying / num_heard if num_heard else 0.0
 
 
 class ObservingFeedForward:
@@ -62,12 +69,13 @@ class ObservingFeedForward:
     def open(self, layer: int) -> Neurons:
         """See FeedForward."""
         griffin = self._griffin
-        return scored(griffin.source.neurons(layer), griffin.activation, griffin.squared_scores.zero_())
+        scores = remembered(griffin.squared_scores[layer], griffin.memory)
+        return scored(griffin.source.neurons(layer), griffin.activation, scores)
 
     def close(self, layer: int) -> None:
         """See FeedForward. Waits for the device once."""
         griffin = self._griffin
-        kept = largest(griffin.squared_scores, griffin.num_kept)  # [N]
+        kept = largest(griffin.squared_scores[layer], griffin.num_kept)  # [N]
         griffin.masks[layer].zero_().index_fill_(0, kept, 1)
         griffin.source.keep(layer, kept.cpu())
 
@@ -105,16 +113,22 @@ def scored(neurons: NeuronWeights, activation: Activation, squared_scores: Tenso
     return compute
 
 
+def remembered(squared_scores: Tensor, memory: float) -> Tensor:
+    """Scores, scaled in place; with a memory of 0 nothing of them is left, were they no numbers."""
+    return squared_scores.mul_(memory) if memory else squared_scores.zero_()
+
+
 def add_squared_scores(squared_scores: Tensor, z: Tensor) -> None:
     """Add what the tokens of z [C, F] say to s_j^2, float32 [F], in place. One of which no neuron says anything adds nothing."""
     squared_scores.add_(say_shares(z))
 
 
-def say_shares(z: Tensor) -> Tensor:
-    """The sum over tokens of (z_tj / ||z_t||)^2 for z [C, F], float32 [F]."""
+def say_shares(z: Tensor, heard: Tensor | None = None) -> Tensor:
+    """The sum over tokens of (z_tj / ||z_t||)^2 for z [C, F], float32 [F]. heard: what each counts for, [C]; None: 1."""
     squares = z.float().square()  # [C, F]
     token_squares = squares.sum(dim=1).clamp_(min=torch.finfo(torch.float32).tiny)  # [C]: ||z_t||^2
-    return squares.t() @ token_squares.reciprocal_()
+    weights = token_squares.reciprocal_()
+    return squares.t() @ (weights if heard is None else weights.mul_(heard))
 
 
 def largest(scores: Tensor, count: int) -> Tensor:

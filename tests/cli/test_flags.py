@@ -32,7 +32,7 @@ DOCUMENTED = {
         "--model --mode --sparsity --keep --window --draft --resident-first --prior --draft-keep --tree-width --lookup "
         "--device --device-memory --host-memory --link-gbps --dtype --quantize --quantize-group "
         "--max-context --auto --cuda-graphs --device-tflops "
-        "--device-gbps --disk-gbps --prompt-tokens --batch --json --verbose"
+        "--device-gbps --disk-gbps --prompt-tokens --parallel --json --verbose"
     ),
     "serve": (
         "--host --port --api-key --served-name --max-queue --max-request-size --grace "
@@ -129,4 +129,5 @@ def parameters(command: Callable[..., Any]) -> dict[str, Any]:
 def test_every_setting_can_be_given_on_the_command_line() -> None:
     configs = (EngineConfig, DecodingConfig, GenerationConfig, SamplingConfig)
     settings = {name for config in configs for name in config.__dataclass_fields__}
-    assert settings - {"decoding", "sampling"} <= set(parameters(generate))
+    of_several_answers = {"parallel", "reuse", "logprobs"}
+    assert settings - {"decoding", "sampling"} - of_several_answers <= set(parameters(generate))

@@ -242,7 +242,7 @@ def test_drafts_without_sparsity_take_what_a_full_pass_takes() -> None:
 
 
 def test_sequences_drafted_together_share_the_passes_of_a_window() -> None:
-    one, four = (plan_model(SMALL, drafting(window=4), HERE, batch=batch) for batch in (1, 4))
+    one, four = (plan_model(SMALL, replace(drafting(window=4), parallel=parallel), HERE) for parallel in (1, 4))
     rates = assumed_cpu_rates(2).given(device_flops_per_second=1e15)
     of_one, of_four = one.predict(rates, 8), four.predict(rates, 8)
     assert of_four.seconds_per_token == pytest.approx(of_one.seconds_per_token / 4, rel=0.1)

@@ -48,7 +48,7 @@ def test_drafts_are_as_dense_as_the_resident_neurons_that_they_compute(
     [
         ({"mode": "full"}, 0),
         ({"keep": 1}, 0),
-        ({"sparsity": "griffin"}, 28672 * 4 + 80 * 28672 * 2),
+        ({"sparsity": "griffin"}, 80 * 28672 * (4 + 2)),
         ({"draft": "resident"}, 80 * 28672 * (4 + 8 + 4)),
         ({"draft": "resident", "prior": False}, 80 * 28672 * (4 + 8)),
         ({"draft": "resident", "mode": "sparse"}, 80 * 28672 * (4 + 8)),
@@ -59,7 +59,5 @@ def test_drafts_are_as_dense_as_the_resident_neurons_that_they_compute(
     ],
     ids=str,
 )
-def test_choosing_neurons_takes_a_score_a_neuron_and_a_mask_a_layer_or_a_number_a_layer(
-    settings: dict[str, object], nbytes: int
-) -> None:
+def test_choosing_neurons_takes_a_score_and_a_mask_a_neuron_or_a_number_a_layer(settings: dict[str, object], nbytes: int) -> None:
     assert sparsity_nbytes(LLAMA_70B, DecodingConfig(**settings), 2) == nbytes  # type: ignore[arg-type]
