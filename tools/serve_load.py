@@ -161,9 +161,12 @@ def start(arguments: list[str]) -> tuple[subprocess.Popen[str], str, int]:
 
 async def run(load: Load, process: psutil.Process, num_clients: int, warm_until: float) -> list[int]:
     """All clients and the watch."""
-    sizes, *_ = await asyncio.gather(
-        watch(process, warm_until, load.ends_at), *(client(load, number) for number in range(num_clients))
-    )
+    clients = [asyncio.ensure_future(client(load, number)) for number in range(num_clients)]
+    sizes = await watch(process, warm_until, load.ends_at)
+    # Who still waits for an answer leaves.
+    for each in clients:
+        each.cancel()
+    await asyncio.gather(*clients, return_exceptions=True)
     return sizes
 
 

@@ -61,6 +61,7 @@ def serve(
     quantize: flags.Quantize = _ENGINE.quantize,
     quantize_group: flags.QuantizeGroup = _ENGINE.quantize_group,
     max_context: flags.MaxContext = _ENGINE.max_context,
+    parallel: flags.Parallel = _ENGINE.parallel,
     auto: flags.Auto = _ENGINE.auto,
     threads: flags.Threads = _ENGINE.threads,
     cuda_graphs: flags.CudaGraphs = _ENGINE.cuda_graphs,
@@ -105,6 +106,7 @@ def serve(
         quantize=quantize,  # type: ignore[arg-type]
         quantize_group=quantize_group,
         max_context=max_context,
+        parallel=parallel,
         auto=auto,
         threads=threads,
         cuda_graphs=cuda_graphs,
@@ -124,7 +126,6 @@ def _run(engine_config: EngineConfig, serving: ServeConfig, *, verbose: bool) ->
     from offload_sirius.cli.console import LoadProgress, say
     from offload_sirius.cli.generate import explain
     from offload_sirius.engine import build, open_model
-    from offload_sirius.serve.sequential import Sequential
     from offload_sirius.serve.worker import Loaded
 
     # What can be known before anything is loaded: that the port is free, and that the model is there.
@@ -141,7 +142,7 @@ def _run(engine_config: EngineConfig, serving: ServeConfig, *, verbose: bool) ->
             say(engine.rates_problem)
         if verbose:
             explain(engine, 1)
-        return engine, Sequential(engine)
+        return engine, engine.batch()
 
     def on_ready() -> None:
         say(f"{where}: {names[0]} is ready; a page to chat is there, and OpenAI's API at {where}/v1")

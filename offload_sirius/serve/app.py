@@ -141,12 +141,13 @@ async def _answer(service: Service, request: Request, read: Callable[[bytes], As
     job = Job(client=client, prompt_ids=prompt_ids, config=_generation(engine, asked, len(prompt_ids)), put=mailbox.put)
     service.worker.submit(job)
     exchange = Exchange(service.worker, job, mailbox, request.receive)
-    reply = Reply(model=asked.model, is_chat=asked.is_chat)
+    with_logprobs = asked.num_top_logprobs is not None
+    reply = Reply(model=asked.model, is_chat=asked.is_chat, tokenizer=engine.model.tokenizer, with_logprobs=with_logprobs)
     try:
         if not asked.stream:
-            _, result = await exchange.result()
+            pieces, result = await exchange.result()
             exchange.end()
-            return JSONResponse(reply.whole(result))
+            return JSONResponse(reply.whole(pieces, result))
         # What is wrong before the first piece still has a status of its own.
         first = await exchange.take()
     except BaseException as error:
@@ -163,10 +164,12 @@ async def _events(exchange: Exchange, events: list[Event], reply: Reply, *, incl
     """A stream from its first piece to its end. Pieces that come together go together."""
     if (beginning := reply.first()) is not None:
         yield event(beginning)
+    text_offset = 0
     while True:
         pieces = [each for each in events if isinstance(each, TextPiece)]
-        if (chunk := reply.pieces(pieces)) is not None:
+        if (chunk := reply.pieces(pieces, text_offset)) is not None:
             yield event(chunk)
+        text_offset += sum(len(piece.text) for piece in pieces)
         if isinstance(result := events[-1], Generation):
             break
         try:
@@ -197,8 +200,6 @@ def _encode(engine: Engine, asked: Asked) -> list[int]:
 
 def _generation(engine: Engine, asked: Asked, num_prompt: int) -> GenerationConfig:
     """The settings of an answer, as long as there is room for. Raises ApiError."""
-    if asked.num_top_logprobs is not None:
-        raise ApiError(400, "logprobs are not supported; leave it out", code="unsupported_parameter", param="logprobs")
     room = engine.context - num_prompt + 1
     if room < 1:
         message = f"the prompt has {num_prompt} tokens and the server has room for {engine.context}, the answer included"
@@ -211,6 +212,7 @@ def _generation(engine: Engine, asked: Asked, num_prompt: int) -> GenerationConf
         sampling=replace(asked.sampling, temperature=temperature),
         max_new_tokens=min(asked.max_new_tokens or room, room),
         stop=asked.stop,
+        logprobs=asked.num_top_logprobs,
     )
 
 
@@ -230,7 +232,7 @@ def figures_json(service: Service) -> Json:
             "busy_share": rates.link_busy_share,
             "copied_bytes": figures.link.copied_nbytes,
         },
-        "tokens": {"prompt": figures.prompt_tokens, "generated": figures.generated_tokens},
+        "tokens": {"prompt": figures.prompt_tokens, "cached": figures.cached_tokens, "generated": figures.generated_tokens},
         "answers": dict(figures.answers),
         "aal": figures.aal,
         "last_answer": None if figures.last is None else figures.last.as_json(),

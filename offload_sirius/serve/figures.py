@@ -76,6 +76,8 @@ class Figures:
     """Counters. Single numbers may be read while they are written: each is replaced as a whole."""
 
     prompt_tokens: int = 0
+    cached_tokens: int = 0
+    """Of them those whose keys and values were there already."""
     generated_tokens: int = 0
     answers: Counter[str] = field(default_factory=Counter)
     """By how they ended: stop, length, interrupted, error."""
@@ -110,6 +112,7 @@ class Figures:
     def answered(self, result: Generation) -> None:
         """An answer has ended."""
         self.prompt_tokens += result.prompt_tokens
+        self.cached_tokens += result.cached_tokens
         self.answers[result.finish_reason] += 1
         if result.aal is not None:
             self.windows += result.windows

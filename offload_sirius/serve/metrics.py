@@ -39,8 +39,9 @@ class Metrics(Collector):
         """See prometheus_client."""
         figures, worker = self._worker.figures, self._worker
         tokens = CounterMetricFamily(PREFIX + "tokens", "Tokens by kind.", labels=["kind"])
-        for kind, number in (("prompt", figures.prompt_tokens), ("generated", figures.generated_tokens)):
-            tokens.add_metric([kind], number)
+        tokens.add_metric(["prompt"], figures.prompt_tokens)
+        tokens.add_metric(["cached"], figures.cached_tokens)
+        tokens.add_metric(["generated"], figures.generated_tokens)
         yield tokens
         answers = CounterMetricFamily(PREFIX + "answers", "Answers by how they ended.", labels=["reason"])
         for reason, number in dict(figures.answers).items():

@@ -38,8 +38,8 @@ DOCUMENTED = {
         "--host --port --api-key --served-name --max-queue --max-request-size --grace "
         "--model --mode --sparsity --keep --cats-threshold --window --accept --threshold --draft --resident-first --refresh "
         "--refresh-decay --overlap --prior --draft-keep --tree-width --lookup --device --device-memory --host-memory "
-        "--link-gbps --dtype --quantize --quantize-group --max-context --auto --threads --cuda-graphs --shared-host-buffers "
-        "--verbose"
+        "--link-gbps --dtype --quantize --quantize-group --max-context --parallel --auto --threads --cuda-graphs "
+        "--shared-host-buffers --verbose"
     ),
     "pack": "--model --out --quantize --quantize-group --dtype --report --verify --json --verbose",
     "doctor": "--path --measure --json",

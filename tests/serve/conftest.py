@@ -24,7 +24,6 @@ from offload_sirius.config import ServeConfig
 from offload_sirius.engine import Engine
 from offload_sirius.serve.app import Service, make_app
 from offload_sirius.serve.metrics import Metrics
-from offload_sirius.serve.sequential import Sequential
 from offload_sirius.serve.worker import Worker
 
 ROOT = Path(__file__).parents[2]
@@ -52,7 +51,7 @@ def chatty(tiny_directory: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 @pytest.fixture(scope="session")
 def engine(chatty: Path) -> Iterator[Engine]:
     """That model, loaded."""
-    with offload_sirius.load(str(chatty), device="cpu", threads=1, max_context=256) as engine:
+    with offload_sirius.load(str(chatty), device="cpu", threads=1, max_context=256, parallel=2) as engine:
         yield engine
 
 
@@ -66,7 +65,7 @@ def serve(engine: Engine) -> Iterator[Serve]:
 
     def serve(**settings: object) -> TestClient:
         config = ServeConfig(**settings)  # type: ignore[arg-type]
-        worker = Worker(lambda: (engine, Sequential(engine)), config.max_queue)
+        worker = Worker(lambda: (engine, engine.batch()), config.max_queue)
         workers.append(worker)
         worker.start()
         worker.engine.result(timeout=60)

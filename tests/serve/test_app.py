@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 from starlette.testclient import TestClient
 
 from offload_sirius.engine import Engine
+from offload_sirius.engine.batch import Batch
 from offload_sirius.errors import WeightReadError
 
 from .conftest import NAME, Serve
@@ -29,6 +31,11 @@ def events(text: str) -> list[Any]:
     lines = text[:-2].split("\n\n")
     assert all(line.startswith("data: ") for line in lines)
     return [line[6:] if line == "data: [DONE]" else json.loads(line[6:]) for line in lines]
+
+
+def without_cached(usage: dict[str, Any]) -> dict[str, Any]:
+    """What does not depend on what was asked before."""
+    return {name: number for name, number in usage.items() if name != "prompt_tokens_details"}
 
 
 def error_of(response: Any, status: int) -> dict[str, Any]:
@@ -77,7 +84,7 @@ def test_a_stream_joined_is_the_answer_in_one_piece(client: TestClient, path: st
     *chunks, usage, done = events(response.text)
     assert done == "[DONE]"
     assert usage["choices"] == []
-    assert usage["usage"] == whole["usage"]
+    assert without_cached(usage["usage"]) == without_cached(whole["usage"])
     assert len({chunk["id"] for chunk in [*chunks, usage]}) == 1
     choices = [chunk["choices"][0] for chunk in chunks]
     assert [each["finish_reason"] for each in choices] == [None] * (len(choices) - 1) + ["length"]
@@ -109,6 +116,14 @@ def test_one_seed_is_one_text_and_another_seed_another(client: TestClient) -> No
 
     assert text(1) == text(1)
     assert len({text(seed) for seed in range(4)}) > 1
+
+
+def test_what_a_prompt_shares_with_an_earlier_one_is_not_computed_again(client: TestClient) -> None:
+    first = client.post("/v1/chat/completions", json=CHAT).json()
+    said = {"role": "assistant", "content": first["choices"][0]["message"]["content"]}
+    messages = [*CHAT["messages"], said, {"role": "user", "content": "And then?"}]
+    usage = client.post("/v1/chat/completions", json=CHAT | {"messages": messages}).json()["usage"]
+    assert usage["prompt_tokens_details"]["cached_tokens"] >= first["usage"]["prompt_tokens"] - 1
 
 
 def test_an_answer_without_a_limit_ends_where_the_context_does(client: TestClient, engine: Engine) -> None:
@@ -211,16 +226,22 @@ def test_a_server_with_a_key_or_for_other_machines_may_be_called_by_any_name(ser
     assert serve(host="0.0.0.0").get("/v1/models", headers={"Host": "models.example"}).status_code == 200
 
 
-def test_a_failure_of_the_engine_is_a_500_and_health_tells(
-    client: TestClient, engine: Engine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fail(*_: object, **__: object) -> None:
-        raise WeightReadError("model.gguf: cannot be read")
+def failing_with(error: Exception, monkeypatch: pytest.MonkeyPatch, *, after: int) -> None:
+    """Have the batch fail in the middle of a step, as many steps from now."""
+    advance, num_left = Batch._advance, iter(range(after))
 
-    monkeypatch.setattr(engine, "stream", fail)
-    error = error_of(client.post("/v1/completions", json=COMPLETION), 500)
+    def fail(batch: Batch, model: Any) -> None:
+        if next(num_left, None) is None:
+            raise error
+        advance(batch, model)
+
+    monkeypatch.setattr(Batch, "_advance", fail)
+
+
+def test_a_failure_of_the_engine_is_a_500_and_health_tells(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    failing_with(WeightReadError("model.gguf: cannot be read"), monkeypatch, after=1)
+    error = error_of(client.post("/v1/completions", json=COMPLETION | {"max_tokens": 200}), 500)
     assert (error["message"], error["type"], error["code"]) == ("model.gguf: cannot be read", "server_error", "engine_error")
-    assert error_of(client.post("/v1/completions", json=COMPLETION | {"stream": True}), 500)
     health = client.get("/health")
     assert (health.status_code, health.json()["status"]) == (503, "failing")
     monkeypatch.undo()
@@ -228,34 +249,64 @@ def test_a_failure_of_the_engine_is_a_500_and_health_tells(
     assert client.get("/health").json() == {"status": "ok"}
 
 
-def test_a_failure_in_the_middle_of_a_stream_is_its_last_event(
-    client: TestClient, engine: Engine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    stream = engine.stream
-
-    def fail_soon(*arguments: Any, **settings: Any) -> Any:
-        written = stream(*arguments, **settings)
-        yield next(written)
-        yield next(written)
-        written.interrupt()
-        raise WeightReadError("model.gguf: cannot be read")
-
-    monkeypatch.setattr(engine, "stream", fail_soon)
-    *_, last = events(client.post("/v1/completions", json=COMPLETION | {"stream": True}).text)
+def test_a_failure_in_the_middle_of_a_stream_is_its_last_event(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    failing_with(WeightReadError("model.gguf: cannot be read"), monkeypatch, after=2)
+    fields = COMPLETION | {"stream": True, "max_tokens": 200}
+    first, *_, last = events(client.post("/v1/completions", json=fields).text)
+    assert first["choices"]
     assert last["error"]["message"] == "model.gguf: cannot be read"
 
 
 def test_a_bug_is_a_500_that_tells_the_client_nothing_of_it(
-    client: TestClient, engine: Engine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    client: TestClient, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def fail(*_: object, **__: object) -> None:
-        raise KeyError("inner secret")
-
-    monkeypatch.setattr(engine, "stream", fail)
+    failing_with(KeyError("inner secret"), monkeypatch, after=0)
     error = error_of(client.post("/v1/completions", json=COMPLETION), 500)
     assert error["code"] == "internal_error"
     assert "inner secret" not in error["message"]
     assert "inner secret" in caplog.text
+
+
+def test_requests_that_are_answered_together_have_the_answers_of_their_own(client: TestClient, engine: Engine) -> None:
+    def ask(number: int) -> str:
+        fields = COMPLETION | {"prompt": [number + 1] * (number + 2), "temperature": number % 2, "seed": number}
+        return str(client.post("/v1/completions", json=fields).json()["choices"][0]["text"])
+
+    alone = [ask(number) for number in range(8)]
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(ask, range(8))) == alone
+    assert len(set(alone)) == 8
+
+
+def test_log_probabilities_of_a_chat_are_those_of_its_tokens(client: TestClient) -> None:
+    asked = CHAT | {"logprobs": True, "top_logprobs": 2}
+    choice = client.post("/v1/chat/completions", json=asked).json()["choices"][0]
+    content = choice["logprobs"]["content"]
+    assert len(content) == 12
+    for token in content:
+        best, second = token["top_logprobs"]
+        assert best == {name: token[name] for name in ("token", "logprob", "bytes")}, "greedy takes the likeliest"
+        assert second["logprob"] <= best["logprob"] < 0
+        assert token["bytes"] in (None, list(token["token"].encode()))
+    chunks = events(client.post("/v1/chat/completions", json=asked | {"stream": True}).text)[:-1]
+    streamed = [token for each in chunks for token in (each["choices"][0]["logprobs"] or {"content": []})["content"]]
+    assert [token["token"] for token in streamed] == [token["token"] for token in content]
+    assert [token["logprob"] for token in streamed] == pytest.approx([token["logprob"] for token in content], abs=1e-4)
+    plain = client.post("/v1/chat/completions", json=CHAT | {"logprobs": True}).json()["choices"][0]
+    assert all(token["top_logprobs"] == [] for token in plain["logprobs"]["content"])
+
+
+def test_log_probabilities_of_a_completion_have_their_places_in_the_text(client: TestClient) -> None:
+    whole = client.post("/v1/completions", json=COMPLETION | {"logprobs": 3}).json()["choices"][0]
+    found = whole["logprobs"]
+    assert {len(each) for each in found.values()} == {12}
+    assert all(len(top) <= 3 for top in found["top_logprobs"])
+    for token, offset in zip(found["tokens"], found["text_offset"], strict=True):
+        # Bytes that were no character come out with the next token that is one.
+        assert "\N{REPLACEMENT CHARACTER}" in token or token in whole["text"][offset : offset + len(token) + 3]
+    chunks = events(client.post("/v1/completions", json=COMPLETION | {"logprobs": 3, "stream": True}).text)[:-1]
+    offsets = [place for each in chunks for place in (each["choices"][0]["logprobs"] or {"text_offset": []})["text_offset"]]
+    assert offsets == found["text_offset"]
 
 
 def test_figures_and_metrics_count_what_was_done(client: TestClient) -> None:
@@ -263,7 +314,8 @@ def test_figures_and_metrics_count_what_was_done(client: TestClient) -> None:
     client.post("/v1/completions", json=COMPLETION | {"n": 3})
     client.get("/no/such/path")
     figures = client.get("/v1/figures").json()
-    assert figures["tokens"] == {"prompt": usage["prompt_tokens"], "generated": usage["completion_tokens"]}
+    cached = usage["prompt_tokens_details"]["cached_tokens"]
+    assert figures["tokens"] == {"prompt": usage["prompt_tokens"], "cached": cached, "generated": usage["completion_tokens"]}
     assert (figures["queue"], figures["active"], figures["answers"]) == (0, 0, {"length": 1})
     assert figures["aal"] >= 1
     assert figures["last_answer"]["tokens_per_second"] > 0
