@@ -20,7 +20,7 @@ from offload_sirius.config import GenerationConfig, ServeConfig
 from offload_sirius.decode.result import Generation
 from offload_sirius.decode.stream import TextPiece
 from offload_sirius.engine import Engine
-from offload_sirius.errors import PromptError
+from offload_sirius.errors import CheckpointError, PromptError
 from offload_sirius.serve.body import read_body
 from offload_sirius.serve.errors import CONTEXT_LENGTH, ApiError, as_api_error, error_body
 from offload_sirius.serve.exchange import EventStream, Exchange
@@ -134,6 +134,7 @@ async def _answer(service: Service, request: Request, read: Callable[[bytes], As
     asked = read(body)
     _require_model(service, asked.model)
     engine = service.engine
+    service.worker.require_room()
     # Templates and tokenizers take their time on long prompts, in which others are served.
     prompt_ids = await asyncio.to_thread(_encode, engine, asked)
     mailbox = Mailbox(MAILBOX_CAPACITY if asked.stream else None)
@@ -196,6 +197,8 @@ def _encode(engine: Engine, asked: Asked) -> list[int]:
         too_long = "positions" in str(error)
         param = "messages" if asked.is_chat else "prompt"
         raise ApiError(400, str(error), code=CONTEXT_LENGTH if too_long else "invalid_value", param=param) from None
+    except CheckpointError as error:  # a chat template that is none
+        raise as_api_error(error) from None
 
 
 def _generation(engine: Engine, asked: Asked, num_prompt: int) -> GenerationConfig:
@@ -227,6 +230,8 @@ def figures_json(service: Service) -> Json:
         "active": worker.num_active,
         "max_answers": worker.max_answers,
         "tokens_per_second": rates.tokens_per_second,
+        "aal": rates.aal,
+        "acceptance": rates.acceptance,
         "link": {
             "gbytes_per_second": rates.link_gbytes_per_second,
             "busy_share": rates.link_busy_share,
@@ -234,7 +239,7 @@ def figures_json(service: Service) -> Json:
         },
         "tokens": {"prompt": figures.prompt_tokens, "cached": figures.cached_tokens, "generated": figures.generated_tokens},
         "answers": dict(figures.answers),
-        "aal": figures.aal,
+        "mean_aal": figures.mean_aal,
         "last_answer": None if figures.last is None else figures.last.as_json(),
         "memory": None if service.metrics.memory is None else service.metrics.memory.as_json(),
     }

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 from collections import Counter, deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from offload_sirius import machine
 from offload_sirius.decode.result import Generation
+from offload_sirius.decode.stats import DecodeStats
 
 RATE_SECONDS = 5.0
 """Rates are those of the last seconds."""
@@ -52,6 +53,9 @@ class Rates:
     """Of the last seconds; None while nothing is written."""
 
     tokens_per_second: float | None = None
+    aal: float | None = None
+    """Of the answers that are being written, from their beginning; so is the next."""
+    acceptance: float | None = None
     link_gbytes_per_second: float | None = None
     link_busy_share: float | None = None
 
@@ -91,18 +95,18 @@ class Figures:
     _samples: deque[_Sample] = field(default_factory=deque)
 
     @property
-    def aal(self) -> float | None:
+    def mean_aal(self) -> float | None:
         """Tokens that a window gave, on average over all finished answers."""
         return self.window_tokens / self.windows if self.windows else None
 
-    def stepped(self, link: LinkCounters) -> None:
-        """A step has been made."""
+    def stepped(self, link: LinkCounters, written: Sequence[DecodeStats]) -> None:
+        """A step has been made. written: counters of the answers that are being written."""
         self.link = link
         now = time.perf_counter()
         self._samples.append(_Sample(seconds=now, num_tokens=self.generated_tokens, link=link))
         while len(self._samples) > 2 and now - self._samples[1].seconds > RATE_SECONDS:
             self._samples.popleft()
-        self.rates = _rates(self._samples[0], self._samples[-1])
+        self.rates = _rates(self._samples[0], self._samples[-1], written)
 
     def idle(self) -> None:
         """There is nothing to do."""
@@ -125,13 +129,16 @@ class Figures:
         self.mean_answer_seconds = 0.8 * before + 0.2 * seconds
 
 
-def _rates(first: _Sample, last: _Sample) -> Rates:
+def _rates(first: _Sample, last: _Sample, written: Sequence[DecodeStats]) -> Rates:
     seconds = last.seconds - first.seconds
     if seconds <= 0:
         return Rates()
     copied_nbytes = last.link.copied_nbytes - first.link.copied_nbytes
     busy_seconds = last.link.busy_seconds - first.link.busy_seconds
+    num_windows, num_tried = sum(len(each.windows) for each in written), sum(each.num_tried for each in written)
     return Rates(
+        aal=sum(each.num_advanced for each in written) / num_windows if num_windows else None,
+        acceptance=sum(each.num_accepted for each in written) / num_tried if num_tried else None,
         tokens_per_second=(last.num_tokens - first.num_tokens) / seconds,
         link_gbytes_per_second=copied_nbytes / seconds / 1e9 if last.link.copied_nbytes else None,
         link_busy_share=min(busy_seconds / seconds, 1.0) if last.link.copied_nbytes else None,

@@ -52,7 +52,7 @@ class Metrics(Collector):
         yield _gauge("max_answers", "Answers that can be written at once.", worker.max_answers)
         rates = figures.rates
         yield _gauge("tokens_per_second", "Tokens generated in the last seconds.", rates.tokens_per_second or 0.0)
-        yield _gauge("average_advancement_length", "Tokens that a window gave, over all answers.", figures.aal)
+        yield _gauge("average_advancement_length", "Tokens that a window gave, over all answers.", figures.mean_aal)
         yield _counter("link_bytes", "Bytes of weights that the link has carried.", figures.link.copied_nbytes)
         yield _counter("link_busy_seconds", "Time in which the link has carried something.", figures.link.busy_seconds)
         yield _gauge("link_busy_share", "Share of the last seconds in which it did.", rates.link_busy_share or 0.0)

@@ -12,6 +12,7 @@ from typing import Literal, Protocol
 
 from offload_sirius.config import GenerationConfig
 from offload_sirius.decode.result import Generation
+from offload_sirius.decode.stats import DecodeStats
 from offload_sirius.decode.stream import TextPiece
 from offload_sirius.engine import Engine, Prompt
 from offload_sirius.errors import USER_ERRORS
@@ -36,6 +37,9 @@ class Answer(Protocol):
 
     @property
     def error(self) -> Exception | None: ...
+
+    @property
+    def stats(self) -> DecodeStats: ...
 
     def cancel(self) -> None: ...
 
@@ -128,14 +132,19 @@ class Worker:
         """Whether no more jobs are taken."""
         return self._stopping
 
-    def submit(self, job: Job) -> None:
-        """Queue a job. Raises QueueFullError, ServerStoppingError."""
+    def require_room(self) -> None:
+        """Whether a job would be taken now, for those who have to prepare one. Raises QueueFullError, ServerStoppingError."""
         with self._changed:
             if self._stopping:
                 raise ServerStoppingError
             has_slot = self.num_active + self.num_waiting < self._max_answers
             if self.num_waiting >= self._max_queue and not has_slot:
                 raise QueueFullError(self.num_waiting, self._retry_seconds())
+
+    def submit(self, job: Job) -> None:
+        """Queue a job. Raises as require_room does."""
+        with self._changed:
+            self.require_room()
             self._waiting.push(job.client, job)
             self._changed.notify()
 
@@ -229,7 +238,8 @@ class Worker:
                 self._failed(job, error)
         else:
             self._end_answered()
-        self.figures.stepped(LinkCounters(engine.streamer.copied_nbytes, engine.streamer.busy_seconds))
+        link = LinkCounters(engine.streamer.copied_nbytes, engine.streamer.busy_seconds)
+        self.figures.stepped(link, [answer.stats for answer in self._active.values()])
 
     def _end_answered(self) -> None:
         done = {job: answer for job, answer in self._active.items() if answer.state == "done"}

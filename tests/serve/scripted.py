@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from offload_sirius.config import GenerationConfig
 from offload_sirius.decode.result import FinishReason, Generation, LinkFigures, MemoryFigures, Passes
+from offload_sirius.decode.stats import DecodeStats
 from offload_sirius.decode.stream import TextPiece
 
 ENGINE: Any = SimpleNamespace(streamer=SimpleNamespace(copied_nbytes=0, busy_seconds=0.0))
@@ -42,6 +43,7 @@ class ScriptedAnswer:
     def __init__(self, num_tokens: int, on_piece: Callable[[TextPiece], None]) -> None:
         self.state: Literal["waiting", "active", "done"] = "active"
         self.error: Exception | None = None
+        self.stats = DecodeStats()
         self._num_tokens, self._num_written = num_tokens, 0
         self._on_piece = on_piece
         self._cancelled = False

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from starlette.testclient import TestClient
 from offload_sirius.engine import Engine
 from offload_sirius.engine.batch import Batch
 from offload_sirius.errors import WeightReadError
+from offload_sirius.model.tokenizer import Tokenizer
 
 from .conftest import NAME, Serve
 
@@ -317,7 +319,8 @@ def test_figures_and_metrics_count_what_was_done(client: TestClient) -> None:
     cached = usage["prompt_tokens_details"]["cached_tokens"]
     assert figures["tokens"] == {"prompt": usage["prompt_tokens"], "cached": cached, "generated": usage["completion_tokens"]}
     assert (figures["queue"], figures["active"], figures["answers"]) == (0, 0, {"length": 1})
-    assert figures["aal"] >= 1
+    assert figures["mean_aal"] >= 1
+    assert (figures["tokens_per_second"], figures["aal"], figures["acceptance"]) == (None, None, None)
     assert figures["last_answer"]["tokens_per_second"] > 0
     metrics = client.get("/metrics").text
     assert f'offload_sirius_tokens_total{{kind="generated"}} {usage["completion_tokens"]}.0' in metrics
@@ -336,3 +339,20 @@ def test_the_page_may_ask_nobody_but_this_server(client: TestClient) -> None:
     assert "connect-src 'self'" in policy
     assert "unsafe-inline" not in policy
     assert not re.search(r"""\b(src|href|action)\s*=\s*['"](?!data:)|@import|url\(|//(?!www\.w3\.org)""", response.text)
+
+
+@pytest.mark.parametrize(
+    ("template", "status", "said"),
+    [
+        (None, 400, "the model has no chat template; send a prompt to /v1/completions"),
+        ("{{ raise_exception('no system here') }}", 400, "does not accept this conversation: no system here"),
+        ("{{ ''.__class__.__mro__ }}", 400, "does not accept this conversation"),
+        ("{% for %}", 500, "the chat template is not valid"),
+    ],
+)
+def test_a_template_that_cannot_be_used_is_an_error_of_one_line(
+    client: TestClient, engine: Engine, monkeypatch: pytest.MonkeyPatch, template: str | None, status: int, said: str
+) -> None:
+    tokenizer = Tokenizer(model_name="m", codec=engine.model.tokenizer._codec, special_tokens={}, chat_template=template)
+    monkeypatch.setattr(engine, "model", replace(engine.model, tokenizer=tokenizer))
+    assert said in error_of(client.post("/v1/chat/completions", json=CHAT), status)["message"]
