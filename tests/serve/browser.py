@@ -35,6 +35,7 @@ class Browser:
     def open(self, **settings: Any) -> Any:
         """The page at `/`, when the model is ready. settings: of playwright's new_context."""
         page = self._chromium.new_context(**settings).new_page()
+        page.set_default_timeout(120_000)  # of a machine that does much else
         page.route("**/*", self._route)
         page.on("console", lambda said: self.complaints.append(said.text) if said.type in ("error", "warning") else None)
         page.on("pageerror", lambda error: self.complaints.append(str(error)))
