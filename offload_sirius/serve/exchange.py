@@ -30,11 +30,15 @@ class Exchange:
         self._worker = worker
         self._job = job
         self._mailbox = mailbox
+        self._failure: Exception | None = None
+        """What has ended the job, until the pieces before it have been taken."""
         self.left = asyncio.ensure_future(_until_left(receive))
         """Done when the client has left."""
 
     async def take(self) -> list[Event]:
         """The next events. Raises ClientLeftError, and the exception that ended the job."""
+        if self._failure is not None:
+            raise self._failure
         taking = asyncio.ensure_future(self._mailbox.take())
         try:
             await asyncio.wait({taking, self.left}, return_when=asyncio.FIRST_COMPLETED)
@@ -43,9 +47,9 @@ class Exchange:
             events = taking.result()
         finally:
             taking.cancel()
-        for each in events:
-            if isinstance(each, Exception):
-                raise each
+        if isinstance(last := events[-1], Exception):
+            self._failure = last
+            return events[:-1] or await self.take()
         return events
 
     async def result(self) -> tuple[list[TextPiece], Generation]:
