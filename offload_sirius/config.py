@@ -505,3 +505,40 @@ def require_greedy_threshold(decoding: DecodingConfig, sampling: SamplingConfig)
             f"--accept threshold is greedy, and --temperature is {sampling.temperature}; "
             "use --temperature 0, or --accept exact, which samples"
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeConfig:
+    """How the server meets its clients."""
+
+    host: str = _setting("127.0.0.1", "Address to listen on; 0.0.0.0 lets other machines in.")
+    port: int = _setting(8080, "Port to listen on; 0 takes a free one.")
+    api_key: str | None = field(
+        default=None,
+        repr=False,
+        metadata={"help": "What clients must send as bearer token. Default: OFFLOAD_SIRIUS_API_KEY, where it is set, else none."},
+    )
+    served_name: tuple[str, ...] = _setting(
+        (), "Name of the model in requests; may be given several times, the first is listed. Default: its alias or own name."
+    )
+    max_queue: int = _setting(64, "Requests that may wait for their turn; one more is told to come again (429).")
+    max_request_size: str = _setting("4MiB", "Largest body of a request; a larger one is refused while it is read (413).")
+    grace: float = _setting(30.0, "Seconds in which a stopping server finishes the answers that are being written.")
+
+    def __post_init__(self) -> None:
+        _require(bool(self.host.strip()), "host", repr(self.host), "an address such as 127.0.0.1")
+        _require(0 <= self.port <= 65535, "port", self.port, "between 0 and 65535")
+        if self.api_key is not None:
+            _require(self.api_key.isascii() and self.api_key.strip() == self.api_key != "", "api-key", "not usable", "ASCII text")
+        _require(all(name.strip() for name in self.served_name), "served-name", repr(""), "a name that is not empty")
+        _require(0 <= self.max_queue <= 10**6, "max-queue", self.max_queue, "between 0 and 1,000,000")
+        nbytes = parse_size(self.max_request_size).nbytes
+        _require(nbytes is not None, "max-request-size", self.max_request_size, "a number of bytes such as 4MiB")
+        _require(math.isfinite(self.grace) and self.grace >= 0, "grace", self.grace, "0 or more seconds")
+
+    @property
+    def max_request_nbytes(self) -> int:
+        """The largest body in bytes."""
+        nbytes = parse_size(self.max_request_size).nbytes
+        assert nbytes is not None
+        return nbytes

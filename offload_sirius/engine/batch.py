@@ -18,6 +18,7 @@ from offload_sirius.decode.emitted import Emitted
 from offload_sirius.decode.loop import next_event
 from offload_sirius.decode.model import Ask
 from offload_sirius.decode.result import FinishReason, Generation
+from offload_sirius.decode.stats import DecodeStats
 from offload_sirius.decode.steps import Event, Reply, Steps, WindowGiven, WindowWanted
 from offload_sirius.decode.stream import TextPiece
 from offload_sirius.decode.window import choose_together
@@ -62,6 +63,11 @@ class Answer:
         if self._result is None:
             raise RuntimeError("the answer is not finished: call the batch's step until it is done")
         return self._result
+
+    @property
+    def stats(self) -> DecodeStats:
+        """What has been counted so far."""
+        return self.request.stats
 
     def cancel(self) -> None:
         """Have it ended before the next pass. May be called from another thread."""

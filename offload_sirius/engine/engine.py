@@ -113,6 +113,11 @@ class Engine:
         return self._placement.context
 
     @property
+    def streamer(self) -> Streamer:
+        """Where the weights come from; its counters are those of the link."""
+        return self._streamer
+
+    @property
     def rates_problem(self) -> str:
         """One line where the rates measured on this machine could not be read; predictions then rest on assumed ones."""
         return self._placement.rates_problem
