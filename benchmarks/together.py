@@ -7,8 +7,8 @@ SmolLM2-135M in float32, over an emulated link that bounds every pass of a singl
 with all layers streamed, and mode sirius with half of the neurons on the device, windows of 8. Each engine has places for all
 answers; one alone has the same plan. Prompts are the shortest of the file, as a CPU takes long for those of several, and answers
 are all as long, so that any is the longest. First some by themselves, one after the other; then all, submitted at once. Times are
-from submission to the last token, the prompts' passes included. Beside the ratio stands what crossed the link, and how many answers
-are those of mode full, resident and without a link, to one prompt at a time, token for token.
+from submission to the last token, the prompts' passes included. Beside the ratio stands what crossed the link, and how many
+answers are those of mode full, resident and without a link, to one prompt at a time, token for token.
 """
 
 from __future__ import annotations
