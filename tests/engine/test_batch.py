@@ -265,6 +265,20 @@ def test_what_cannot_be_answered_is_refused_when_it_is_submitted(load: Load, bud
         batch.submit(HELLO)
 
 
+def test_pieces_have_log_probabilities_where_they_are_asked_for(load: Load, budgets: Budgets, plain: Engine) -> None:
+    batch, pieces = loaded(WAYS["hot"], 2, load, budgets).batch(), list[TextPiece]()
+    batch.submit(HELLO, on_piece=pieces.append, max_new_tokens=9, ignore_eos=True, logprobs=2, **SAMPLED)
+    finished(batch)
+    expected = list(plain.stream(HELLO, max_new_tokens=9, ignore_eos=True, logprobs=2, **SAMPLED))
+    assert [piece.token_id for piece in pieces] == [piece.token_id for piece in expected]
+    for found, wanted in zip(pieces, expected, strict=True):
+        assert found.logprob == pytest.approx(wanted.logprob, abs=1e-4)
+        assert len(found.top_logprobs) == (0 if found.token_id is None else 2)
+    with pytest.raises(ConfigError) as caught:
+        batch.submit(HELLO, max_new_tokens=4, mode="sparse", logprobs=0)
+    assert str(caught.value) == "logprobs are the full model's, and mode sparse does not ask it; use mode full or sirius"
+
+
 def test_an_answer_that_nobody_wants_any_more_takes_no_further_pass(load: Load, budgets: Budgets) -> None:
     engine = loaded(WAYS["full"], 2, load, budgets)
     batch = engine.batch()
