@@ -279,6 +279,9 @@ class EngineConfig:
         + ", ".join(f"{group} for {kind}" for kind, group in DEFAULT_GROUPS.items())
         + ".",
     )
+    keep_blocks: bool = _setting(
+        True, "Hold the matrices of a GGUF file as the blocks they are stored in; else they are dequantised. Without --quantize."
+    )
     max_context: int | None = _setting(None, "Positions to plan the KV cache for. Default: prompt and answer, 4096 in Python.")
     auto: bool = _setting(False, "Choose by predicted speed what is left to choose: bfloat16 or float32, where --dtype is auto.")
     threads: int | None = _setting(

@@ -22,7 +22,7 @@ Element = Literal["F32", "F16", "BF16"]
 """What `decode` returns: float32, float16, or bfloat16 carried in uint16 (numpy has no bfloat16)."""
 
 Decoded = Literal["F32", "F16", "BF16", "U8"]
-"""An element, or U8: bytes of a packed layer, which are left as they are."""
+"""An element, or U8: bytes of a packed layer, or blocks, which are left as they are."""
 
 LayerPart = Literal["attention", "records"]
 """What a packed layer is stored as: its attention block, its neuron records."""
@@ -163,6 +163,10 @@ class Checkpoint(ABC):
     def infos(self) -> list[TensorInfo]:
         """Everything that is stored."""
         return [*self.tensors.values(), *(self.packed.parts.values() if self.packed else ())]
+
+    def in_blocks(self) -> Checkpoint:
+        """The same weights, those matrices whose rows are blocks as bytes: rows of U8. Itself where there are none."""
+        return self
 
     @abstractmethod
     def decode(self, info: TensorInfo, raw: npt.NDArray[np.uint8], first_row: int, num_rows: int) -> npt.NDArray[Any]:

@@ -99,6 +99,7 @@ def stream(
     dtype: flags.Dtype = _ENGINE.dtype,
     quantize: flags.Quantize = _ENGINE.quantize,
     quantize_group: flags.QuantizeGroup = _ENGINE.quantize_group,
+    keep_blocks: flags.KeepBlocks = _ENGINE.keep_blocks,
     threads: flags.Threads = _ENGINE.threads,
     shared_host_buffers: flags.SharedHostBuffers = _ENGINE.shared_host_buffers,
     passes: Annotated[int, typer.Option("--passes", help="Passes that count, after two that do not.", metavar="N")] = NUM_REPEATS,
@@ -117,6 +118,7 @@ def stream(
         dtype=dtype,  # type: ignore[arg-type]  # checked by EngineConfig
         quantize=quantize,  # type: ignore[arg-type]
         quantize_group=quantize_group,
+        keep_blocks=keep_blocks,
         threads=threads,
         shared_host_buffers=shared_host_buffers,
     )

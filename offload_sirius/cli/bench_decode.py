@@ -115,6 +115,7 @@ def decode(
     dtype: flags.Dtype = _ENGINE.dtype,
     quantize: flags.Quantize = _ENGINE.quantize,
     quantize_group: flags.QuantizeGroup = _ENGINE.quantize_group,
+    keep_blocks: flags.KeepBlocks = _ENGINE.keep_blocks,
     threads: flags.Threads = _ENGINE.threads,
     cuda_graphs: flags.CudaGraphs = _ENGINE.cuda_graphs,
     shared_host_buffers: flags.SharedHostBuffers = _ENGINE.shared_host_buffers,
@@ -163,6 +164,7 @@ def decode(
         dtype=dtype,  # type: ignore[arg-type]  # checked by EngineConfig
         quantize=quantize,  # type: ignore[arg-type]
         quantize_group=quantize_group,
+        keep_blocks=keep_blocks,
         threads=threads,
         cuda_graphs=cuda_graphs,
         shared_host_buffers=shared_host_buffers,

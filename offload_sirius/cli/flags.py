@@ -34,6 +34,9 @@ LinkGbps = Annotated[float | None, _option(EngineConfig, "link_gbps", PLACE, met
 Dtype = Annotated[str, _option(EngineConfig, "dtype", PLACE, metavar="DTYPE")]
 Quantize = Annotated[str, _option(EngineConfig, "quantize", PLACE, metavar="KIND")]
 QuantizeGroup = Annotated[int | None, _option(EngineConfig, "quantize_group", PLACE, metavar="N")]
+KeepBlocks = Annotated[
+    bool, typer.Option("--keep-blocks/--no-keep-blocks", help=help_of(EngineConfig, "keep_blocks"), rich_help_panel=PLACE)
+]
 MaxContext = Annotated[int | None, _option(EngineConfig, "max_context", PLACE, metavar="N")]
 Auto = Annotated[bool, typer.Option("--auto", help=help_of(EngineConfig, "auto"), rich_help_panel=PLACE)]
 Threads = Annotated[int | None, _option(EngineConfig, "threads", PLACE, metavar="N")]

@@ -68,6 +68,7 @@ def generate(
     dtype: flags.Dtype = _ENGINE.dtype,
     quantize: flags.Quantize = _ENGINE.quantize,
     quantize_group: flags.QuantizeGroup = _ENGINE.quantize_group,
+    keep_blocks: flags.KeepBlocks = _ENGINE.keep_blocks,
     max_context: flags.MaxContext = _ENGINE.max_context,
     auto: flags.Auto = _ENGINE.auto,
     threads: flags.Threads = _ENGINE.threads,
@@ -114,6 +115,7 @@ def generate(
         dtype=dtype,  # type: ignore[arg-type]  # checked by EngineConfig
         quantize=quantize,  # type: ignore[arg-type]
         quantize_group=quantize_group,
+        keep_blocks=keep_blocks,
         max_context=max_context,
         auto=auto,
         threads=threads,

@@ -51,6 +51,7 @@ def plan(
     dtype: flags.Dtype = _ENGINE.dtype,
     quantize: flags.Quantize = _ENGINE.quantize,
     quantize_group: flags.QuantizeGroup = _ENGINE.quantize_group,
+    keep_blocks: flags.KeepBlocks = _ENGINE.keep_blocks,
     max_context: flags.MaxContext = _ENGINE.max_context,
     auto: flags.Auto = _ENGINE.auto,
     cuda_graphs: flags.CudaGraphs = _ENGINE.cuda_graphs,
@@ -94,6 +95,7 @@ def plan(
         dtype=dtype,  # type: ignore[arg-type]  # checked by EngineConfig
         quantize=quantize,  # type: ignore[arg-type]
         quantize_group=quantize_group,
+        keep_blocks=keep_blocks,
         max_context=max_context,
         auto=auto,
         cuda_graphs=cuda_graphs,

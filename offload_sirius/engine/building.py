@@ -17,12 +17,11 @@ from offload_sirius.engine.planning import as_packed
 from offload_sirius.engine.progress import Progress
 from offload_sirius.engine.streamed import StreamedModel, hot_model, streamed_model
 from offload_sirius.errors import ConfigError
-from offload_sirius.kernels.native import native
+from offload_sirius.kernels.native import Name, native
 from offload_sirius.model.kv_cache import KVCache
 from offload_sirius.model.transformer import Transformer
 from offload_sirius.sparsity.prior import NeuronPrior, PriorFile, prior_path
 from offload_sirius.trace import Tracer
-from offload_sirius.weights.buffers import rows_of
 from offload_sirius.weights.copiers import Copier
 from offload_sirius.weights.device import DeviceStore, HotDeviceStore
 from offload_sirius.weights.disk import ReaderPool
@@ -42,7 +41,9 @@ def build(model: Model, config: EngineConfig, progress: Progress, tracer: Tracer
     began = time.perf_counter()
     config = as_packed(config, model.checkpoint)
     placement = place(model.checkpoint, config)
-    checkpoint = _on_disk(model.checkpoint, progress) if placement.plan.disk_layers else model.checkpoint
+    checkpoint = placement.planned.checkpoint
+    if placement.plan.disk_layers:
+        checkpoint = _on_disk(checkpoint, progress)
     with memory_errors(placement.plan), ExitStack() as stores:
         joined = _join(checkpoint, placement, config, progress, tracer, stores)
         stores.callback(checkpoint.close)
@@ -85,8 +86,10 @@ def _join(
     stores.callback(arenas.close)
     store = DeviceStore if plan.hot is None else HotDeviceStore
     device = store(plan, spec, layout, dtype, placement.device)
-    if layout.format is not None and placement.device.type == "cpu" and (problem := native("products").problem):
-        progress.warn(problem)
+    if layout.unpacks and placement.device.type == "cpu":
+        library: Name = "blocks" if layout.blocks else "products"
+        if problem := native(library).problem:
+            progress.warn(problem)
 
     progress.begin(f"loading {spec.name}", load_nbytes(checkpoint, plan))
     try:
@@ -198,8 +201,7 @@ def _decoded(
         assert placement.plan.hot is not None
         return hot_model(transformer, streamer, placement.plan.hot.num_hot, decoding, captured, prior)
     assert isinstance(device, DeviceStore)
-    rows = rows_of(placement.layout, "up_down")
-    return streamed_model(transformer, streamer, device.caches, rows, decoding)
+    return streamed_model(transformer, streamer, device.caches, decoding)
 
 
 def _embedding(placement: Placement, loader: Loader, readers: ReaderPool, device: DeviceStore | HotDeviceStore) -> Embedding:

@@ -29,7 +29,7 @@ from offload_sirius.sparsity.costs import num_fetched, sparsity_nbytes
 from offload_sirius.units import MIB, Size, format_size
 from offload_sirius.weights.hot_plan import make_hot_plan
 from offload_sirius.weights.layout import PARTS, LayerLayout, Part, Slice, layer_layout
-from offload_sirius.weights.pieces import load_nbytes, quantising_nbytes, reader_nbytes, stored_part_nbytes
+from offload_sirius.weights.pieces import blocks_of, load_nbytes, quantising_nbytes, reader_nbytes, stored_part_nbytes
 from offload_sirius.weights.plan import MAX_READERS, Budgets, Demand, Plan, as_flag, make_plan
 from offload_sirius.weights.predict import (
     DRAFTS_OF_A_WINDOW,
@@ -296,6 +296,7 @@ def plan_model(
     Raises BudgetError with the smallest budget that works, ConfigError.
     """
     assert config == as_packed(config, checkpoint)
+    checkpoint = as_held(checkpoint, config)
     spec, dtype, decoding = checkpoint.spec, dtype_of(config, checkpoint.spec), config.decoding
     element_nbytes, context = ELEMENT_NBYTES[dtype], context_of(config, spec)
     sparse = sparsity_of(decoding, spec)
@@ -303,11 +304,11 @@ def plan_model(
     resident_draft = sparse is not None and decoding.draft == "resident"
     recorded = resident_draft and hardware.own_memory and records_drafts(config)
     num_gathered = num_kept if sparse == "griffin" and not resident_draft else 0
-    layout = layer_layout(spec, element_nbytes, num_gathered, config.weight_format)
+    layout = layer_layout(spec, element_nbytes, num_gathered, config.weight_format, blocks_of(checkpoint, 0))
     demand = Demand(
         kv_cache_nbytes=kv_cache_nbytes(spec, batch=batch, capacity=context, element_nbytes=element_nbytes),
         position_tables_nbytes=position_tables_nbytes(spec, context, element_nbytes),
-        activation_nbytes=computing_nbytes(config, spec, context, element_nbytes, batch)
+        activation_nbytes=computing_nbytes(config, spec, context, element_nbytes, batch, unpacks=layout.unpacks)
         + (recorded_steps_nbytes(spec, context, element_nbytes) if recorded else 0),
         reader_nbytes=reader_nbytes(checkpoint),
         embedding_on_device=spec.tied_head,
@@ -337,12 +338,26 @@ def plan_model(
     )
 
 
-def computing_nbytes(config: EngineConfig, spec: ModelSpec, num_tokens: int, element_nbytes: int, batch: int = 1) -> int:
-    """Device bytes that passes over a prompt of that many tokens, and over windows behind it, take beside what stays there."""
+def as_held(checkpoint: Checkpoint, config: EngineConfig) -> Checkpoint:
+    """The checkpoint as it is read: its blocks, where it has some, as they are or as numbers."""
+    if not config.keep_blocks or config.quantize != "none":
+        return checkpoint
+    held = checkpoint.in_blocks()
+    alike = all(blocks_of(held, layer) == blocks_of(held, 0) for layer in range(held.spec.num_layers))
+    return held if alike else checkpoint
+
+
+def computing_nbytes(
+    config: EngineConfig, spec: ModelSpec, num_tokens: int, element_nbytes: int, batch: int = 1, *, unpacks: bool
+) -> int:
+    """Device bytes that passes over a prompt of that many tokens, and over windows behind it, take beside what stays there.
+
+    unpacks: matrices are not plain numbers.
+    """
     decoding = config.decoding
     observed, step_rows = sparsity_of(decoding, spec) is not None, decoding.max_nodes
     nbytes = activation_nbytes(spec, num_tokens, element_nbytes, batch=batch, step_rows=step_rows, observed=observed)
-    return nbytes + (unpacking_nbytes(spec, element_nbytes, step_rows) if config.weight_format else 0)
+    return nbytes + (unpacking_nbytes(spec, element_nbytes, step_rows) if unpacks else 0)
 
 
 def plan_for(spec: ModelSpec, layout: LayerLayout, demand: Demand, budgets: Budgets) -> Plan:

@@ -36,7 +36,7 @@ class DeviceStore:
 
         def cached_records() -> Tensor:
             field = layout.fields["up_down"]
-            held_as = dtype if field.num_columns is None else torch.uint8
+            held_as = torch.uint8 if field.is_bytes else dtype
             return _matrix(plan.num_cached_neurons, *field.shape[1:], dtype=held_as, device=device)
 
         self.residents = {layer: layer_buffer() for layer in plan.resident_layers}

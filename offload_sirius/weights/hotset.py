@@ -49,9 +49,9 @@ class HotSlot:
 
 def whole_slot(layer: LayerBuffer, num_hot: int) -> HotSlot:
     """A slot for whole layers."""
-    records = KeptNeurons(layer.gate_records, layer.up_down, layer.rows)
-    hot = KeptNeurons(layer.gate_records[:num_hot], layer.up_down[:num_hot], layer.rows)
-    cold = KeptNeurons(layer.gate_records[num_hot:], layer.up_down[num_hot:], layer.rows)
+    records = KeptNeurons(layer.gate_records, layer.up_down, layer.reader)
+    hot = KeptNeurons(layer.gate_records[:num_hot], layer.up_down[:num_hot], layer.reader)
+    cold = KeptNeurons(layer.gate_records[num_hot:], layer.up_down[num_hot:], layer.reader)
     return HotSlot({"records": records, "hot": hot, "cold": cold}, layer)
 
 
@@ -118,7 +118,7 @@ class HotStreamer(Streamer):
         """In a pass that chooses, all neurons of the layer, once they are there; else the hot ones."""
         self._computed()
         if self._cargo == "records":
-            neurons: LayerBuffer | KeptNeurons = self._arrived(layer).neurons["records"]
+            neurons: LayerBuffer | KeptNeurons = self._passing_neurons(layer, "records")
         else:
             neurons = self._layers.get(layer) or self._arrived(layer).neurons["hot"]
         self._computing(layer, "neurons")
@@ -128,7 +128,7 @@ class HotStreamer(Streamer):
         """The others, once they are there: neuron i is the one that `choose` or `exchange` was told of as the i-th cold one."""
         assert self._cargo == "cold", self._cargo
         self._computed()
-        cold = self._arrived(layer).neurons["cold"]
+        cold = self._passing_neurons(layer, "cold")
         self._computing(layer, "cold neurons")
         return cold
 
@@ -182,7 +182,7 @@ class HotStreamer(Streamer):
 
     def _hot(self, layer: int) -> KeptNeurons:
         buffer = self._layers[layer]
-        return KeptNeurons(buffer.gate_records, buffer.up_down, buffer.rows)
+        return KeptNeurons(buffer.gate_records, buffer.up_down, buffer.reader)
 
     def _moving(self, cargo: Cargo) -> Cargo:
         """What passes in such a pass, or, where nothing does, in the next one in which anything does."""
@@ -209,6 +209,11 @@ class HotStreamer(Streamer):
         flight = self._front_of(layer)
         self._wait(self._ring, layer, flight.part, flight.neurons)
         return flight.slot
+
+    def _passing_neurons(self, layer: int, cargo: Cargo) -> KeptNeurons:
+        """Those in its slot, once they are there. What a hot layer needs to read them is resident."""
+        neurons = self._arrived(layer).neurons[cargo]
+        return neurons.read_by(self._layers[layer].reader) if layer in self._layers else neurons
 
     def _send(self, layer: int, cargo: Cargo, slot: HotSlot) -> Flight[HotSlot]:
         if layer in self._layers:

@@ -172,6 +172,7 @@ class _Quantiser:
                 if isinstance(place, Tensor):
                     plain.append(self._loader.begin_tensor(layer, role, place))
                 else:
+                    assert isinstance(place, QuantizedRows), role
                     self._begin(layer, role, place)
         while self._waiting:
             self._finish_first()

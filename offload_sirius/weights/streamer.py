@@ -229,7 +229,8 @@ class WeightStreamer(Streamer):
         self.pass_nbytes[self._phase] += place.nbytes
         self._let_fetched_arrive()
         self._fetching = transfer = self._copier.fetch(layer, neuron_ids, flight.slot)
-        if self._early is None:
+        # A table of the down projection lies in the attention block, and is needed until the layer is released.
+        if self._early is None and flight.slot.reader.table is None:
             # While the records are computed on, nobody asks for anything, and the link would idle in every layer. Of the slot the
             # attention block has been used already.
             self._early = self._copier.start(self._ring.next_layer, "attention", flight.slot)
