@@ -69,7 +69,7 @@ class GgufCheckpoint(Checkpoint):
         self.path = header.path
         self.tokenizer = _tokenizer_files(header.metadata)
         infos = _tensor_infos(header, spec)
-        self.tensors = {key: _as_blocks(*key, info) for key, info in infos.items()} if in_blocks else infos
+        self.tensors = {key: _as_blocks(key[1], info) for key, info in infos.items()} if in_blocks else infos
         self._interleaved = {info.name for (_, role), info in self.tensors.items() if _is_interleaved(spec, role)}
 
     def in_blocks(self) -> Checkpoint:
@@ -94,13 +94,13 @@ def _numbers(info: TensorInfo, rows: npt.NDArray[np.uint8]) -> npt.NDArray[Any]:
     return numbers
 
 
-def _as_blocks(layer: int | None, role: Role, info: TensorInfo) -> TensorInfo:
+def _as_blocks(role: Role, info: TensorInfo) -> TensorInfo:
     """A matrix whose rows are blocks as rows of bytes; others as they are.
 
     Of the down projection, which is regrouped by neuron, whole groups of outputs are read together, and there must be such.
     """
     has_parts = role == "down" and info.num_rows % OUTPUTS_TOGETHER
-    if layer is None or info.dtype not in _BLOCK_TYPES or len(info.shape) == 1 or has_parts:
+    if info.dtype not in _BLOCK_TYPES or len(info.shape) == 1 or has_parts:
         return info
     row_multiple = OUTPUTS_TOGETHER if role == "down" else info.row_multiple
     return replace(info, element="U8", shape=(info.num_rows, info.row_nbytes), row_multiple=row_multiple)

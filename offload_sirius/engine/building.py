@@ -85,9 +85,9 @@ def _join(
     arenas = make_arenas(placement, spec, uplink)
     stores.callback(arenas.close)
     store = DeviceStore if plan.hot is None else HotDeviceStore
-    device = store(plan, spec, layout, dtype, placement.device)
-    if layout.unpacks and placement.device.type == "cpu":
-        library: Name = "blocks" if layout.blocks else "products"
+    device = store(plan, spec, layout, dtype, placement.device, placement.planned.demand.head_format)
+    if placement.planned.unpacks and placement.device.type == "cpu":
+        library: Name = "products" if layout.format else "blocks"
         if problem := native(library).problem:
             progress.warn(problem)
 
@@ -206,11 +206,12 @@ def _decoded(
 
 def _embedding(placement: Placement, loader: Loader, readers: ReaderPool, device: DeviceStore | HotDeviceStore) -> Embedding:
     where = placement.plan.embedding_place
+    form = placement.planned.demand.embedding_format
     if where == "device":
-        return TableEmbedding(device.head, placement.device)
+        return TableEmbedding(device.head, placement.dtype, placement.device)
     if where == "host":
-        return TableEmbedding(loader.load_embedding(placement.dtype), placement.device)
-    return DiskEmbedding(loader.info(None, "embedding"), readers, placement.dtype, placement.device)
+        return TableEmbedding(loader.load_embedding(placement.dtype, form), placement.dtype, placement.device)
+    return DiskEmbedding(loader.info(None, "embedding"), readers, placement.dtype, placement.device, form)
 
 
 def _on_disk(checkpoint: Checkpoint, progress: Progress) -> Checkpoint:

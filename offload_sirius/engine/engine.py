@@ -277,7 +277,7 @@ class Engine:
         else:
             itemsize = self._placement.dtype.itemsize
             peak_nbytes = self._device_nbytes + computing_nbytes(
-                self.config, self.spec, num_prompt, itemsize, unpacks=self._placement.layout.unpacks
+                self.config, self.spec, num_prompt, itemsize, unpacks=self._placement.planned.unpacks
             )
         return MemoryFigures(
             device_plan_bytes=self.plan.device_nbytes,

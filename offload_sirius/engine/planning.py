@@ -29,7 +29,7 @@ from offload_sirius.sparsity.costs import num_fetched, sparsity_nbytes
 from offload_sirius.units import MIB, Size, format_size
 from offload_sirius.weights.hot_plan import make_hot_plan
 from offload_sirius.weights.layout import PARTS, LayerLayout, Part, Slice, layer_layout
-from offload_sirius.weights.pieces import blocks_of, load_nbytes, quantising_nbytes, reader_nbytes, stored_part_nbytes
+from offload_sirius.weights.pieces import blocks_of, head_role, load_nbytes, quantising_nbytes, reader_nbytes, stored_part_nbytes
 from offload_sirius.weights.plan import MAX_READERS, Budgets, Demand, Plan, as_flag, make_plan
 from offload_sirius.weights.predict import (
     DRAFTS_OF_A_WINDOW,
@@ -186,6 +186,11 @@ class Planned:
         return replace(self, budgets=budgets, plan=plan_for(self.spec, self.layout, self.demand, budgets))
 
     @property
+    def unpacks(self) -> bool:
+        """Whether any matrices are other than plain numbers."""
+        return self.layout.unpacks or self.demand.head_format is not None or self.demand.embedding_format is not None
+
+    @property
     def records_drafts(self) -> bool:
         """Drafts are lines that are resident in every layer: steps which a device can record."""
         hot = self.plan.hot
@@ -207,6 +212,7 @@ class Planned:
             own_memory=self.hardware.own_memory,
             paced_bytes_per_second=_per_second(emulated, 1e9),
             rates=rates,
+            head_format=self.demand.head_format,
             overlap=self.config.decoding.overlap,
         )
 
@@ -305,13 +311,16 @@ def plan_model(
     recorded = resident_draft and hardware.own_memory and records_drafts(config)
     num_gathered = num_kept if sparse == "griffin" and not resident_draft else 0
     layout = layer_layout(spec, element_nbytes, num_gathered, config.weight_format, blocks_of(checkpoint, 0))
+    outside = blocks_of(checkpoint, None)
     demand = Demand(
         kv_cache_nbytes=kv_cache_nbytes(spec, batch=batch, capacity=context, element_nbytes=element_nbytes),
         position_tables_nbytes=position_tables_nbytes(spec, context, element_nbytes),
-        activation_nbytes=computing_nbytes(config, spec, context, element_nbytes, batch, unpacks=layout.unpacks)
+        activation_nbytes=computing_nbytes(config, spec, context, element_nbytes, batch, unpacks=layout.unpacks or bool(outside))
         + (recorded_steps_nbytes(spec, context, element_nbytes) if recorded else 0),
         reader_nbytes=reader_nbytes(checkpoint),
         embedding_on_device=spec.tied_head,
+        head_format=outside.get(head_role(checkpoint)),
+        embedding_format=outside.get("embedding"),
         staged=hardware.own_memory,
         quantising_nbytes=quantising_nbytes(spec, element_nbytes) if layout.format and not checkpoint.packed else 0,
         num_shared_buffers=config.shared_host_buffers,

@@ -40,6 +40,11 @@ class BlockRows:
         """Neighbouring rows, as a view."""
         return BlockRows(self.rows[part], self.width, self.form)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the rows."""
+        return self.rows.nbytes
+
     def take(self, ids: Tensor) -> BlockRows:
         """Those rows, int64 [n], copied."""
         return BlockRows(self.rows[ids], self.width, self.form)

@@ -76,7 +76,7 @@ class WeightSource(Protocol):
         """[D]"""
 
     @property
-    def head(self) -> Tensor:
+    def head(self) -> Matrix:
         """[V, D]"""
 
     def embed(self, token_ids: Tensor) -> Tensor:

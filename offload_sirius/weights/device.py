@@ -12,7 +12,10 @@ from math import prod
 import torch
 from torch import Tensor
 
+from offload_sirius.blocks import BlockFormat
+from offload_sirius.kernels.blocks import BlockRows
 from offload_sirius.weights.buffers import LayerBuffer, kept_neurons
+from offload_sirius.weights.embedding import Table
 from offload_sirius.weights.host import allocate_bytes
 from offload_sirius.weights.hot_plan import hot_layouts
 from offload_sirius.weights.hotset import HotSlot, whole_slot
@@ -25,10 +28,18 @@ from offload_sirius_loaders.spec import ModelSpec
 class DeviceStore:
     """Fixed buffers on the device. `nbytes` is what they take."""
 
-    def __init__(self, plan: Plan, spec: ModelSpec, layout: LayerLayout, dtype: torch.dtype, device: torch.device) -> None:
-        """Raises BudgetError when the device's memory runs out."""
+    def __init__(
+        self,
+        plan: Plan,
+        spec: ModelSpec,
+        layout: LayerLayout,
+        dtype: torch.dtype,
+        device: torch.device,
+        head_format: BlockFormat | None = None,
+    ) -> None:
+        """head_format: None for a head of plain numbers. Raises BudgetError when the device's memory runs out."""
         self.device = device
-        self.head = _matrix(spec.vocab_size, spec.width, dtype=dtype, device=device)
+        self.head = _head(spec, head_format, dtype=dtype, device=device)
         self.final_norm = _matrix(spec.width, dtype=dtype, device=device)
 
         def layer_buffer() -> LayerBuffer:
@@ -57,11 +68,19 @@ class DeviceStore:
 class HotDeviceStore:
     """Fixed buffers on a device that holds layers in part."""
 
-    def __init__(self, plan: Plan, spec: ModelSpec, layout: LayerLayout, dtype: torch.dtype, device: torch.device) -> None:
-        """Raises BudgetError when the device's memory runs out."""
+    def __init__(
+        self,
+        plan: Plan,
+        spec: ModelSpec,
+        layout: LayerLayout,
+        dtype: torch.dtype,
+        device: torch.device,
+        head_format: BlockFormat | None = None,
+    ) -> None:
+        """head_format: None for a head of plain numbers. Raises BudgetError when the device's memory runs out."""
         assert plan.hot is not None
         self.device = device
-        self.head = _matrix(spec.vocab_size, spec.width, dtype=dtype, device=device)
+        self.head = _head(spec, head_format, dtype=dtype, device=device)
         self.final_norm = _matrix(spec.width, dtype=dtype, device=device)
         hot = plan.hot
         layouts, hot_spec = hot_layouts(spec, layout, hot.num_hot), replace(spec, ffn_width=hot.num_hot)
@@ -98,6 +117,14 @@ class HotDeviceStore:
         """Bytes of everything allocated here."""
         layers = sum(layer.storage.nbytes for layer in self.layers.values())
         return self.head.nbytes + self.final_norm.nbytes + layers + self._slot_memory.nbytes
+
+
+def _head(spec: ModelSpec, head_format: BlockFormat | None, *, dtype: torch.dtype, device: torch.device) -> Table:
+    """Room for the head, [V, D]."""
+    if head_format is None:
+        return _matrix(spec.vocab_size, spec.width, dtype=dtype, device=device)
+    rows = _matrix(spec.vocab_size, head_format.row_nbytes(spec.width), dtype=torch.uint8, device=device)
+    return BlockRows(rows, spec.width, head_format)
 
 
 def _matrix(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:

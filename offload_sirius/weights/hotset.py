@@ -21,6 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from offload_sirius.kernels.matrix import Matrix
 from offload_sirius.trace import Tracer
 from offload_sirius.weights.buffers import KeptNeurons, LayerBuffer
 from offload_sirius.weights.copiers import Copier
@@ -70,7 +71,7 @@ class HotStreamer(Streamer):
         copier: Copier,
         embedding: Embedding,
         final_norm: Tensor,
-        head: Tensor,
+        head: Matrix,
         overlap: bool = True,
         tracer: Tracer | None = None,
     ) -> None:

@@ -14,15 +14,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from offload_sirius.blocks import BlockFormat
+from offload_sirius.kernels.blocks import BlockRows
 from offload_sirius.kernels.packed import QuantizedRows
 from offload_sirius.weights.buffers import LayerBuffer
 from offload_sirius.weights.copiers import layer_jobs
 from offload_sirius.weights.device import DeviceStore, HotDeviceStore
 from offload_sirius.weights.disk import Fill, Job, ReaderPool, tensor_jobs
+from offload_sirius.weights.embedding import Table
 from offload_sirius.weights.host import HostStore, allocate_bytes
 from offload_sirius.weights.layout import PARTS
 from offload_sirius.weights.pieces import Piece, head_role, largest_matrix_nbytes, pieces_of
-from offload_sirius.weights.plan import NUM_QUANTISING
+from offload_sirius.weights.plan import NUM_QUANTISING, table_nbytes
 from offload_sirius.weights.quant import quantise_rows
 from offload_sirius_loaders.checkpoint import Checkpoint, TensorInfo
 from offload_sirius_loaders.spec import Role
@@ -64,8 +67,9 @@ class Loader:
 
     def load_device(self, device: DeviceStore | HotDeviceStore, staging: list[LayerBuffer]) -> None:
         """Fill head, final norm and residents. staging: host buffers to pass through; none where the device is the host."""
-        tensors: dict[Role, Tensor] = {"final_norm": device.final_norm, head_role(self._checkpoint): device.head}
-        for role, place in tensors.items():
+        tensors: dict[Role, Table] = {"final_norm": device.final_norm, head_role(self._checkpoint): device.head}
+        for role, table in tensors.items():
+            place = table.rows if isinstance(table, BlockRows) else table
             if staging:
                 self._upload_tensor(self.info(None, role), place, staging[0].storage)
             else:
@@ -87,13 +91,14 @@ class Loader:
         """Where a tensor is stored."""
         return self._checkpoint.tensors[layer, role]
 
-    def load_embedding(self, dtype: torch.dtype) -> Tensor:
-        """The embedding table in host memory, [V, D]."""
+    def load_embedding(self, dtype: torch.dtype, form: BlockFormat | None = None) -> Table:
+        """The embedding table in host memory, in that type or in blocks."""
         spec = self._checkpoint.spec
-        nbytes = spec.vocab_size * spec.width * dtype.itemsize
-        table = allocate_bytes(nbytes, torch.device("cpu"), "host").view(dtype).view(spec.vocab_size, spec.width)
-        self.load_tensor(None, "embedding", table)
-        return table
+        nbytes = table_nbytes(spec, dtype.itemsize, form)
+        rows = allocate_bytes(nbytes, torch.device("cpu"), "host")
+        held = rows.view(dtype if form is None else torch.uint8).view(spec.vocab_size, -1)
+        self.load_tensor(None, "embedding", held)
+        return held if form is None else BlockRows(held, spec.width, form)
 
     def _fill(self, layer: int, buffer: LayerBuffer) -> list[Fill]:
         return [self._readers.submit(layer_jobs(self._checkpoint, layer, part, buffer), self._on_bytes) for part in PARTS]

@@ -18,6 +18,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from offload_sirius.blocks import BlockFormat
 from offload_sirius.errors import BudgetError
 from offload_sirius.units import format_size
 from offload_sirius.weights.layout import LayerLayout
@@ -72,6 +73,10 @@ class Demand:
     """The device has its own memory: what is read from disk passes through host buffers of a layer's size."""
     quantising_nbytes: int = 0
     """Host memory of the matrices that are read before they are quantised; 0 where none are."""
+    head_format: BlockFormat | None = None
+    """How the head is held; None: in the type that it is computed in."""
+    embedding_format: BlockFormat | None = None
+    """The same of the embedding table."""
     num_shared_buffers: int | None = None
     """All streamed layers are in host memory and share that many buffers there: for timing shapes that exceed it."""
     sparsity_nbytes: int = 0
@@ -217,17 +222,22 @@ def spread(num_all: int, num_chosen: int) -> tuple[int, ...]:
 def fixed_device_bill(spec: ModelSpec, layout: LayerLayout, demand: Demand) -> dict[str, int]:
     """Device bytes that every plan has.
 
-    head       = V * D * element
+    head       = V * D * element, or V rows of blocks
     final_norm = D * element
     """
     return {
-        "head": spec.vocab_size * spec.width * layout.element_nbytes,
+        "head": table_nbytes(spec, layout.element_nbytes, demand.head_format),
         "final_norm": spec.width * layout.element_nbytes,
         "kv_cache": demand.kv_cache_nbytes,
         "position_tables": demand.position_tables_nbytes,
         "activations": demand.activation_nbytes,
         "sparsity": demand.sparsity_nbytes,
     }
+
+
+def table_nbytes(spec: ModelSpec, element_nbytes: int, form: BlockFormat | None) -> int:
+    """Bytes of the head, or of the embedding table."""
+    return spec.vocab_size * (spec.width * element_nbytes if form is None else form.row_nbytes(spec.width))
 
 
 def _layer_room(num_layers: int, layer_nbytes: int, fixed_nbytes: int, budget_nbytes: int) -> int:
@@ -313,7 +323,7 @@ def place_on_host(spec: ModelSpec, layout: LayerLayout, demand: Demand, budgets:
     readers   = readers * (one read buffer + one decoded piece)
     staging   = what `_staging_nbytes` says, on a device with its own memory
     quantising = matrices that are read before they are quantised
-    embedding = V * D * element, unless the device has it or its rows are read from disk
+    embedding = V * D * element, or V rows of blocks, unless the device has it or its rows are read from disk
     layers    = layers in host memory * layer in whole pages
     kept      = layers whose kept neurons are gathered there * their bytes in whole pages
     """
@@ -327,7 +337,7 @@ def place_on_host(spec: ModelSpec, layout: LayerLayout, demand: Demand, budgets:
     readers_room = min(budgets.host_nbytes * 3 // 4, budgets.host_nbytes - most_staging_nbytes)
     num_readers = max(MIN_READERS, min(MAX_READERS, readers_room // demand.reader_nbytes))
     room = budgets.host_nbytes - num_readers * demand.reader_nbytes
-    embedding_nbytes = spec.vocab_size * spec.width * layout.element_nbytes
+    embedding_nbytes = table_nbytes(spec, layout.element_nbytes, demand.embedding_format)
     fits = embedding_nbytes <= room - most_staging_nbytes
     place: EmbeddingPlace = "device" if demand.embedding_on_device else "host" if fits else "disk"
     embedding_nbytes = embedding_nbytes if place == "host" else 0

@@ -28,6 +28,7 @@ from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Literal, get_args
 
+from offload_sirius.blocks import BlockFormat
 from offload_sirius.rates import Rates
 from offload_sirius.weights.layout import PARTS, Cargo, LayerLayout, Part, slice_of
 from offload_sirius.weights.plan import NUM_STAGING, Plan
@@ -82,6 +83,8 @@ class Setting:
     paced_bytes_per_second: float | None
     """The rate of an emulated link, which paces real copies."""
     rates: Rates
+    head_format: BlockFormat | None = None
+    """How the head is held; None: as plain numbers."""
     overlap: bool = True
     """Where layers are partly resident: the link fetches for a pass before it begins."""
 
@@ -403,9 +406,10 @@ def _step_seconds(setting: Setting, work: Work, *, sliced: bool, decoding: bool)
 
 
 def _head_seconds(setting: Setting, work: Work, *, decoding: bool) -> float:
-    """The head is not quantised."""
-    nbytes = setting.plan.device_bill["head"]
-    return _weights_seconds(setting, nbytes, nbytes / setting.layout.element_nbytes, work.num_head_rows, 1, decoding=decoding)
+    """The head is plain, or in blocks."""
+    nbytes, form = setting.plan.device_bill["head"], setting.head_format
+    per_weight = setting.layout.element_nbytes if form is None else form.bits_per_weight / 8
+    return _weights_seconds(setting, nbytes, nbytes / per_weight, work.num_head_rows, 1, decoding=decoding)
 
 
 def _weights_seconds(

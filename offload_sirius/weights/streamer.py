@@ -16,6 +16,7 @@ from typing import Any, Literal, get_args
 from torch import Tensor
 
 from offload_sirius.errors import OffloadSiriusError
+from offload_sirius.kernels.matrix import Matrix
 from offload_sirius.trace import Moment, Tracer
 from offload_sirius.weights.buffers import KeptNeurons, LayerBuffer
 from offload_sirius.weights.copiers import Copier, Transfer
@@ -75,7 +76,7 @@ class Streamer:
         copier: Copier | None,
         embedding: Embedding,
         final_norm: Tensor,
-        head: Tensor,
+        head: Matrix,
         tracer: Tracer | None,
     ) -> None:
         """copier: None where nothing is streamed."""
@@ -152,7 +153,7 @@ class WeightStreamer(Streamer):
         copier: Copier | None,
         embedding: Embedding,
         final_norm: Tensor,
-        head: Tensor,
+        head: Matrix,
         tracer: Tracer | None = None,
         sliceable: Collection[int] = (),
         kept: KeptStore | None = None,

@@ -174,3 +174,14 @@ def test_a_pass_over_the_link_takes_the_bytes_of_the_blocks(tmp_path: Path, load
     assert engine.plan.layer_nbytes == sum(sizes.values()) + 4 * FFN
     found = engine.generate(PROMPT, **ASKED)
     assert found.link.bytes.full == found.passes.full * len(engine.plan.streamed_layers) * engine.plan.layer_nbytes
+
+
+def test_memory_is_that_of_the_file(tmp_path: Path, load: Load) -> None:
+    """What the plan has for weights, wherever they are, beside what reading takes."""
+    model = write_model(tmp_path / "m.gguf", "Q4_K", {"attn_v": "Q6_K", "ffn_down": "Q6_K"})
+    stored = sum(info.nbytes for info in open_checkpoint(model).tensors.values())
+    for settings in ({"mode": "full", "model": model}, streaming(model, mode="full")):
+        plan = load(**settings, dtype="float32").plan
+        layers = plan.device_bill["resident_layers"] + plan.host_bill["layers"]
+        held = layers + plan.device_bill["head"] + plan.device_bill["final_norm"] + plan.host_bill["embedding"]
+        assert stored <= held <= 1.03 * stored
