@@ -41,7 +41,7 @@ UNIT = 32
 HALF_NBYTES = 2
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, order=True)
 class BlockFormat:
     """How the blocks of a row are written."""
 

@@ -28,8 +28,16 @@ from offload_sirius.rates import DtypeName, Rates, Stored, assumed_cpu_rates, as
 from offload_sirius.sparsity.costs import num_fetched, sparsity_nbytes
 from offload_sirius.units import MIB, Size, format_size
 from offload_sirius.weights.hot_plan import make_hot_plan
-from offload_sirius.weights.layout import PARTS, LayerLayout, Part, Slice, layer_layout
-from offload_sirius.weights.pieces import blocks_of, head_role, load_nbytes, quantising_nbytes, reader_nbytes, stored_part_nbytes
+from offload_sirius.weights.layout import PARTS, LayerLayout, Part, Slice, layer_layout, model_layout
+from offload_sirius.weights.pieces import (
+    blocks_by_layer,
+    blocks_of,
+    head_role,
+    load_nbytes,
+    quantising_nbytes,
+    reader_nbytes,
+    stored_part_nbytes,
+)
 from offload_sirius.weights.plan import MAX_READERS, Budgets, Demand, Plan, as_flag, make_plan
 from offload_sirius.weights.predict import (
     DRAFTS_OF_A_WINDOW,
@@ -198,8 +206,9 @@ class Planned:
 
     @property
     def stored_nbytes(self) -> dict[Part, int]:
-        """Bytes of each part of a layer as its files have them."""
-        return {part: stored_part_nbytes(self.checkpoint, 0, part) for part in PARTS}
+        """Bytes of each part of a layer as its files have them; where layers differ, the mean."""
+        layers = range(self.spec.num_layers if self.layout.by_layer else 1)
+        return {part: sum(stored_part_nbytes(self.checkpoint, layer, part) for layer in layers) // len(layers) for part in PARTS}
 
     def setting(self, rates: Rates) -> Setting:
         """What a prediction needs."""
@@ -310,7 +319,7 @@ def plan_model(
     resident_draft = sparse is not None and decoding.draft == "resident"
     recorded = resident_draft and hardware.own_memory and records_drafts(config)
     num_gathered = num_kept if sparse == "griffin" and not resident_draft else 0
-    layout = layer_layout(spec, element_nbytes, num_gathered, config.weight_format, blocks_of(checkpoint, 0))
+    layout = model_layout(spec, element_nbytes, num_gathered, config.weight_format, blocks_by_layer(checkpoint))
     outside = blocks_of(checkpoint, None)
     demand = Demand(
         kv_cache_nbytes=kv_cache_nbytes(spec, batch=batch, capacity=context, element_nbytes=element_nbytes),
@@ -349,11 +358,7 @@ def plan_model(
 
 def as_held(checkpoint: Checkpoint, config: EngineConfig) -> Checkpoint:
     """The checkpoint as it is read: its blocks, where it has some, as they are or as numbers."""
-    if not config.keep_blocks or config.quantize != "none":
-        return checkpoint
-    held = checkpoint.in_blocks()
-    alike = all(blocks_of(held, layer) == blocks_of(held, 0) for layer in range(held.spec.num_layers))
-    return held if alike else checkpoint
+    return checkpoint.in_blocks() if config.keep_blocks and config.quantize == "none" else checkpoint
 
 
 def computing_nbytes(

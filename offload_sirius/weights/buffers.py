@@ -15,7 +15,7 @@ from offload_sirius.blocks import BlockFormat
 from offload_sirius.kernels.blocks import BlockRows, NeuronRows
 from offload_sirius.kernels.matrix import Matrix, Stack
 from offload_sirius.kernels.packed import QuantizedRows
-from offload_sirius.weights.layout import NUMBER_NBYTES, FieldName, LayerLayout, Part, RecordForm, qkv_rows
+from offload_sirius.weights.layout import NUMBER_NBYTES, FieldName, LayerLayout, Part, RecordForm, distinct, qkv_rows
 from offload_sirius_loaders.spec import ModelSpec, Role
 
 TRANSPOSE_ROWS = 256
@@ -132,6 +132,17 @@ class LayerBuffer:
         self.down = self.reader.down(self.up_down)
         self.kept = KeptNeurons(fields["kept_gate"], fields["kept_up_down"], self.reader) if layout.kept_nbytes else None
         self._spec = spec
+        self.frees_attention = layout.frees_attention
+        self._layout = layout
+        self._by_layout = {id(each): LayerBuffer(storage[: each.nbytes], spec, each, dtype) for each in distinct(layout.by_layer)}
+
+    def of_layer(self, layer: int) -> LayerBuffer:
+        """The same place as that layer has it: itself, unless layers differ and it is for any of them."""
+        return self.of_layout(self._layout.layer(layer))
+
+    def of_layout(self, layout: LayerLayout) -> LayerBuffer:
+        """The same, as that layout, its own or of one of its layers, has it."""
+        return self._by_layout.get(id(layout), self)
 
     def role(self, role: Role) -> Matrix:
         """The place of a checkpoint's tensor, in the shape that the checkpoint has it: down is [D, F], a transposed view.

@@ -22,7 +22,7 @@ The neurons that a sparse step keeps of a layer lie as those of a layer of N neu
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Literal, get_args
@@ -123,7 +123,11 @@ class RecordForm:
 
 @dataclass(frozen=True, kw_only=True)
 class LayerLayout:
-    """Where everything lies in the bytes of one layer. All layers of a model have the same layout."""
+    """Where everything lies in the bytes of one layer.
+
+    All layers of a model have the same layout, unless their matrices are in different blocks. Then each has its own, `by_layer`,
+    and this one, of the larger blocks of each matrix, is what a slot has room for: no layer has more of anything.
+    """
 
     element_nbytes: int
     fields: Mapping[FieldName, Field]
@@ -148,6 +152,22 @@ class LayerLayout:
     """F of the model: what the table of a down projection in blocks is for, of however many neurons the layer is."""
     num_weights: int = 0
     """Of matrices."""
+    by_layer: tuple[LayerLayout, ...] = ()
+    """Empty where all layers are alike."""
+
+    def layer(self, layer: int) -> LayerLayout:
+        """That of a layer."""
+        return self.by_layer[layer] if self.by_layer else self
+
+    def total(self, nbytes_of: Callable[[LayerLayout], int], layers: Collection[int]) -> int:
+        """The sum of something over layers."""
+        if not self.by_layer:
+            return nbytes_of(self) * len(layers)
+        return sum(nbytes_of(self.by_layer[layer]) for layer in layers)
+
+    def mean(self, nbytes_of: Callable[[LayerLayout], int]) -> int:
+        """The mean of something over all layers, for what a pass takes."""
+        return sum(map(nbytes_of, self.by_layer)) // len(self.by_layer) if self.by_layer else nbytes_of(self)
 
     @property
     def nbytes(self) -> int:
@@ -160,8 +180,20 @@ class LayerLayout:
         return self.gate_nbytes + self.record_nbytes
 
     def of(self, spec: ModelSpec, num_kept: int = 0) -> LayerLayout:
-        """The same layer with other neurons."""
-        return layer_layout(spec, self.element_nbytes, num_kept, self.format, self.blocks, self.num_table_neurons)
+        """The same layer with other neurons; where layers differ, the same of each."""
+        own = layer_layout(spec, self.element_nbytes, num_kept, self.format, self.blocks, self.num_table_neurons)
+        if not self.by_layer:
+            return own
+        others = {id(each): each.of(spec, num_kept) for each in distinct(self.by_layer)}
+        return replace(own, by_layer=tuple(others[id(each)] for each in self.by_layer))
+
+    @property
+    def frees_attention(self) -> bool:
+        """Whether another layer's attention block may come into a slot while the neurons of this one are computed on.
+
+        Not where there is a table of the down projection in it, nor where layers differ and another's may be larger.
+        """
+        return "down_table" not in self.fields and not self.by_layer
 
     @property
     def unpacks(self) -> bool:
@@ -172,7 +204,7 @@ class LayerLayout:
     def nbytes_per_weight(self) -> float:
         """Bytes that an element of a matrix takes, its share of scales included."""
         if self.blocks:
-            return self.nbytes / self.num_weights
+            return self.mean(lambda each: each.nbytes) / self.num_weights
         return self.element_nbytes if self.format is None else self.format.bits_per_weight / 8
 
     @property
@@ -245,6 +277,38 @@ def layer_layout(
         num_table_neurons=shapes.num_table_neurons,
         num_weights=sum(prod(shape) for shape in spec.layer_roles().values() if len(shape) > 1),
     )
+
+
+def model_layout(
+    spec: ModelSpec,
+    element_nbytes: int,
+    num_kept: int = 0,
+    weight_format: WeightFormat | None = None,
+    blocks_by_layer: Sequence[Mapping[Role, BlockFormat]] = (),
+) -> LayerLayout:
+    """Lay out the layers of a model, whose matrices are in one format, or in these blocks; see `layer_layout`."""
+
+    def layout_of(blocks: Mapping[Role, BlockFormat]) -> LayerLayout:
+        return layer_layout(spec, element_nbytes, num_kept, weight_format, blocks)
+
+    kinds = {tuple(sorted(blocks.items())): blocks for blocks in blocks_by_layer} or {(): {}}
+    if len(kinds) == 1:
+        return layout_of(next(iter(kinds.values())))
+    layouts = {kind: layout_of(blocks) for kind, blocks in kinds.items()}
+    largest = {role: _largest([blocks.get(role) for blocks in kinds.values()]) for role in spec.layer_roles()}
+    envelope = layout_of({role: form for role, form in largest.items() if form is not None})
+    return replace(envelope, by_layer=tuple(layouts[tuple(sorted(blocks.items()))] for blocks in blocks_by_layer))
+
+
+def _largest(forms: Sequence[BlockFormat | None]) -> BlockFormat | None:
+    """The one that takes most bytes; plain numbers take more than any."""
+    blocks = [form for form in forms if form is not None]
+    return max(blocks, key=lambda form: form.bits_per_weight) if len(blocks) == len(forms) else None
+
+
+def distinct(layouts: Sequence[LayerLayout]) -> list[LayerLayout]:
+    """Each once."""
+    return list({id(each): each for each in layouts}.values())
 
 
 def part_of(role: Role) -> Part:

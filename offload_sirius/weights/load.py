@@ -118,14 +118,14 @@ class Loader:
                 resident.storage.copy_(staging[0].storage)
             return
         layers = list(residents)
-        fills = {layer: self._fill(layer, buffer) for layer, buffer in zip(layers, staging, strict=False)}
+        fills = {layer: self._fill(layer, buffer.of_layer(layer)) for layer, buffer in zip(layers, staging, strict=False)}
         for index, layer in enumerate(layers):
             for fill in fills.pop(layer):
                 fill.wait()
             buffer = staging[index % len(staging)]
-            residents[layer].storage.copy_(buffer.storage)
+            residents[layer].storage.copy_(buffer.of_layer(layer).storage)
             if (following := index + len(staging)) < len(layers):
-                fills[layers[following]] = self._fill(layers[following], buffer)
+                fills[layers[following]] = self._fill(layers[following], buffer.of_layer(layers[following]))
 
     def _upload_tensor(self, info: TensorInfo, place: Tensor, staging: Tensor) -> None:
         """Fill a tensor on a device, as many rows at a time as the staging buffer, uint8 [n], has room for."""

@@ -109,6 +109,11 @@ def blocks_of(checkpoint: Checkpoint, layer: int | None) -> dict[Role, BlockForm
     return {role: BLOCK_FORMATS[info.dtype] for role, info in infos.items() if info.element == "U8"}
 
 
+def blocks_by_layer(checkpoint: Checkpoint) -> list[dict[Role, BlockFormat]]:
+    """The same of every layer."""
+    return [blocks_of(checkpoint, layer) for layer in range(checkpoint.spec.num_layers)]
+
+
 def read_nbytes(info: TensorInfo) -> int:
     """Bytes that are read for a whole tensor: the stored ones, those of companions as often as pieces share them."""
     return sum(piece.nbytes for piece in pieces_of(info)) if info.companions else info.nbytes

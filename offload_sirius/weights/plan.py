@@ -14,7 +14,7 @@ and nothing in a correction, a resident one about 0.7 of itself in the one and a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -108,7 +108,7 @@ class HotPlan:
     num_cold_slots: int
     """Slots for the F - N others of a layer, in the memory of those for all of them."""
     cold_nbytes: int
-    """Bytes of the others."""
+    """Bytes of the others; where layers differ, the mean."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,6 +128,9 @@ class Plan:
     num_readers: int
     embedding_place: EmbeddingPlace
     layer_nbytes: int
+    """A layer, or room for any where they differ."""
+    pass_nbytes: int
+    """Bytes that cross the link in one pass of the full model."""
     device_bill: Mapping[str, int]
     """Device bytes by purpose; they add up to device_nbytes."""
     host_bill: Mapping[str, int]
@@ -151,14 +154,6 @@ class Plan:
         return tuple(sorted(self.host_layers + self.disk_layers))
 
     @property
-    def pass_nbytes(self) -> int:
-        """Bytes that cross the link in one pass of the full model."""
-        if self.hot is None:
-            return len(self.streamed_layers) * self.layer_nbytes
-        num_hot = len(self.hot.layers)
-        return num_hot * self.hot.cold_nbytes + (len(self.streamed_layers) - num_hot) * self.layer_nbytes
-
-    @property
     def sliceable_layers(self) -> tuple[int, ...]:
         """Streamed layers of which slices can cross the link alone."""
         return tuple(sorted({*self.host_layers, *self.kept_layers}))
@@ -174,7 +169,7 @@ def make_plan(spec: ModelSpec, layout: LayerLayout, demand: Demand, budgets: Bud
 def _make_plan(spec: ModelSpec, layout: LayerLayout, demand: Demand, budgets: Budgets, max_cached_neurons: int) -> Plan:
     fixed = fixed_device_bill(spec, layout, demand)
     fixed_nbytes = sum(fixed.values())
-    room = _layer_room(spec.num_layers, layout.nbytes, fixed_nbytes, budgets.device_nbytes)
+    room = _layer_room(spec.num_layers, layout, fixed_nbytes, budgets.device_nbytes)
     left_nbytes = budgets.device_nbytes - fixed_nbytes
     head_ahead = int(fixed["head"] * LINK_SHARE_OF_DEVICE_RATE)
     device = _split_room(spec.num_layers, room, layout, left_nbytes, head_ahead, max_cached_neurons)
@@ -191,27 +186,44 @@ def _make_plan(spec: ModelSpec, layout: LayerLayout, demand: Demand, budgets: Bu
             f"{as_flag(needed)}, more --device-memory, or as --model a copy that `offload-sirius pack --quantize` has made"
         )
     streamed = spread(spec.num_layers, spec.num_layers - device.num_resident)
-    disk = [streamed[index] for index in spread(len(streamed), host.num_disk_layers)]
-    on_host = [layer for layer in streamed if layer not in disk]
+    disk, on_host = split_streamed(streamed, host.num_disk_layers)
+    resident = tuple(layer for layer in range(spec.num_layers) if layer not in set(streamed))
     return Plan(
-        resident_layers=tuple(layer for layer in range(spec.num_layers) if layer not in set(streamed)),
+        resident_layers=resident,
         host_layers=tuple(on_host),
         disk_layers=tuple(disk),
         num_slots=device.num_slots,
         num_host_buffers=host.num_buffers,
-        kept_layers=tuple(sorted([*disk, *on_host][: host.num_kept])),
+        kept_layers=kept_of(disk, on_host, host.num_kept),
         num_cached_neurons=device.num_cached_neurons,
         num_readers=host.num_readers,
         embedding_place=host.embedding_place,
         layer_nbytes=layout.nbytes,
+        pass_nbytes=layout.total(whole_nbytes, streamed),
         device_bill=fixed
         | {
-            "resident_layers": device.num_resident * layout.nbytes,
+            "resident_layers": layout.total(whole_nbytes, resident),
             "slots": device.num_slots * layout.nbytes,
-            "neuron_cache": len(streamed) * neuron_cache_nbytes(layout, device.num_cached_neurons),
+            "neuron_cache": layout.total(lambda each: neuron_cache_nbytes(each, device.num_cached_neurons), streamed),
         },
         host_bill=host.bill,
     )
+
+
+def whole_nbytes(layout: LayerLayout) -> int:
+    """Of a layer."""
+    return layout.nbytes
+
+
+def split_streamed(streamed: Sequence[int], num_disk: int) -> tuple[list[int], list[int]]:
+    """Streamed layers on disk, evenly between those in host memory; and those."""
+    disk = [streamed[index] for index in spread(len(streamed), num_disk)]
+    return disk, [layer for layer in streamed if layer not in disk]
+
+
+def kept_of(disk: Sequence[int], on_host: Sequence[int], num_kept: int) -> tuple[int, ...]:
+    """Layers whose kept neurons have room in host memory: those on disk first."""
+    return tuple(sorted([*disk, *on_host][:num_kept]))
 
 
 def spread(num_all: int, num_chosen: int) -> tuple[int, ...]:
@@ -240,8 +252,14 @@ def table_nbytes(spec: ModelSpec, element_nbytes: int, form: BlockFormat | None)
     return spec.vocab_size * (spec.width * element_nbytes if form is None else form.row_nbytes(spec.width))
 
 
-def _layer_room(num_layers: int, layer_nbytes: int, fixed_nbytes: int, budget_nbytes: int) -> int:
-    """Layers, resident ones and slots together, that the device has room for; num_layers at most."""
+def _layer_room(num_layers: int, layout: LayerLayout, fixed_nbytes: int, budget_nbytes: int) -> int:
+    """Layers, resident ones and slots together, that the device has room for; num_layers at most.
+
+    Where layers differ and do not all fit, each is counted as the largest.
+    """
+    layer_nbytes = layout.nbytes
+    if fixed_nbytes + layout.total(whole_nbytes, range(num_layers)) <= budget_nbytes:
+        return num_layers
     room = min((budget_nbytes - fixed_nbytes) // layer_nbytes, num_layers)
     needed = fixed_nbytes + min(MIN_SLOTS, num_layers) * layer_nbytes
     if budget_nbytes < needed:
@@ -283,7 +301,7 @@ def _split_room(
     if num_cached < max_cached_neurons * LEAST_CACHED_SHARE:
         num_cached = 0
     cache_nbytes = neuron_cache_nbytes(layout, num_cached)
-    num_resident = (left_nbytes - num_layers * cache_nbytes) // (layout.nbytes - cache_nbytes)
+    num_resident = (left_nbytes - num_layers * cache_nbytes) // (layout.nbytes - cache_nbytes) if num_slots else num_layers
     return _DeviceSplit(
         num_slots=num_slots,
         num_cached_neurons=num_cached,
@@ -341,7 +359,9 @@ def place_on_host(spec: ModelSpec, layout: LayerLayout, demand: Demand, budgets:
     fits = embedding_nbytes <= room - most_staging_nbytes
     place: EmbeddingPlace = "device" if demand.embedding_on_device else "host" if fits else "disk"
     embedding_nbytes = embedding_nbytes if place == "host" else 0
-    host = _host_layers(layout, demand, num_streamed, room - embedding_nbytes - demand.quantising_nbytes)
+    streamed = spread(spec.num_layers, num_streamed)
+    host = _host_layers(layout, demand, streamed, room - embedding_nbytes - demand.quantising_nbytes)
+    disk, on_host = split_streamed(streamed, num_streamed - host.num_layers)
     return HostPlacement(
         num_disk_layers=num_streamed - host.num_layers,
         num_buffers=host.num_buffers,
@@ -353,8 +373,8 @@ def place_on_host(spec: ModelSpec, layout: LayerLayout, demand: Demand, budgets:
             "staging": host.staging_nbytes,
             "quantising": demand.quantising_nbytes,
             "embedding": embedding_nbytes,
-            "layers": host.num_buffers * layout.host_nbytes,
-            "kept_neurons": host.num_kept * layout.kept_host_nbytes,
+            "layers": layout.total(lambda each: each.host_nbytes, on_host[: host.num_buffers]),
+            "kept_neurons": layout.total(lambda each: each.kept_host_nbytes, kept_of(disk, on_host, host.num_kept)),
         },
     )
 
@@ -377,16 +397,20 @@ class _HostLayers:
     """What filling a device with its own memory takes beside them."""
 
 
-def _host_layers(layout: LayerLayout, demand: Demand, num_streamed: int, room_nbytes: int) -> _HostLayers:
-    """Layers that host memory holds."""
+def _host_layers(layout: LayerLayout, demand: Demand, streamed: Sequence[int], room_nbytes: int) -> _HostLayers:
+    """Layers that host memory holds. Where they differ and do not all fit, each is counted as the largest."""
+    num_streamed = len(streamed)
     wanted = num_streamed if demand.num_shared_buffers is None else min(num_streamed, demand.num_shared_buffers)
+    all_nbytes = layout.total(lambda each: each.host_nbytes, streamed)
     for num_all_on_host in (wanted, 0):  # where some are left on disk, staging takes more
         staging_nbytes = _staging_nbytes(layout, num_all_on_host) if demand.staged else 0
         num_buffers = max(0, min(wanted, (room_nbytes - staging_nbytes) // layout.host_nbytes))
+        if demand.num_shared_buffers is None and all_nbytes <= room_nbytes - staging_nbytes:
+            num_buffers = wanted
         if num_buffers == wanted:
             break
     if demand.num_shared_buffers is None:
-        return _beside_kept(layout, num_streamed, num_buffers, staging_nbytes, room_nbytes - staging_nbytes)
+        return _beside_kept(layout, num_streamed, num_buffers, staging_nbytes, room_nbytes - staging_nbytes, all_nbytes)
     if num_buffers < wanted:
         raise BudgetError(
             f"host memory has room for {num_buffers} shared buffers of {format_size(layout.host_nbytes)}, {wanted} are asked "
@@ -395,8 +419,12 @@ def _host_layers(layout: LayerLayout, demand: Demand, num_streamed: int, room_nb
     return _HostLayers(num_layers=num_streamed, num_buffers=wanted, num_kept=0, staging_nbytes=staging_nbytes)
 
 
-def _beside_kept(layout: LayerLayout, num_streamed: int, num_fitting: int, staging_nbytes: int, room_nbytes: int) -> _HostLayers:
+def _beside_kept(
+    layout: LayerLayout, num_streamed: int, num_fitting: int, staging_nbytes: int, room_nbytes: int, all_nbytes: int
+) -> _HostLayers:
     """Layers in host memory and kept neurons beside each other. num_fitting: layers that fit where nothing else is there.
+
+    all_nbytes: of all that are streamed.
 
     Where all layers fit, their kept neurons take what is left. Where some stay on disk, the kept neurons of those come first:
 
@@ -407,7 +435,8 @@ def _beside_kept(layout: LayerLayout, num_streamed: int, num_fitting: int, stagi
         return _HostLayers(num_layers=num_layers, num_buffers=num_layers, num_kept=0, staging_nbytes=staging_nbytes)
     if num_layers < num_streamed:
         num_layers = max(0, (room_nbytes - num_streamed * kept_nbytes) // (layout.host_nbytes - kept_nbytes))
-    num_kept = min(num_streamed, max(0, room_nbytes - num_layers * layout.host_nbytes) // kept_nbytes)
+    layers_nbytes = all_nbytes if num_layers == num_streamed else num_layers * layout.host_nbytes
+    num_kept = min(num_streamed, max(0, room_nbytes - layers_nbytes) // kept_nbytes)
     return _HostLayers(num_layers=num_layers, num_buffers=num_layers, num_kept=num_kept, staging_nbytes=staging_nbytes)
 
 
@@ -415,9 +444,10 @@ def _staging_nbytes(layout: LayerLayout, num_host: int) -> int:
     """Host bytes through which a device with its own memory is filled, where that many layers and no others are streamed.
 
     chunks = for layers that the driver refuses to pin
-    layers = for what is read from disk; two of the arena serve while it is being filled, where it has as many
+    layers = for what is read from disk; two of the arena serve while it is being filled, where it has as many and they are alike
     """
-    return NUM_CHUNKS * CHUNK_NBYTES + (0 if num_host >= NUM_STAGING else NUM_STAGING * layout.host_nbytes)
+    has_own = num_host < NUM_STAGING or layout.by_layer
+    return NUM_CHUNKS * CHUNK_NBYTES + (NUM_STAGING * layout.host_nbytes if has_own else 0)
 
 
 def as_flag(nbytes: int) -> str:

@@ -334,13 +334,13 @@ def _step_nbytes(setting: Setting, work: Work, *, sliced: bool) -> dict[Step, in
     if work.cargo == "hot" or (sliced and setting.plan.hot is not None):
         return _partly_resident_nbytes(setting.plan, layout, work)
     if not sliced:
-        return {part: layout.part_nbytes(part) for part in PARTS}
+        return {part: _part_nbytes(layout, part) for part in PARTS}
     part = slice_of(work.cargo)
-    steps: dict[Step, int] = {"attention": layout.part_nbytes("attention"), part: layout.part_nbytes(part)}
+    steps: dict[Step, int] = {"attention": _part_nbytes(layout, "attention"), part: _part_nbytes(layout, part)}
     if work.cargo == "gate":
         # All records in a cache are computed on, and those that the tokens do not need are silenced.
-        steps["held"] = setting.plan.num_cached_neurons * layout.record_nbytes
-        steps["fetched"] = work.num_fetched * layout.record_nbytes
+        steps["held"] = setting.plan.num_cached_neurons * _record_nbytes(layout)
+        steps["fetched"] = work.num_fetched * _record_nbytes(layout)
     return steps
 
 
@@ -351,11 +351,20 @@ def _partly_resident_nbytes(plan: Plan, layout: LayerLayout, work: Work) -> dict
     """
     assert plan.hot is not None
     cargo = work.cargo
-    steps: dict[Step, int] = {"attention": layout.part_nbytes("attention")}
+    steps: dict[Step, int] = {"attention": _part_nbytes(layout, "attention")}
     if cargo == "records":
-        return steps | {"records": layout.part_nbytes("records")}
+        return steps | {"records": _part_nbytes(layout, "records")}
     steps["hot"] = _hot_nbytes(plan) * (work.num_drafted or plan.hot.num_hot) // plan.hot.num_hot
     return steps | {"cold": plan.hot.cold_nbytes} if cargo == "cold" else steps
+
+
+def _part_nbytes(layout: LayerLayout, part: Part) -> int:
+    """Of a layer, or their mean."""
+    return layout.mean(lambda each: each.part_nbytes(part))
+
+
+def _record_nbytes(layout: LayerLayout) -> int:
+    return layout.mean(lambda each: each.record_nbytes)
 
 
 def _hot_nbytes(plan: Plan) -> int:
@@ -377,9 +386,9 @@ def _copy_nbytes(setting: Setting, work: Work) -> int:
     if setting.own_memory or plan.hot is not None:
         return pass_nbytes(setting, work)
     if not sliced:
-        return len(plan.host_layers) * plan.layer_nbytes
+        return len(plan.host_layers) * setting.layout.mean(lambda each: each.nbytes)
     num_gathered = len(sliced.intersection(plan.disk_layers))
-    return len(plan.host_layers) * _slice_nbytes(setting, work) + num_gathered * setting.layout.part_nbytes("kept")
+    return len(plan.host_layers) * _slice_nbytes(setting, work) + num_gathered * _part_nbytes(setting.layout, "kept")
 
 
 def _disk_nbytes(setting: Setting, work: Work) -> int:
@@ -455,7 +464,7 @@ def _pass_seconds(setting: Setting, work: Work, *, decoding: bool) -> _PassSecon
     head = _head_seconds(setting, work, decoding=decoding)
     return _PassSeconds(
         cargo=work.cargo,
-        fetched_nbytes=work.num_fetched * setting.layout.record_nbytes,
+        fetched_nbytes=work.num_fetched * _record_nbytes(setting.layout),
         whole=steps(sliced=False),
         sliced=steps(sliced=True),
         behind_layers=head + setting.rates.step_overhead_seconds,
@@ -589,7 +598,8 @@ class _Replay:
 
     def _fetch(self, nbytes: int) -> None:
         self._ring[0]["fetched"] = self._bring_from_host(nbytes)
-        self._early = self._early or self._bring(self._streamed[self._next], "attention")
+        if self._setting.layout.frees_attention:
+            self._early = self._early or self._bring(self._streamed[self._next], "attention")
 
     def _start(self) -> None:
         """A slot is free: bring the next layer of the cycle into it, attention first."""
@@ -603,7 +613,7 @@ class _Replay:
         self._ring.append({"attention": attention, part: self._bring(layer, part)})
 
     def _bring(self, layer: int, part: Part) -> Arrival:
-        nbytes = self._setting.layout.part_nbytes(part)
+        nbytes = _part_nbytes(self._setting.layout, part)
         if layer not in self._disk_layers or part == "kept":
             return self._bring_from_host(nbytes)
         return self._paced(nbytes, self._from_disk(part))
@@ -626,7 +636,7 @@ class _Replay:
             return self._disk.carry(self._now, seconds)
         staged = self._staged[part]
         ready = max(self._now, staged.popleft()()) if len(staged) == NUM_STAGING else self._now
-        upload_seconds = self._setting.layout.part_nbytes(part) / self._setting.rates.link_bytes_per_second
+        upload_seconds = _part_nbytes(self._setting.layout, part) / self._setting.rates.link_bytes_per_second
         staged.append(self._link.carry(self._disk.carry(ready, seconds)(), upload_seconds))
         return staged[-1]
 
@@ -686,14 +696,14 @@ class _HotReplay(_Replay):
         assert hot is not None
         if cargo == "cold":
             return {"cold": self._bring_from_host(hot.cold_nbytes)}
-        return {"records": self._bring_from_host(self._setting.layout.part_nbytes("records"))}
+        return {"records": self._bring_from_host(_part_nbytes(self._setting.layout, "records"))}
 
     def _bring_streamed(self, cargo: Cargo) -> dict[Step, Arrival]:
         layout, plan = self._setting.layout, self._setting.plan
-        attention = self._bring_from_host(layout.part_nbytes("attention"))
+        attention = self._bring_from_host(_part_nbytes(layout, "attention"))
         if cargo == "hot":
             return {"attention": attention, "hot": self._bring_from_host(_hot_nbytes(plan))}
-        return {"attention": attention, "records": self._bring_from_host(layout.part_nbytes("records"))}
+        return {"attention": attention, "records": self._bring_from_host(_part_nbytes(layout, "records"))}
 
 
 def _replay_of(setting: Setting) -> _Replay:
