@@ -16,7 +16,7 @@ import numpy.typing as npt
 from gguf import GGMLQuantizationType
 from gguf.quants import dequantize
 
-from offload_sirius_loaders.checkpoint import Checkpoint, Decoded, Element, Key, TensorInfo, TokenizerFiles
+from offload_sirius_loaders.checkpoint import BLOCK_TYPES, Checkpoint, Decoded, Element, Key, TensorInfo, TokenizerFiles
 from offload_sirius_loaders.errors import CheckpointError
 from offload_sirius_loaders.gguf_header import GgufHeader, StoredTensor, read_header
 from offload_sirius_loaders.gguf_spec import ROPE_DIVISORS, read_spec
@@ -24,7 +24,6 @@ from offload_sirius_loaders.spec import ModelSpec, Role
 
 _PLAIN_TYPES: dict[str, Element] = {"F32": "F32", "F16": "F16", "BF16": "BF16"}
 _LITTLE_ENDIAN: dict[Decoded, str] = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}
-_BLOCK_TYPES = ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K")
 
 OUTPUTS_TOGETHER = 32
 """Rows of a down projection in blocks that are regrouped together."""
@@ -100,7 +99,7 @@ def _as_blocks(role: Role, info: TensorInfo) -> TensorInfo:
     Of the down projection, which is regrouped by neuron, whole groups of outputs are read together, and there must be such.
     """
     has_parts = role == "down" and info.num_rows % OUTPUTS_TOGETHER
-    if info.dtype not in _BLOCK_TYPES or len(info.shape) == 1 or has_parts:
+    if info.dtype not in BLOCK_TYPES or len(info.shape) == 1 or has_parts:
         return info
     row_multiple = OUTPUTS_TOGETHER if role == "down" else info.row_multiple
     return replace(info, element="U8", shape=(info.num_rows, info.row_nbytes), row_multiple=row_multiple)
@@ -160,10 +159,10 @@ def _tensor_info(header: GgufHeader, spec: ModelSpec, role: Role, name: str, sha
 def _element(path: Path, stored: StoredTensor) -> Element:
     if stored.dtype in _PLAIN_TYPES:
         return _PLAIN_TYPES[stored.dtype]
-    if stored.dtype in _BLOCK_TYPES:
+    if stored.dtype in BLOCK_TYPES:
         return "F32"
     raise CheckpointError(
-        f"{path}: tensor {stored.name} has type {stored.dtype}; use a file with {', '.join((*_PLAIN_TYPES, *_BLOCK_TYPES))}"
+        f"{path}: tensor {stored.name} has type {stored.dtype}; use a file with {', '.join((*_PLAIN_TYPES, *BLOCK_TYPES))}"
     )
 
 

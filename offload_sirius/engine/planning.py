@@ -28,7 +28,7 @@ from offload_sirius.rates import DtypeName, Rates, Stored, assumed_cpu_rates, as
 from offload_sirius.sparsity.costs import num_fetched, sparsity_nbytes
 from offload_sirius.units import MIB, Size, format_size
 from offload_sirius.weights.hot_plan import make_hot_plan
-from offload_sirius.weights.layout import PARTS, LayerLayout, Part, Slice, layer_layout, model_layout
+from offload_sirius.weights.layout import PARTS, LayerLayout, Part, Slice, model_layout
 from offload_sirius.weights.pieces import (
     blocks_by_layer,
     blocks_of,
@@ -51,7 +51,7 @@ from offload_sirius.weights.predict import (
     predict_correction,
     predict_draft,
 )
-from offload_sirius_loaders.checkpoint import Checkpoint
+from offload_sirius_loaders.checkpoint import Checkpoint, PackedLayers
 from offload_sirius_loaders.spec import ModelSpec
 
 ELEMENT_NBYTES: dict[DtypeName, int] = {"bfloat16": 2, "float32": 4}
@@ -319,7 +319,7 @@ def plan_model(
     resident_draft = sparse is not None and decoding.draft == "resident"
     recorded = resident_draft and hardware.own_memory and records_drafts(config)
     num_gathered = num_kept if sparse == "griffin" and not resident_draft else 0
-    layout = model_layout(spec, element_nbytes, num_gathered, config.weight_format, blocks_by_layer(checkpoint))
+    layout = held_layout(checkpoint, config, num_gathered)
     outside = blocks_of(checkpoint, None)
     demand = Demand(
         kv_cache_nbytes=kv_cache_nbytes(spec, batch=batch, capacity=context, element_nbytes=element_nbytes),
@@ -409,18 +409,33 @@ def as_packed(config: EngineConfig, checkpoint: Checkpoint) -> EngineConfig:
         group = "" if packed.quantize_group is None else f" in groups of {packed.quantize_group}"
         wanted = config.quantize if config.quantize_group is None else f"{config.quantize} in groups of {config.quantize_group}"
         raise ConfigError(f"--quantize is {wanted}, and {name} {own}{group}; leave it out, or pack the model anew with it")
+    if packed.blocks and not config.keep_blocks:
+        raise ConfigError(
+            f"--no-keep-blocks is given, and {name} is packed in blocks; leave it out, or pack the model anew with it"
+        )
     config = replace(
         config,
         dtype=packed.dtype,  # type: ignore[arg-type]  # checked by EngineConfig, as is the next
         quantize=packed.quantize,  # type: ignore[arg-type]
         quantize_group=packed.quantize_group,
     )
-    layout = layer_layout(checkpoint.spec, ELEMENT_NBYTES[dtype_of(config, checkpoint.spec)], 0, config.weight_format)
-    if packed.fields != field_places(layout):
+    layout = held_layout(checkpoint, config)
+    if packed.fields != field_places(layout) or not _has_parts(packed, layout):
         raise CheckpointError(
             f"{checkpoint.path}: its layers are laid out in another way than by this version of the program; pack the model anew"
         )
     return config
+
+
+def held_layout(checkpoint: Checkpoint, config: EngineConfig, num_kept: int = 0) -> LayerLayout:
+    """How layers lie in memory. checkpoint: as it is read. num_kept: see `layer_layout`."""
+    element_nbytes = ELEMENT_NBYTES[dtype_of(config, checkpoint.spec)]
+    return model_layout(checkpoint.spec, element_nbytes, num_kept, config.weight_format, blocks_by_layer(checkpoint))
+
+
+def _has_parts(packed: PackedLayers, layout: LayerLayout) -> bool:
+    """Whether each part of each layer is as long as in that layout."""
+    return all(info.nbytes == layout.layer(layer).part_nbytes(part) for (layer, part), info in packed.parts.items())
 
 
 def field_places(layout: LayerLayout) -> dict[str, tuple[int, ...]]:

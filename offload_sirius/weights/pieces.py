@@ -105,6 +105,9 @@ def quantising_nbytes(spec: ModelSpec, element_nbytes: int) -> int:
 
 def blocks_of(checkpoint: Checkpoint, layer: int | None) -> dict[Role, BlockFormat]:
     """Matrices of a layer, or outside of layers, that are kept in their blocks."""
+    if checkpoint.packed is not None and layer is not None:
+        kinds = checkpoint.packed.blocks[layer] if checkpoint.packed.blocks else {}
+        return {role: BLOCK_FORMATS[kinds[role]] for role in checkpoint.spec.layer_roles() if role in kinds}
     infos = {role: info for (owner, role), info in checkpoint.tensors.items() if owner == layer}
     return {role: BLOCK_FORMATS[info.dtype] for role, info in infos.items() if info.element == "U8"}
 

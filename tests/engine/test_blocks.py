@@ -11,11 +11,14 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType, GGUFWriter, quants
 
-import offload_sirius
+from offload_sirius import load as load_model
 from offload_sirius.blocks import BLOCK_FORMATS
 from offload_sirius.config import DecodingConfig, EngineConfig
 from offload_sirius.engine import Engine
+from offload_sirius.engine.packing import pack
 from offload_sirius.engine.placement import Placement, place
+from offload_sirius.engine.progress import NoProgress
+from offload_sirius.errors import ConfigError
 from offload_sirius_loaders import open_checkpoint
 
 from .conftest import CONTEXT, Load
@@ -128,7 +131,7 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 @pytest.fixture(scope="module")
 def plain(model: str) -> Iterator[Engine]:
     """The model by itself, resident, in its blocks."""
-    with offload_sirius.load(model, mode="full", device="cpu", threads=1, max_context=CONTEXT, dtype="float32") as engine:
+    with load_model(model, mode="full", device="cpu", threads=1, max_context=CONTEXT, dtype="float32") as engine:
         yield engine
 
 
@@ -198,3 +201,25 @@ def test_memory_is_that_of_the_file(tmp_path: Path, load: Load) -> None:
         layers = plan.device_bill["resident_layers"] + plan.host_bill["layers"]
         held = layers + plan.device_bill["head"] + plan.device_bill["final_norm"] + plan.host_bill["embedding"]
         assert stored <= held <= 1.03 * stored
+
+
+def test_a_packed_copy_keeps_the_blocks_and_answers_as_the_file_does(
+    model: str, plain: Engine, tmp_path: Path, load: Load
+) -> None:
+    pack(EngineConfig(model=model, dtype="float32"), tmp_path / "packed", NoProgress())
+    copy = str(tmp_path / "packed")
+    stored = sum(info.nbytes for info in open_checkpoint(model).tensors.values())
+    assert sum(file.stat().st_size for file in (tmp_path / "packed").glob("*.safetensors")) < 1.03 * stored + 5 * 3 * 4096
+    resident = load(copy)
+    assert resident.plan == plain.plan
+    assert torch.equal(logits_of(resident), logits_of(plain))
+    readers, host = 2 * resident.plan.host_bill["readers"] // resident.plan.num_readers, placed(copy).plan.host_bill["embedding"]
+    from_disk = load(**streaming(copy, mode="full") | {"host_memory": str(readers + host)})
+    assert len(from_disk.plan.disk_layers) >= 2
+    assert torch.equal(logits_of(from_disk), logits_of(plain))
+
+
+def test_blocks_of_a_packed_copy_cannot_be_left(tmp_path: Path) -> None:
+    pack(EngineConfig(model=write_model(tmp_path / "m.gguf", "Q8_0")), tmp_path / "packed", NoProgress())
+    with pytest.raises(ConfigError, match="--no-keep-blocks is given, and packed is packed in blocks; leave it out, or pack"):
+        load_model(str(tmp_path / "packed"), keep_blocks=False, device="cpu")
