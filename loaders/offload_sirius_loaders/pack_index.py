@@ -58,7 +58,7 @@ class PackJob:
     attention_nbytes: int
     records_nbytes: int
     blocks: tuple[Mapping[str, str], ...] = ()
-    """Of each layer, role of a matrix -> type of its blocks, where some are kept in blocks; `fields` is then room for any layer."""
+    """Of each layer, role of a matrix -> type of its blocks, where some are kept in them; `fields` is then room for any layer."""
     sizes: tuple[tuple[int, int], ...] = ()
     """Of each layer, bytes of attention block and records, where they differ."""
     outside_blocks: Mapping[str, tuple[str, int]] = field(default_factory=dict)

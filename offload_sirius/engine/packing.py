@@ -86,7 +86,7 @@ def pack(config: EngineConfig, directory: Path, progress: Progress) -> None:
         raise ConfigError(f"{config.model}: is packed already; give the model that it was made from, or leave --out out")
     held, dtype, form = as_held(checkpoint, config), dtype_of(config, checkpoint.spec), config.weight_format
     layout, outside = held_layout(held, config), {role: held.tensors[None, role] for role in blocks_of(held, None)}
-    blocks = [{role: each.name for role, each in blocks.items()} for blocks in blocks_by_layer(held)]
+    blocks: list[dict[str, str]] = [{role: each.name for role, each in blocks.items()} for blocks in blocks_by_layer(held)]
     job = PackJob(
         source=checkpoint.spec.name,
         fingerprint=source_fingerprint(checkpoint),
