@@ -14,6 +14,9 @@ from torch import Tensor
 
 from offload_sirius.blocks import HALF_NBYTES, UNIT, BlockFormat
 
+REGROUPED_CODES = 1 << 19
+"""Codes of a down projection that are regrouped at once: a few copies of them, a byte each, stay in a core's cache."""
+
 Take = Callable[[Tensor], Tensor]
 """Numbers of scale bytes -> those bytes, of every block that is looked at."""
 
@@ -220,18 +223,30 @@ def write_outputs(place: NeuronRows, first: int, stored: Tensor) -> None:
     stored: uint8 [n, blocks * block_nbytes], those of outputs first .. first + n, both multiples of 32. The first ones bring the
     neurons' numbers.
     """
-    form, width = place.form, place.width
     if first == 0:
         place.numbers.copy_(torch.arange(len(place), dtype=torch.int32))
-    header, codes = split_blocks(stored.unflatten(1, (-1, form.block_nbytes)), form)  # [n, blocks, ...]
-    last = first + len(stored)
-    halves = header.unflatten(2, (-1, HALF_NBYTES))[:, :, : (form.header_nbytes - form.scales_nbytes) // HALF_NBYTES]
-    for index in range(halves.shape[2]):
+    step = max(REGROUPED_CODES // len(place) // UNIT, 1) * UNIT
+    for start in range(0, len(stored), step):
+        header, codes = split_blocks(stored[start : start + step].unflatten(1, (-1, place.form.block_nbytes)), place.form)
+        _write_headers(place, first + start, header)
+        _write_codes(place, first + start, codes)
+
+
+def _write_headers(place: NeuronRows, first: int, header: Tensor) -> None:
+    """To the table. header: [n, blocks, header_nbytes], of outputs first .. first + n."""
+    form, width, last = place.form, place.width, first + len(header)
+    halves, scales = header.split((form.header_nbytes - form.scales_nbytes, form.scales_nbytes), dim=2)
+    for index, half in enumerate(halves.split(HALF_NBYTES, dim=2)):
         plane = place.table[:, HALF_NBYTES * width * index : HALF_NBYTES * width * (index + 1)].unflatten(1, (width, HALF_NBYTES))
-        plane[:, first:last].copy_(halves[:, :, index].transpose(0, 1))
+        plane[:, first:last].copy_(half.transpose(0, 1))
     if form.scales_nbytes:
-        scales = place.table[:, -form.scales_nbytes * width :].unflatten(1, (form.scales_nbytes, width))
-        scales[:, :, first:last].copy_(header[:, :, -form.scales_nbytes :].permute(1, 2, 0))
-    units = slice(first // UNIT * form.unit_nbytes, last // UNIT * form.unit_nbytes)
+        planes = place.table[:, -form.scales_nbytes * width :].unflatten(1, (form.scales_nbytes, width))
+        planes[:, :, first:last].copy_(scales.permute(1, 2, 0))
+
+
+def _write_codes(place: NeuronRows, first: int, codes: Tensor) -> None:
+    """To the neurons. codes: [n, blocks, codes_nbytes], of outputs first .. first + n."""
+    form = place.form
+    units = slice(first // UNIT * form.unit_nbytes, (first + len(codes)) // UNIT * form.unit_nbytes)
     by_neuron = codes_of(codes, form).flatten(1).t().contiguous()  # [n, F] -> [F, n]
     place.codes[:, units].copy_(regroup(by_neuron, form))

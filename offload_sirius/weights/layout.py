@@ -179,6 +179,11 @@ class LayerLayout:
         """A neuron's gate row, up row and down column."""
         return self.gate_nbytes + self.record_nbytes
 
+    @property
+    def mean_nbytes(self) -> int:
+        """Bytes of a layer, part by part the mean where layers differ."""
+        return self.mean(lambda each: each.attention_nbytes) + self.mean(lambda each: each.records_nbytes)
+
     def of(self, spec: ModelSpec, num_kept: int = 0) -> LayerLayout:
         """The same layer with other neurons; where layers differ, the same of each."""
         own = layer_layout(spec, self.element_nbytes, num_kept, self.format, self.blocks, self.num_table_neurons)

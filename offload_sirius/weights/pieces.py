@@ -71,8 +71,7 @@ def decoding_nbytes(info: TensorInfo) -> int:
     """Host memory that decoding a piece takes at most.
 
     plain and packed = nothing, its numbers are its bytes
-    GGUF blocks = about three float32 arrays beside the result, in the gguf library; or, where they are kept, a byte for each code
-        of a down projection, a few times over
+    GGUF blocks = about three float32 arrays beside the result, in the gguf library; far less where they are kept
     companions = numbers, and a quarter of that for their codes, with some room; stored by rows of the matrix also scales spread
         over them, or places in a table of 8-bit floats; each companion once more in a type of its own
     """

@@ -386,7 +386,7 @@ def _copy_nbytes(setting: Setting, work: Work) -> int:
     if setting.own_memory or plan.hot is not None:
         return pass_nbytes(setting, work)
     if not sliced:
-        return len(plan.host_layers) * setting.layout.mean(lambda each: each.nbytes)
+        return len(plan.host_layers) * setting.layout.mean_nbytes
     num_gathered = len(sliced.intersection(plan.disk_layers))
     return len(plan.host_layers) * _slice_nbytes(setting, work) + num_gathered * _part_nbytes(setting.layout, "kept")
 
