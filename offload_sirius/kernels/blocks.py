@@ -48,6 +48,11 @@ class BlockRows:
         """Bytes of the rows."""
         return self.rows.nbytes
 
+    @property
+    def device(self) -> torch.device:
+        """Where they are."""
+        return self.rows.device
+
     def take(self, ids: Tensor) -> BlockRows:
         """Those rows, int64 [n], copied."""
         return BlockRows(self.rows[ids], self.width, self.form)
@@ -88,6 +93,11 @@ class NeuronRows:
 
     def __len__(self) -> int:
         return self.codes.shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        """Where they are."""
+        return self.codes.device
 
     def __getitem__(self, part: slice) -> NeuronRows:
         """Neighbouring ones, as a view."""

@@ -35,7 +35,7 @@ def project(x: Tensor, matrix: Stack, bias: Tensor | None = None) -> Tensor:
     elif len(x) <= FEW_TOKENS or len(matrix) == 0:
         y = _few_projected(x, matrix).to(x.dtype)
     else:
-        y = torch.cat([functional.linear(x, _weights(rows).to(x.dtype)) for rows in _parts(matrix)], dim=1)
+        y = torch.cat([functional.linear(x, _weights(rows, x.dtype)) for rows in _parts(matrix)], dim=1)
     return y if bias is None else y.add_(bias)
 
 
@@ -47,7 +47,7 @@ def combine(z: Tensor, matrix: Matrix) -> Tensor:
         return _few_combined(z, matrix).to(z.dtype)
     y = torch.zeros(len(z), matrix.width, dtype=torch.float32, device=z.device)
     for rows, values in zip(_parts(matrix), z.split(UNPACKED_ROWS, dim=1), strict=True):
-        y += values @ _weights(rows).to(z.dtype)
+        y += values @ _weights(rows, z.dtype)
     return y.to(z.dtype)
 
 
@@ -61,8 +61,8 @@ def _few_combined(z: Tensor, matrix: Coded) -> Tensor:
     return quantized_down(z, matrix) if isinstance(matrix, QuantizedRows) else block_down(z, matrix)
 
 
-def _weights(rows: Coded) -> Tensor:
-    return rows.dequantised() if isinstance(rows, QuantizedRows) else block_weights(rows)
+def _weights(rows: Coded, dtype: torch.dtype) -> Tensor:
+    return rows.dequantised().to(dtype) if isinstance(rows, QuantizedRows) else block_weights(rows, dtype)
 
 
 def _parts(matrix: Coded) -> list[Coded]:

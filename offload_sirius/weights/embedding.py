@@ -47,7 +47,7 @@ def gathered(table: BlockRows, token_ids: Tensor, dtype: torch.dtype) -> Tensor:
     ids = token_ids.to(table.rows.device)
     rows = torch.empty(len(ids), table.width, dtype=dtype, device=ids.device)
     for part, some in zip(rows.split(UNPACKED_ROWS), ids.split(UNPACKED_ROWS), strict=True):
-        part.copy_(block_weights(table.take(some)))
+        part.copy_(block_weights(table.take(some), dtype))
     return rows
 
 

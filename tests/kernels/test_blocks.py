@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -19,11 +25,13 @@ from offload_sirius.kernels.block_products import (
     linear_reference,
 )
 from offload_sirius.kernels.blocks import BlockRows, NeuronRows, write_outputs
+from offload_sirius.kernels.gather import has_triton
 from offload_sirius.kernels.matrix import combine, project
 from offload_sirius.kernels.native import Native
 from offload_sirius.quantization import FEW_TOKENS
 
 FORMATS = list(BLOCK_FORMATS.values())
+needs_triton = pytest.mark.skipif(not has_triton(), reason="triton is not installed")
 
 
 def stored_rows(num_rows: int, width: int, form: BlockFormat) -> Tensor:
@@ -132,3 +140,59 @@ def test_a_layer_multiplies_with_blocks_as_with_any_matrix(num_tokens: int) -> N
     assert_near(combine(x, neurons_of(down, 256, form)), x @ plain(down, form).t())
     stack = (BlockRows(stored, 256, form), torch.randn(3, 256))
     assert_near(project(x, stack), torch.cat((x @ plain(stored, form).t(), x @ stack[1].t()), dim=1))
+
+
+def assert_gpu_weights_are_the_references(device: str) -> None:
+    from offload_sirius.kernels import blocks_gpu
+
+    for form in FORMATS:
+        rows = BlockRows(stored_rows(3, 1280, form).to(device), 1280, form)
+        assert_near(blocks_gpu.weights(rows, torch.float32).cpu(), rows.dequantised().cpu(), 1e-6)
+        whole = neurons_of(stored_rows(64, 512, form), 512, form)
+        ids = torch.tensor([300, 17, 18, 511, 0, 299, 48])
+        some = NeuronRows(whole.numbers[ids].to(device), whole.codes[ids].to(device), whole.table.to(device), 64, form)
+        assert_near(blocks_gpu.weights(some, torch.float32).cpu(), whole.dequantised()[ids], 1e-6)
+        assert_near(blocks_gpu.weights(some, torch.bfloat16).float().cpu(), whole.dequantised()[ids], 1e-2)
+
+
+@needs_triton
+def test_the_kernels_in_the_interpreter_give_what_the_references_do() -> None:
+    program = (
+        "import importlib.util, torch\n"
+        f"spec = importlib.util.spec_from_file_location('cases', {__file__!r})\n"
+        "cases = importlib.util.module_from_spec(spec)\n"
+        "spec.loader.exec_module(cases)\n"
+        "cases.assert_gpu_weights_are_the_references('cpu')\n"
+        "print('same')\n"
+    )
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, env=environment)
+    assert (done.returncode, done.stdout) == (0, "same\n"), done.stderr
+
+
+@needs_triton
+@pytest.mark.parametrize("name", ["Q8_0", "Q5_0", "Q4_K", "Q6_K"])
+def test_the_kernels_compile_for_a_gpu(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    import triton
+
+    from offload_sirius.kernels import blocks_gpu
+
+    constants = blocks_gpu._constants(BLOCK_FORMATS[name])
+    types = {"numbers": "*i32", "rows": "*u8", "codes": "*u8", "table": "*u8", "out": "*bf16"}
+    kernels: tuple[Any, ...] = (blocks_gpu._decode_rows, blocks_gpu._decode_neurons)
+    for kernel in kernels:
+        signature = {each: "constexpr" if each in constants else types.get(each, "i32") for each in kernel.arg_names}
+        source = triton.compiler.ASTSource(kernel, signature=signature, constexprs=constants)
+        compiled = triton.compile(source, target=triton.backends.compiler.GPUTarget("cuda", 80, 32))
+        assert "st.global" in compiled.asm["ptx"]
+
+
+@pytest.mark.gpu
+@needs_triton
+def test_products_on_a_gpu_are_the_references() -> None:
+    assert_gpu_weights_are_the_references("cuda")
+    for form in FORMATS:
+        stored, x = stored_rows(37, 768, form), torch.randn(7, 768)
+        rows = BlockRows(stored.cuda(), 768, form)
+        assert_near(block_linear(x.cuda(), rows).cpu(), x @ plain(stored, form).t(), 2e-5)
