@@ -81,6 +81,61 @@ INLINE float half_at(const uint8_t *from) {
     return from_half(half);
 }
 
+/* ---- sixteen codes become float32 ---- */
+
+typedef uint8_t bytes16 __attribute__((vector_size(16)));
+typedef uint64_t longs2 __attribute__((vector_size(16)));
+typedef int32_t ints16 __attribute__((vector_size(64)));
+typedef float floats16 __attribute__((vector_size(64)));
+
+INLINE bytes16 load16(const uint8_t *from) {
+    bytes16 bytes;
+    memcpy(&bytes, from, sizeof(bytes));
+    return bytes;
+}
+
+INLINE void store16(float *to, floats16 values) { memcpy(to, &values, sizeof(values)); }
+
+INLINE floats16 load_floats16(const float *from) {
+    floats16 values;
+    memcpy(&values, from, sizeof(values));
+    return values;
+}
+
+/* The low or the high four bits. */
+INLINE bytes16 nibbles16(const uint8_t *from, int high) { return high ? load16(from) >> 4 : load16(from) & 15; }
+
+INLINE ints16 ints_of(bytes16 codes) { return __builtin_convertvector(codes, ints16); }
+
+INLINE floats16 floats_of(bytes16 codes) { return __builtin_convertvector(ints_of(codes), floats16); }
+
+/* Signed bytes: compilers turn unsigned ones into floats faster. */
+INLINE floats16 signed16(const uint8_t *from) { return floats_of(load16(from) ^ 128) - 128; }
+
+/* Codes of five bits: their low four, and two bytes with a bit for each. */
+INLINE floats16 fifth_bits(bytes16 low, const uint8_t *high) {
+    const ints16 place = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    uint16_t bits;
+    memcpy(&bits, high, sizeof(bits));
+    const ints16 all = (ints16){0} + (int32_t)bits;
+    return __builtin_convertvector(ints_of(low) | (all >> place & 1) << 4, floats16);
+}
+
+/* Bits five and six of codes, in their places: those of pair 0 to 3 of each byte. Shifts of bytes by numbers that compilers do not
+   know take them many steps. */
+INLINE bytes16 upper_pairs(bytes16 pairs, int pair) {
+    return pair == 0 ? (pairs & 3) << 4 : pair == 1 ? (pairs & 12) << 2 : pair == 2 ? pairs & 48 : (pairs & 192) >> 2;
+}
+
+/* The same of eight bytes: one pair of each, then another. */
+INLINE bytes16 two_upper_pairs(const uint8_t *from, int first, int second) {
+    const longs2 front = {~UINT64_C(0), 0};
+    uint64_t bits;
+    memcpy(&bits, from, sizeof(bits));
+    const bytes16 twice = (bytes16)(longs2){bits, bits};
+    return (upper_pairs(twice, first) & (bytes16)front) | (upper_pairs(twice, second) & ~(bytes16)front);
+}
+
 /* ---- rows along the inputs ---- */
 
 /* Groups of a super-block have scales and minima of six bits each: of the last four two bits lie on top of those of the first. */
@@ -98,43 +153,36 @@ INLINE void unit_of_row(int kind, const uint8_t *row, int64_t column, float *out
     if (kind == Q8_0) {
         const uint8_t *b = row + column / UNIT * 34;
         const float d = half_at(b);
-        for (int i = 0; i < UNIT; i++)
-            out[i] = (float)(int8_t)b[2 + i] * d;
+        store16(out, signed16(b + 2) * d);
+        store16(out + 16, signed16(b + 18) * d);
     } else if (kind == Q4_0) {
         const uint8_t *b = row + column / UNIT * 18;
         const float d = half_at(b);
-        for (int i = 0; i < UNIT / 2; i++) {
-            out[i] = (float)((b[2 + i] & 15) - 8) * d;
-            out[UNIT / 2 + i] = (float)((b[2 + i] >> 4) - 8) * d;
-        }
+        const bytes16 low = load16(b + 2);
+        store16(out, (floats_of(low & 15) - 8) * d);
+        store16(out + 16, (floats_of(low >> 4) - 8) * d);
     } else if (kind == Q4_1) {
         const uint8_t *b = row + column / UNIT * 20;
         const float d = half_at(b), m = half_at(b + 2);
-        for (int i = 0; i < UNIT / 2; i++) {
-            out[i] = (float)(b[4 + i] & 15) * d + m;
-            out[UNIT / 2 + i] = (float)(b[4 + i] >> 4) * d + m;
-        }
+        const bytes16 low = load16(b + 4);
+        store16(out, floats_of(low & 15) * d + m);
+        store16(out + 16, floats_of(low >> 4) * d + m);
     } else if (kind == Q5_0 || kind == Q5_1) {
         const int has_minimum = kind == Q5_1;
-        const uint8_t *b = row + column / UNIT * (22 + 2 * has_minimum);
-        const float d = half_at(b), m = has_minimum ? half_at(b + 2) : -16 * d;
-        uint32_t high;
-        memcpy(&high, b + 2 + 2 * has_minimum, 4);
-        const uint8_t *low = b + 6 + 2 * has_minimum;
-        for (int i = 0; i < UNIT / 2; i++) {
-            out[i] = (float)((low[i] & 15) | (high >> i & 1) << 4) * d + m;
-            out[UNIT / 2 + i] = (float)(low[i] >> 4 | (high >> (UNIT / 2 + i) & 1) << 4) * d + m;
-        }
+        const uint8_t *b = row + column / UNIT * (22 + 2 * has_minimum), *high = b + 2 + 2 * has_minimum;
+        const float d = half_at(b), m = has_minimum ? half_at(b + 2) : 0, centre = has_minimum ? 0 : 16;
+        const bytes16 low = load16(high + 4);
+        store16(out, (fifth_bits(low & 15, high) - centre) * d + m);
+        store16(out + 16, (fifth_bits(low >> 4, high + 2) - centre) * d + m);
     } else if (kind == Q4_K || kind == Q5_K) {
         const uint8_t *b = row + column / SUPER * (kind == Q4_K ? 144 : 176), *scales = b + 4;
         const uint8_t *high = b + 16, *low = b + (kind == Q4_K ? 16 : 48) + group / 2 * UNIT;
         const float d = half_at(b) * (float)scale_of(scales, group), m = half_at(b + 2) * (float)minimum_of(scales, group);
-        const int shift = group % 2 * 4;
-        for (int i = 0; i < UNIT; i++) {
-            int code = low[i] >> shift & 15;
+        for (int part = 0; part < UNIT; part += 16) {
+            bytes16 codes = nibbles16(low + part, group % 2);
             if (kind == Q5_K)
-                code |= (high[i] >> group & 1) << 4;
-            out[i] = (float)code * d - m;
+                codes |= (bytes16)((load16(high + part) & (uint8_t)(1 << group)) != 0) & 16;
+            store16(out + part, floats_of(codes) * d - m);
         }
     } else {
         const uint8_t *b = row + column / SUPER * 210;
@@ -143,9 +191,8 @@ INLINE void unit_of_row(int kind, const uint8_t *row, int64_t column, float *out
         const int8_t *scales = (const int8_t *)b + 192 + group * 2;
         const float d = half_at(b + 208);
         for (int part = 0; part < 2; part++) {
-            const float scale = d * (float)scales[part];
-            for (int i = part * 16; i < part * 16 + 16; i++)
-                out[i] = (float)((low[i] >> quarter / 2 * 4 & 15) + ((high[i] >> quarter * 2 & 3) << 4) - 32) * scale;
+            const bytes16 codes = nibbles16(low + part * 16, quarter / 2) | upper_pairs(load16(high + part * 16), quarter);
+            store16(out + part * 16, (floats_of(codes) - 32) * (d * (float)scales[part]));
         }
     }
 }
@@ -262,6 +309,16 @@ INLINE int group_of_kind(int kind) { return kind == Q6_K ? 16 : UNIT; }
 INLINE int block_of_kind(int kind) { return kind >= Q4_K ? SUPER : UNIT; }
 INLINE int unit_nbytes(int kind) { return kind == Q8_0 ? 32 : kind == Q6_K ? 24 : kind == Q5_0 || kind == Q5_1 || kind == Q5_K ? 20 : 16; }
 
+INLINE void decode_halves(const uint8_t *from, int64_t count, float *out) {
+    int64_t i = 0;
+#if defined(__F16C__) && defined(__AVX__)
+    for (; i + 8 <= count; i += 8)
+        _mm256_storeu_ps(out + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(from + 2 * i))));
+#endif
+    for (; i < count; i++)
+        out[i] = half_at(from + 2 * i);
+}
+
 /* Factors and summands of a group of neurons, for columns first .. first + count. */
 INLINE void decode_group(int kind, const struct neurons *m, int64_t group, int64_t first, int64_t count, float *factors,
                          float *summands) {
@@ -269,11 +326,9 @@ INLINE void decode_group(int kind, const struct neurons *m, int64_t group, int64
     const uint8_t *row = m->table + group / per_block * m->table_stride;
     const uint8_t *d = row + 2 * first, *minimum = row + 2 * (m->width + first);
     const uint8_t *scales = row + (kind == Q6_K ? 2 : 4) * m->width + first;
-    for (int64_t i = 0; i < count; i++)
-        factors[i] = half_at(d + 2 * i);
-    if (kind == Q4_1 || kind == Q5_1)
-        for (int64_t i = 0; i < count; i++)
-            summands[i] = half_at(minimum + 2 * i);
+    decode_halves(d, count, factors);
+    if (kind == Q4_1 || kind == Q5_1 || kind == Q4_K || kind == Q5_K)
+        decode_halves(minimum, count, summands);
     if (kind == Q6_K) {
         const int8_t *own = (const int8_t *)scales + sub * m->width;
         for (int64_t i = 0; i < count; i++)
@@ -285,7 +340,7 @@ INLINE void decode_group(int kind, const struct neurons *m, int64_t group, int64
             const int scale = sub < 4 ? top[i] & 63 : (mixed[i] & 15) | (top[i] >> 2 & 48);
             const int low = sub < 4 ? second[i] & 63 : mixed[i] >> 4 | (second[i] >> 2 & 48);
             factors[i] *= (float)scale;
-            summands[i] = -(half_at(minimum + 2 * i) * (float)low);
+            summands[i] = -(summands[i] * (float)low);
         }
     }
 }
@@ -293,33 +348,33 @@ INLINE void decode_group(int kind, const struct neurons *m, int64_t group, int64
 /* Weights of a neuron. */
 INLINE void decode_neuron(int kind, const uint8_t *codes, int64_t first, int64_t count, const float *factors,
                           const float *summands, float *out) {
-    const int centre = kind == Q4_0 ? 8 : kind == Q5_0 ? 16 : kind == Q6_K ? 32 : 0;
+    const float centre = kind == Q4_0 ? 8 : kind == Q5_0 ? 16 : kind == Q6_K ? 32 : 0;
     const int has_summand = kind == Q4_1 || kind == Q5_1 || kind == Q4_K || kind == Q5_K;
     for (int64_t c = 0; c < count; c += UNIT) {
         const uint8_t *from = codes + (first + c) / UNIT * unit_nbytes(kind);
-        int32_t numbers[UNIT];
+        floats16 numbers[2];
         if (kind == Q8_0) {
-            for (int i = 0; i < UNIT; i++)
-                numbers[i] = (int8_t)from[i];
+            numbers[0] = signed16(from);
+            numbers[1] = signed16(from + 16);
         } else {
-            for (int i = 0; i < UNIT / 2; i++) {
-                numbers[i] = from[i] & 15;
-                numbers[UNIT / 2 + i] = from[i] >> 4;
+            const bytes16 low = load16(from);
+            if (unit_nbytes(kind) == 20) {
+                numbers[0] = fifth_bits(low & 15, from + 16);
+                numbers[1] = fifth_bits(low >> 4, from + 18);
+            } else if (kind == Q6_K) {
+                numbers[0] = floats_of((low & 15) | two_upper_pairs(from + 16, 0, 1));
+                numbers[1] = floats_of(low >> 4 | two_upper_pairs(from + 16, 2, 3));
+            } else {
+                numbers[0] = floats_of(low & 15);
+                numbers[1] = floats_of(low >> 4);
             }
         }
-        if (unit_nbytes(kind) == 20) {
-            uint32_t high;
-            memcpy(&high, from + 16, 4);
-            for (int i = 0; i < UNIT; i++)
-                numbers[i] |= (high >> i & 1) << 4;
-        }
-        if (kind == Q6_K)
-            for (int part = 0; part < 4; part++)
-                for (int i = 0; i < 8; i++)
-                    numbers[part * 8 + i] |= (from[16 + i] >> part * 2 & 3) << 4;
-        for (int i = 0; i < UNIT; i++) {
-            const float number = (float)(numbers[i] - centre);
-            out[c + i] = has_summand ? number * factors[c + i] + summands[c + i] : number * factors[c + i];
+        for (int part = 0; part < 2; part++) {
+            const int64_t at = c + part * 16;
+            floats16 weights = (numbers[part] - centre) * load_floats16(factors + at);
+            if (has_summand)
+                weights += load_floats16(summands + at);
+            store16(out + at, weights);
         }
     }
 }
