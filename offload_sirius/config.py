@@ -322,6 +322,9 @@ class EngineConfig:
         "none",
         "Hold the head, which makes the logits, in 8 bits: int8 or none. The embedding stays as it is, also where both are one.",
     )
+    keep_blocks: bool = _setting(
+        True, "Hold the matrices of a GGUF file as the blocks they are stored in; else they are dequantised. Without --quantize."
+    )
     max_context: int | None = _setting(None, "Positions to plan the KV cache for. Default: prompt and answer, 4096 in Python.")
     kv_dtype: KVDtype = _setting(
         "auto",

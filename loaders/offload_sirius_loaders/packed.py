@@ -107,14 +107,20 @@ def pack_file_names(spec: ModelSpec) -> list[str]:
 def outside_tensors(spec: ModelSpec, job: PackJob) -> dict[Key, OutTensor]:
     """What no layer has, as it is written."""
     names, element = tensor_names(spec), ELEMENT_OF_DTYPE[job.dtype]
-    return {
+    tensors: dict[Key, OutTensor] = {
         (None, role): OutTensor(name=names[None, role], dtype=element, shape=shape) for role, shape in spec.model_roles().items()
     }
+    for role in spec.model_roles():
+        if role in job.outside_blocks:
+            shape = (spec.vocab_size, job.outside_blocks[role][1])
+            tensors[None, role] = OutTensor(name=names[None, role], dtype="U8", shape=shape)
+    return tensors
 
 
-def part_tensor(job: PackJob, part: LayerPart) -> OutTensor:
-    """A part of any layer, as it is written."""
-    nbytes = job.attention_nbytes if part == "attention" else job.records_nbytes
+def part_tensor(job: PackJob, layer: int, part: LayerPart) -> OutTensor:
+    """A part of a layer, as it is written."""
+    attention_nbytes, records_nbytes = job.part_nbytes(layer)
+    nbytes = attention_nbytes if part == "attention" else records_nbytes
     return OutTensor(name=part, dtype="U8", shape=(nbytes // PACKED_ROW_NBYTES, PACKED_ROW_NBYTES))
 
 
@@ -137,10 +143,11 @@ def _outside_tensors(spec: ModelSpec, job: PackJob, files: dict[str, PackFile]) 
     infos: dict[Key, TensorInfo] = {}
     for key, tensor in outside_tensors(spec, job).items():
         stored = _stored(files[OUTSIDE_NAME], tensor)
+        kind, _ = job.outside_blocks.get(key[1], (element, 0))
         infos[key] = TensorInfo(
             name=tensor.name,
-            dtype=element,
-            element=element,
+            dtype=kind,
+            element="U8" if key[1] in job.outside_blocks else element,
             shape=tensor.shape,
             file=stored.file,
             offset=stored.offset,
@@ -150,10 +157,13 @@ def _outside_tensors(spec: ModelSpec, job: PackJob, files: dict[str, PackFile]) 
 
 
 def _packed_layers(spec: ModelSpec, job: PackJob, files: dict[str, PackFile]) -> PackedLayers:
+    for what, each in (("blocks", job.blocks), ("sizes", job.sizes)):
+        if len(each) not in (0, spec.num_layers):
+            raise CheckpointError(f"{files[OUTSIDE_NAME].path.parent / INDEX_NAME}: {what} is of another model; pack it again")
     parts: dict[tuple[int, LayerPart], TensorInfo] = {}
     for layer in range(spec.num_layers):
         for part in get_args(LayerPart):
-            tensor = part_tensor(job, part)
+            tensor = part_tensor(job, layer, part)
             stored = _stored(files[layer_file_name(layer)], tensor)
             parts[layer, part] = TensorInfo(
                 name=f"{part} of layer {layer}",
@@ -164,7 +174,14 @@ def _packed_layers(spec: ModelSpec, job: PackJob, files: dict[str, PackFile]) ->
                 offset=stored.offset,
                 nbytes=stored.nbytes,
             )
-    return PackedLayers(dtype=job.dtype, quantize=job.quantize, quantize_group=job.quantize_group, fields=job.fields, parts=parts)
+    return PackedLayers(
+        dtype=job.dtype,
+        quantize=job.quantize,
+        quantize_group=job.quantize_group,
+        fields=job.fields,
+        blocks=job.blocks,
+        parts=parts,
+    )
 
 
 def _stored(file: PackFile, tensor: OutTensor) -> StoredTensor:

@@ -46,6 +46,7 @@ def pack(
         ),
     ] = _ENGINE.quantize,
     quantize_group: flags.QuantizeGroup = _ENGINE.quantize_group,
+    keep_blocks: flags.KeepBlocks = _ENGINE.keep_blocks,
     dtype: flags.Dtype = _ENGINE.dtype,
     report: Annotated[
         bool,
@@ -74,6 +75,7 @@ def pack(
         dtype=dtype,  # type: ignore[arg-type]  # checked by EngineConfig, as is the next
         quantize=quantize,  # type: ignore[arg-type]
         quantize_group=quantize_group,
+        keep_blocks=keep_blocks,
     )
     if out is None:
         _require_something_else(config, asked=report or verify)

@@ -20,6 +20,7 @@ from offload_sirius.engine.planning import as_packed
 from offload_sirius.engine.progress import Progress
 from offload_sirius.engine.streamed import StreamedModel, copied_model, hot_model, streamed_model
 from offload_sirius.errors import BudgetError, ConfigError
+from offload_sirius.kernels.blocks import BlockRows
 from offload_sirius.kernels.native import native
 from offload_sirius.model.kv_cache import KVCache
 from offload_sirius.model.kv_int8 import QuantizedKVCache
@@ -27,7 +28,6 @@ from offload_sirius.model.transformer import Transformer
 from offload_sirius.sparsity.prior import NeuronPrior, PriorFile, prior_path
 from offload_sirius.trace import Tracer
 from offload_sirius.units import format_size
-from offload_sirius.weights.buffers import rows_of
 from offload_sirius.weights.copiers import Copier
 from offload_sirius.weights.device import AnyDeviceStore, CopyDeviceStore, DeviceStore, HotDeviceStore, store_for
 from offload_sirius.weights.disk import ReaderPool
@@ -70,7 +70,9 @@ def build(model: Model, config: EngineConfig, progress: Progress, tracer: Tracer
 def _built(
     model: Model, config: EngineConfig, placement: Placement, progress: Progress, tracer: Tracer | None, began: float
 ) -> Engine:
-    checkpoint = _on_disk(model.checkpoint, progress) if placement.plan.disk_layers else model.checkpoint
+    checkpoint = placement.planned.checkpoint
+    if placement.plan.disk_layers:
+        checkpoint = _on_disk(checkpoint, progress)
     with memory_errors(placement.plan), ExitStack() as stores:
         joined = _join(checkpoint, placement, config, progress, tracer, stores)
         stores.callback(checkpoint.close)
@@ -123,9 +125,10 @@ def _join(
     arenas = make_arenas(placement, spec, uplink)
     stores.callback(arenas.close)
     device = store_for(plan)(plan, spec, layout, dtype, placement.device, placement.head_format)
-    quantised = layout.format is not None or placement.head_format is not None
-    if quantised and placement.device.type == "cpu" and (problem := native("products").problem):
-        progress.warn(problem)
+    if placement.device.type == "cpu":
+        for library in placement.planned.libraries:
+            if problem := native(library).problem:
+                progress.warn(problem)
 
     progress.begin(f"loading {spec.name}", load_nbytes(checkpoint, plan))
     try:
@@ -265,18 +268,18 @@ def _decoded(
         assert placement.plan.hot is not None
         return copied_model(transformer, streamer, placement.plan.hot.num_hot, decoding, captured, prior)
     assert isinstance(device, DeviceStore)
-    rows = rows_of(placement.layout, "up_down")
-    return streamed_model(transformer, streamer, device.caches, rows, decoding)
+    return streamed_model(transformer, streamer, device.caches, decoding)
 
 
 def _embedding(placement: Placement, loader: Loader, readers: ReaderPool, device: AnyDeviceStore) -> Embedding:
     where = placement.plan.embedding_place
+    form = placement.planned.demand.embedding_format
     if where == "device":
-        assert isinstance(device.head, torch.Tensor)
-        return TableEmbedding(device.head, placement.device)
+        assert isinstance(device.head, torch.Tensor | BlockRows)
+        return TableEmbedding(device.head, placement.dtype, placement.device)
     if where == "host":
-        return TableEmbedding(loader.load_embedding(placement.dtype), placement.device)
-    return DiskEmbedding(loader.info(None, "embedding"), readers, placement.dtype, placement.device)
+        return TableEmbedding(loader.load_embedding(placement.dtype, form), placement.dtype, placement.device)
+    return DiskEmbedding(loader.info(None, "embedding"), readers, placement.dtype, placement.device, form)
 
 
 def _on_disk(checkpoint: Checkpoint, progress: Progress) -> Checkpoint:

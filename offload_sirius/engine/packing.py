@@ -19,7 +19,7 @@ from torch import Tensor
 
 from offload_sirius.config import EngineConfig
 from offload_sirius.engine.placement import DTYPES
-from offload_sirius.engine.planning import ELEMENT_NBYTES, dtype_of, field_places, free_host_nbytes
+from offload_sirius.engine.planning import as_held, dtype_of, field_places, free_host_nbytes, held_layout
 from offload_sirius.engine.progress import Progress
 from offload_sirius.errors import BudgetError, CheckpointError, ConfigError
 from offload_sirius.kernels.packed import QuantizedRows
@@ -27,9 +27,17 @@ from offload_sirius.units import format_size
 from offload_sirius.weights.buffers import LayerBuffer
 from offload_sirius.weights.disk import ReaderPool
 from offload_sirius.weights.host import allocate_bytes
-from offload_sirius.weights.layout import PARTS, LayerLayout, layer_layout
+from offload_sirius.weights.layout import PARTS, LayerLayout
 from offload_sirius.weights.load import Loader
-from offload_sirius.weights.pieces import PIECE_NBYTES, quantising_nbytes, read_nbytes, reader_nbytes, stored_part_nbytes
+from offload_sirius.weights.pieces import (
+    PIECE_NBYTES,
+    blocks_by_layer,
+    blocks_of,
+    quantising_nbytes,
+    read_nbytes,
+    reader_nbytes,
+    stored_part_nbytes,
+)
 from offload_sirius.weights.plan import MAX_READERS, MIN_READERS
 from offload_sirius.weights.quant import QuantizationError, quantization_error
 from offload_sirius_loaders import open_checkpoint
@@ -76,9 +84,9 @@ def pack(config: EngineConfig, directory: Path, progress: Progress) -> None:
     checkpoint = open_checkpoint(config.model)
     if checkpoint.packed is not None:
         raise ConfigError(f"{config.model}: is packed already; give the model that it was made from, or leave --out out")
-    dtype = dtype_of(config, checkpoint.spec)
-    layout = layer_layout(checkpoint.spec, ELEMENT_NBYTES[dtype], 0, config.weight_format)
-    form = config.weight_format
+    held, dtype, form = as_held(checkpoint, config), dtype_of(config, checkpoint.spec), config.weight_format
+    layout, outside = held_layout(held, config), {role: held.tensors[None, role] for role in blocks_of(held, None)}
+    blocks: list[dict[str, str]] = [{role: each.name for role, each in blocks.items()} for blocks in blocks_by_layer(held)]
     job = PackJob(
         source=checkpoint.spec.name,
         fingerprint=source_fingerprint(checkpoint),
@@ -88,6 +96,9 @@ def pack(config: EngineConfig, directory: Path, progress: Progress) -> None:
         fields=field_places(layout),
         attention_nbytes=layout.attention_nbytes,
         records_nbytes=layout.records_nbytes,
+        blocks=tuple(blocks) if any(blocks) else (),
+        sizes=tuple((own.attention_nbytes, own.records_nbytes) for own in layout.by_layer),
+        outside_blocks={role: (info.dtype, info.row_nbytes) for role, info in outside.items()},
     )
     with ExitStack() as opened:
         opened.callback(checkpoint.close)
@@ -95,7 +106,7 @@ def pack(config: EngineConfig, directory: Path, progress: Progress) -> None:
         opened.callback(writer.close)
         _resume(writer, job.source, progress)
         if writer.missing:
-            _Packer(checkpoint, layout, DTYPES[dtype], writer, progress).run()
+            _Packer(held, layout, DTYPES[dtype], writer, progress).run()
         writer.finish()
 
 
@@ -196,13 +207,14 @@ class _Packer:
             )
             if OUTSIDE_NAME in missing:
                 infos = [self._checkpoint.tensors[None, role] for role in spec.model_roles()]
-                rows = [loader.row_batches(info, self._dtype, buffer.storage) for info in infos]
+                dtypes = [torch.uint8 if info.element == "U8" else self._dtype for info in infos]
+                rows = [loader.row_batches(info, dtype, buffer.storage) for info, dtype in zip(infos, dtypes, strict=True)]
                 self._writer.write(OUTSIDE_NAME, [_chunks(each) for each in rows])
-            # What lies between two tensors of a layer is never written: the same layers are to be the same bytes.
-            buffer.storage.zero_()
             for layer in range(spec.num_layers):
                 if layer_file_name(layer) in missing:
-                    self._write_layer(loader, layer, buffer)
+                    # What lies between two tensors of a layer is never written: the same layers are to be the same bytes.
+                    buffer.storage.zero_()
+                    self._write_layer(loader, layer, buffer.of_layer(layer))
         finally:
             self._progress.end()
             readers.close()

@@ -24,7 +24,6 @@ from offload_sirius.sparsity.copied import CopiedSet
 from offload_sirius.sparsity.griffin import Griffin
 from offload_sirius.sparsity.hot import HotSet, HotStatistic
 from offload_sirius.sparsity.prior import NeuronPrior
-from offload_sirius.weights.buffers import Rows
 from offload_sirius.weights.draft_copy import CopyStreamer
 from offload_sirius.weights.hotset import HotStreamer
 from offload_sirius.weights.layout import Cargo
@@ -174,9 +173,9 @@ class StreamedModel:
 
 
 def streamed_model(
-    transformer: Transformer, streamer: WeightStreamer, caches: Mapping[int, NeuronCache], rows: Rows, decoding: DecodingConfig
+    transformer: Transformer, streamer: WeightStreamer, caches: Mapping[int, NeuronCache], decoding: DecodingConfig
 ) -> StreamedModel:
-    """The model whose drafts bring what they need. caches: layer -> records of its neurons on the device; rows: reads them."""
+    """The model whose drafts bring what they need. caches: layer -> records of its neurons on the device."""
     spec, kind = transformer.spec, sparsity_of(decoding, transformer.spec)
     if kind is None:
         return StreamedModel(transformer, streamer, FULL_WAYS)
@@ -187,7 +186,7 @@ def streamed_model(
     else:
         thresholds = _thresholds(decoding, spec, cache.device)
         calibrate = decoding.cats_threshold == AUTO
-        sparsity = Cats(spec, streamer, num_kept, caches=caches, rows=rows, thresholds=thresholds, calibrate=calibrate)
+        sparsity = Cats(spec, streamer, num_kept, caches=caches, thresholds=thresholds, calibrate=calibrate)
     drafting = Way(cargo=CARGO[kind], feed_forward=sparsity.draft)
     return StreamedModel(
         transformer, streamer, FULL_WAYS | {"prefill": Way(feed_forward=sparsity.prefill), "draft": drafting}, sparsity

@@ -25,7 +25,7 @@ from typing import Literal
 from offload_sirius.cache import made_cache_folder
 from offload_sirius.errors import ConfigError
 
-Name = Literal["products", "tiles", "quantise"]
+Name = Literal["products", "tiles", "quantise", "blocks"]
 """A C file, and the library that is made of it."""
 
 COMPILERS = ("gcc", "cc")
@@ -34,7 +34,7 @@ COMPILERS = ("gcc", "cc")
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC", "-Wl,--as-needed")
 """The math flags change no result: nobody looks at errno or at the flags of a floating point unit."""
 
-OWN_FLAGS: dict[Name, tuple[str, ...]] = {"products": (), "tiles": (), "quantise": ("-ffp-contract=off",)}
+OWN_FLAGS: dict[Name, tuple[str, ...]] = {"products": (), "tiles": (), "blocks": (), "quantise": ("-ffp-contract=off",)}
 """Quantising gives the bits of its torch reference, which rounds each product."""
 
 TIMEOUT_SECONDS = 120

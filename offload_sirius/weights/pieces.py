@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import get_args
 
+from offload_sirius.blocks import BLOCK_FORMATS, BlockFormat
 from offload_sirius.weights.layout import PARTS, Part, align, part_of
 from offload_sirius.weights.mapping import HUGE_PAGE_NBYTES
 from offload_sirius.weights.plan import NUM_QUANTISING, Plan
@@ -70,7 +71,7 @@ def decoding_nbytes(info: TensorInfo) -> int:
     """Host memory that decoding a piece takes at most.
 
     plain and packed = nothing, its numbers are its bytes
-    GGUF blocks = about three float32 arrays beside the result, in the gguf library
+    GGUF blocks = about three float32 arrays beside the result, in the gguf library; far less where they are kept
     companions = numbers, and a quarter of that for their codes, with some room; stored by rows of the matrix also scales spread
         over them, or places in a table of 8-bit floats; each companion once more in a type of its own
     """
@@ -99,6 +100,20 @@ def largest_matrix_nbytes(spec: ModelSpec, element_nbytes: int) -> int:
 def quantising_nbytes(spec: ModelSpec, element_nbytes: int) -> int:
     """Host memory of matrices that are read before they are quantised."""
     return NUM_QUANTISING * largest_matrix_nbytes(spec, element_nbytes)
+
+
+def blocks_of(checkpoint: Checkpoint, layer: int | None) -> dict[Role, BlockFormat]:
+    """Matrices of a layer, or outside of layers, that are kept in their blocks."""
+    if checkpoint.packed is not None and layer is not None:
+        kinds = checkpoint.packed.blocks[layer] if checkpoint.packed.blocks else {}
+        return {role: BLOCK_FORMATS[kinds[role]] for role in checkpoint.spec.layer_roles() if role in kinds}
+    infos = {role: info for (owner, role), info in checkpoint.tensors.items() if owner == layer}
+    return {role: BLOCK_FORMATS[info.dtype] for role, info in infos.items() if info.element == "U8"}
+
+
+def blocks_by_layer(checkpoint: Checkpoint) -> list[dict[Role, BlockFormat]]:
+    """The same of every layer."""
+    return [blocks_of(checkpoint, layer) for layer in range(checkpoint.spec.num_layers)]
 
 
 def read_nbytes(info: TensorInfo) -> int:
