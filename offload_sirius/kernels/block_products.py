@@ -4,7 +4,8 @@ products by torch, else in plain torch, which is the reference.
     linear    y = x W^T                                x [S, D], N rows of D -> [S, N]
     down      y = z W, the sum of z_j times row j      z [S, N], N neurons' rows of D outputs -> [S, D]
 
-Products are float32. On a GPU weights are rounded to the type of the tokens. Knows no layers.
+A down projection is regrouped by neuron by C or torch. Products are float32. On a GPU weights are rounded to the type of the
+tokens. Knows no layers.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from offload_sirius.kernels import blocks_cpu
-from offload_sirius.kernels.blocks import BlockRows, NeuronRows
+from offload_sirius.kernels.blocks import BlockRows, NeuronRows, regroup_reference, write_headers
 from offload_sirius.kernels.gather import has_triton
 from offload_sirius.quantization import UNPACKED_ROWS
 
@@ -55,6 +56,18 @@ def block_weights(rows: BlockRows | NeuronRows, dtype: torch.dtype = torch.float
 
         return blocks_gpu.weights(rows, dtype)
     return (blocks_cpu.weights(rows) if _by_library(rows.device) else rows.dequantised()).to(dtype)
+
+
+def write_outputs(place: NeuronRows, first: int, stored: Tensor) -> None:
+    """Write rows of a down projection as they are stored to all of a layer's neurons, in host memory.
+
+    stored: uint8 [n, blocks * block_nbytes], those of outputs first .. first + n, both multiples of 32. The first ones bring the
+    neurons' numbers.
+    """
+    if first == 0:
+        place.numbers.copy_(torch.arange(len(place), dtype=torch.int32))
+    write_headers(stored, first, place)
+    (blocks_cpu.regroup if blocks_cpu.available() else regroup_reference)(stored, first, place)
 
 
 def linear_reference(x: Tensor, rows: BlockRows) -> Tensor:

@@ -476,3 +476,84 @@ void offload_sirius_neuron_weights(const struct neurons *m, float *out, int num_
     for (int thread = 0; thread < num_threads; thread++)
         neuron_weights_of(m, m->num_rows * thread / num_threads, m->num_rows * (thread + 1) / num_threads, out);
 }
+
+/* ---- a down projection is regrouped by neuron ---- */
+
+/* Codes of 32 weights of a block. */
+INLINE void unit_codes(int kind, const uint8_t *block, int unit, uint8_t *out) {
+    if (kind == Q8_0) {
+        memcpy(out, block + 2, UNIT);
+        return;
+    }
+    bytes16 codes[2];
+    if (kind == Q4_K || kind == Q5_K) {
+        const uint8_t *high = block + 16, *low = block + (kind == Q4_K ? 16 : 48) + unit / 2 * UNIT;
+        for (int part = 0; part < 2; part++) {
+            codes[part] = nibbles16(low + part * 16, unit % 2);
+            if (kind == Q5_K)
+                codes[part] |= (bytes16)((load16(high + part * 16) & (uint8_t)(1 << unit)) != 0) & 16;
+        }
+    } else if (kind == Q6_K) {
+        const int half = unit / 4, quarter = unit % 4;
+        const uint8_t *low = block + half * 64 + quarter % 2 * UNIT, *high = block + 128 + half * UNIT;
+        for (int part = 0; part < 2; part++)
+            codes[part] = nibbles16(low + part * 16, quarter / 2) | upper_pairs(load16(high + part * 16), quarter);
+    } else {
+        const uint8_t *low = block + (kind == Q4_0 ? 2 : kind == Q4_1 ? 4 : kind == Q5_0 ? 6 : 8);
+        codes[0] = load16(low) & 15;
+        codes[1] = load16(low) >> 4;
+    }
+    memcpy(out, codes, UNIT);
+    if (kind == Q5_0 || kind == Q5_1) {
+        uint32_t high;
+        memcpy(&high, block + (kind == Q5_0 ? 2 : 4), sizeof(high));
+        for (int i = 0; i < UNIT; i++)
+            out[i] |= (high >> i & 1) << 4;
+    }
+}
+
+/* Codes of 32 outputs of a neuron as they lie in its record. */
+INLINE void write_unit(int kind, const uint8_t *codes, uint8_t *out) {
+    if (kind == Q8_0) {
+        memcpy(out, codes, UNIT);
+        return;
+    }
+    const bytes16 low = (load16(codes) & 15) | load16(codes + 16) << 4;
+    memcpy(out, &low, sizeof(low));
+    uint64_t eights[4];
+    memcpy(eights, codes, sizeof(eights));
+    for (int i = 0; i < 4; i++)
+        eights[i] = eights[i] >> 4 & (kind == Q6_K ? UINT64_C(0x0303030303030303) : UINT64_C(0x0101010101010101));
+    if (kind == Q6_K) {
+        const uint64_t pairs = eights[0] | eights[1] << 2 | eights[2] << 4 | eights[3] << 6;
+        memcpy(out + 16, &pairs, sizeof(pairs));
+    } else if (unit_nbytes(kind) == 20)
+        for (int i = 0; i < 4; i++)
+            out[16 + i] = eights[i] * UINT64_C(0x0102040810204080) >> 56; /* bit i is that of byte i */
+}
+
+INLINE void regroup(int kind, const uint8_t *stored, int64_t row_nbytes, int64_t num_outputs, int64_t num_blocks, uint8_t *codes,
+                    int64_t stride) {
+    const int block = block_of_kind(kind);
+    const int64_t block_nbytes = row_nbytes / num_blocks;
+    for (int64_t b = 0; b < num_blocks; b++)
+        for (int unit = 0; unit < block / UNIT; unit++)
+            for (int64_t first = 0; first < num_outputs; first += UNIT) {
+                uint8_t by_output[UNIT], by_neuron[UNIT][UNIT];
+                for (int o = 0; o < UNIT; o++) {
+                    unit_codes(kind, stored + (first + o) * row_nbytes + b * block_nbytes, unit, by_output);
+                    for (int n = 0; n < UNIT; n++)
+                        by_neuron[n][o] = by_output[n];
+                }
+                for (int n = 0; n < UNIT; n++)
+                    write_unit(kind, by_neuron[n], codes + (b * block + unit * UNIT + n) * stride + first / UNIT * unit_nbytes(kind));
+            }
+}
+
+/* m: where the codes of all neurons go, from the first of the outputs on. stored: rows of num_blocks blocks, contiguous. By the
+   thread that calls. */
+void offload_sirius_regroup(const struct neurons *m, const uint8_t *stored, int64_t row_nbytes, int64_t num_outputs,
+                            int64_t num_blocks) {
+#define REGROUP(KIND) regroup(KIND, stored, row_nbytes, num_outputs, num_blocks, (uint8_t *)m->codes, m->stride)
+    FOR_EACH_KIND(REGROUP)
+}

@@ -227,24 +227,10 @@ def sum_of_bits(parts: list[Tensor], step: int) -> Tensor:
     return total
 
 
-def write_outputs(place: NeuronRows, first: int, stored: Tensor) -> None:
-    """Write rows of a down projection as they are stored to all of a layer's neurons.
-
-    stored: uint8 [n, blocks * block_nbytes], those of outputs first .. first + n, both multiples of 32. The first ones bring the
-    neurons' numbers.
-    """
-    if first == 0:
-        place.numbers.copy_(torch.arange(len(place), dtype=torch.int32))
-    step = max(REGROUPED_CODES // len(place) // UNIT, 1) * UNIT
-    for start in range(0, len(stored), step):
-        header, codes = split_blocks(stored[start : start + step].unflatten(1, (-1, place.form.block_nbytes)), place.form)
-        _write_headers(place, first + start, header)
-        _write_codes(place, first + start, codes)
-
-
-def _write_headers(place: NeuronRows, first: int, header: Tensor) -> None:
-    """To the table. header: [n, blocks, header_nbytes], of outputs first .. first + n."""
-    form, width, last = place.form, place.width, first + len(header)
+def write_headers(stored: Tensor, first: int, place: NeuronRows) -> None:
+    """What rows of a down projection, uint8 [n, row_nbytes], of outputs first .. first + n, have beside codes, to the table."""
+    form, width, last = place.form, place.width, first + len(stored)
+    header, _ = split_blocks(stored.unflatten(1, (-1, form.block_nbytes)), form)  # [n, blocks, header_nbytes]
     halves, scales = header.split((form.header_nbytes - form.scales_nbytes, form.scales_nbytes), dim=2)
     for index, half in enumerate(halves.split(HALF_NBYTES, dim=2)):
         plane = place.table[:, HALF_NBYTES * width * index : HALF_NBYTES * width * (index + 1)].unflatten(1, (width, HALF_NBYTES))
@@ -254,9 +240,11 @@ def _write_headers(place: NeuronRows, first: int, header: Tensor) -> None:
         planes[:, :, first:last].copy_(scales.permute(1, 2, 0))
 
 
-def _write_codes(place: NeuronRows, first: int, codes: Tensor) -> None:
-    """To the neurons. codes: [n, blocks, codes_nbytes], of outputs first .. first + n."""
-    form = place.form
-    units = slice(first // UNIT * form.unit_nbytes, (first + len(codes)) // UNIT * form.unit_nbytes)
-    by_neuron = codes_of(codes, form).flatten(1).t().contiguous()  # [n, F] -> [F, n]
-    place.codes[:, units].copy_(regroup(by_neuron, form))
+def regroup_reference(stored: Tensor, first: int, place: NeuronRows) -> None:
+    """Codes of rows as they are stored, uint8 [n, row_nbytes], of outputs first .. first + n, to the neurons."""
+    form, step = place.form, max(REGROUPED_CODES // len(place) // UNIT, 1) * UNIT
+    for start in range(0, len(stored), step):
+        _, codes = split_blocks(stored[start : start + step].unflatten(1, (-1, form.block_nbytes)), form)
+        units = slice((first + start) // UNIT * form.unit_nbytes, (first + start + len(codes)) // UNIT * form.unit_nbytes)
+        by_neuron = codes_of(codes, form).flatten(1).t().contiguous()  # [n, F] -> [F, n]
+        place.codes[:, units].copy_(regroup(by_neuron, form))

@@ -11,7 +11,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from offload_sirius.blocks import BLOCK_NAMES
+from offload_sirius.blocks import BLOCK_NAMES, UNIT
 from offload_sirius.kernels.blocks import BlockRows, NeuronRows
 from offload_sirius.kernels.native import native
 
@@ -78,6 +78,19 @@ def weights(rows: BlockRows | NeuronRows) -> Tensor:
     return out
 
 
+def regroup(stored: Tensor, first: int, rows: NeuronRows) -> None:
+    """Codes of rows of a down projection as stored, uint8 [n, row_nbytes], of outputs first .. first + n, to the neurons.
+
+    By the thread that calls: it is one of many that read.
+    """
+    assert stored.is_contiguous()
+    neurons = _neurons(rows)
+    neurons.codes += first // UNIT * rows.form.unit_nbytes
+    _library().offload_sirius_regroup(
+        ctypes.byref(neurons), stored.data_ptr(), stored.shape[1], len(stored), stored.shape[1] // rows.form.block_nbytes
+    )
+
+
 def _library() -> ctypes.CDLL:
     library = native("blocks").library
     assert library is not None, native("blocks").problem
@@ -93,6 +106,7 @@ def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
     library.offload_sirius_block_linear.argtypes = (rows, *arguments)
     library.offload_sirius_block_down.argtypes = (neurons, *arguments)
     library.offload_sirius_block_weights.argtypes = (rows, address, ctypes.c_int)
+    library.offload_sirius_regroup.argtypes = (neurons, address, number, number, number)
     library.offload_sirius_neuron_weights.argtypes = (neurons, address, ctypes.c_int)
     return library
 

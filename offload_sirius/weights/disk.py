@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 
 from offload_sirius.errors import WeightReadError
-from offload_sirius.kernels.blocks import BlockRows, NeuronRows, write_outputs
+from offload_sirius.kernels.block_products import write_outputs
+from offload_sirius.kernels.blocks import BlockRows, NeuronRows
 from offload_sirius.kernels.matrix import Matrix
 from offload_sirius.kernels.packed import QuantizedRows
 from offload_sirius.weights.buffers import write_rows

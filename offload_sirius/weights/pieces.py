@@ -71,13 +71,16 @@ def decoding_nbytes(info: TensorInfo) -> int:
     """Host memory that decoding a piece takes at most.
 
     plain and packed = nothing, its numbers are its bytes
-    GGUF blocks = about three float32 arrays beside the result, in the gguf library; far less where they are kept
+    GGUF blocks = about three float32 arrays beside the result, in the gguf library; where they are kept, rows in another order,
+        or codes of a down projection a few times over, some at a time
     companions = numbers, and a quarter of that for their codes, with some room; stored by rows of the matrix also scales spread
         over them, or places in a table of 8-bit floats; each companion once more in a type of its own
     """
     if info.companions:
         halves = 3 if info.transposed else 6
         return max(halves * piece.decoded_nbytes // 2 + 2 * piece.nbytes for piece in pieces_of(info))
+    if info.element == "U8":
+        return 0 if info.dtype == "U8" else PIECE_NBYTES
     return 0 if info.dtype in get_args(Decoded) else 3 * PIECE_NBYTES
 
 

@@ -23,8 +23,9 @@ from offload_sirius.kernels.block_products import (
     block_weights,
     down_reference,
     linear_reference,
+    write_outputs,
 )
-from offload_sirius.kernels.blocks import BlockRows, NeuronRows, write_outputs
+from offload_sirius.kernels.blocks import BlockRows, NeuronRows
 from offload_sirius.kernels.gather import has_triton
 from offload_sirius.kernels.matrix import combine, project
 from offload_sirius.kernels.native import Native
@@ -84,8 +85,12 @@ def test_rows_stand_for_what_the_library_makes_of_them_bit_for_bit(form: BlockFo
 
 
 @pytest.mark.parametrize("form", FORMATS, ids=lambda form: form.name)
-@pytest.mark.parametrize("step", [32, 96])
-def test_a_regrouped_down_projection_stands_for_the_same_numbers_bit_for_bit(form: BlockFormat, step: int) -> None:
+@pytest.mark.parametrize(("step", "with_library"), [(32, True), (96, True), (32, False), (96, False)])
+def test_a_regrouped_down_projection_stands_for_the_same_numbers_bit_for_bit(
+    form: BlockFormat, step: int, with_library: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not with_library:
+        monkeypatch.setattr(blocks_cpu, "native", lambda name: Native(library=None, problem="no compiler"))
     stored = stored_rows(96, 512, form)
     rows, expected = neurons_of(stored, 512, form, step), plain(stored, form).t()
     assert rows.numbers.tolist() == list(range(512))
