@@ -554,8 +554,8 @@ Consider = Callable[[EngineConfig], Candidate]
 def candidates(config: EngineConfig, spec: ModelSpec, consider: Consider) -> list[Candidate]:
     """What --auto chooses from, the fastest first; without it the one thing that was asked for.
 
-    Those that cannot be, as memory is too small or the file is of the wrong kind, are left out; where it is so for all, raises the
-    BudgetError or ConfigError of the first. Left out are also those whose plan is another one's: nothing comes first where
+    Those that cannot be, as memory is too small or the file is of the wrong kind, are left out; where it is so for all, raises
+    the BudgetError or ConfigError of the first. Left out are also those whose plan is another one's: nothing comes first where
     everything fits.
     """
     considered = [_consider(each, consider) for each in alternatives(config, spec)]

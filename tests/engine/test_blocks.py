@@ -84,7 +84,7 @@ def write_model(path: Path, dtype: str, changed: dict[str, str] | None = None) -
 
 def logits_of(engine: Engine) -> torch.Tensor:
     """Of a prompt, and of a step of three tokens behind it."""
-    engine._streamed.begin_answer(engine.config.decoding)
+    engine._streamed.begin_answer(engine.config.decoding, PROMPT, reuse=False)
     first = engine._streamed.prefill(torch.tensor(PROMPT), following="full")
     return torch.cat((first[None], engine._streamed.full(torch.tensor([1, 2, 3]), following="full")))
 
