@@ -357,7 +357,7 @@ def place_on_host(spec: ModelSpec, layout: LayerLayout, demand: Demand, budgets:
     layers    = layers in host memory * layer in whole pages
     kept      = layers whose kept neurons are gathered there * their bytes in whole pages
     """
-    some_at_a_time = demand.head_format is not None or demand.draft_format is not None
+    some_at_a_time = isinstance(demand.head_format, WeightFormat) or demand.draft_format is not None
     quantising_nbytes = demand.quantising_nbytes + (ROWS_QUANTISING_NBYTES if some_at_a_time else 0)
     most_staging_nbytes = quantising_nbytes + (_staging_nbytes(layout, 0) if demand.staged else 0)
     needed = MIN_READERS * demand.reader_nbytes + most_staging_nbytes
