@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from offload_sirius.kernels import cpu
 from offload_sirius.kernels.packed import QuantizedRows
 from offload_sirius.kernels.quantized import quantized_down, quantized_linear
 from offload_sirius.quantization import FEW_TOKENS, UNPACKED_ROWS
@@ -20,8 +21,10 @@ Matrix = Tensor | QuantizedRows
 def project(x: Tensor, matrix: Matrix, bias: Tensor | None = None) -> Tensor:
     """x [S, K] times the transposed matrix [N, K], plus bias [N] -> [S, N], in the type of x."""
     if isinstance(matrix, Tensor):
-        return functional.linear(x, matrix, bias)
-    if len(x) <= FEW_TOKENS or len(matrix) == 0:
+        if not _by_tiles(x, matrix):
+            return functional.linear(x, matrix, bias)
+        y = cpu.linear(x, matrix, dtype=x.dtype)
+    elif len(x) <= FEW_TOKENS or len(matrix) == 0:
         y = quantized_linear(x, matrix).to(x.dtype)
     else:
         y = torch.cat([functional.linear(x, rows.dequantised().to(x.dtype)) for rows in _parts(matrix)], dim=1)
@@ -31,13 +34,28 @@ def project(x: Tensor, matrix: Matrix, bias: Tensor | None = None) -> Tensor:
 def combine(z: Tensor, matrix: Matrix) -> Tensor:
     """z [S, N] times the matrix [N, K] -> [S, K], in the type of z."""
     if isinstance(matrix, Tensor):
-        return z @ matrix
+        return cpu.down(z, matrix).to(z.dtype) if _by_tiles(z, matrix) else z @ matrix
     if len(z) <= FEW_TOKENS or len(matrix) == 0:
         return quantized_down(z, matrix).to(z.dtype)
     y = torch.zeros(len(z), matrix.width, dtype=torch.float32, device=z.device)
     for rows, values in zip(_parts(matrix), z.split(UNPACKED_ROWS, dim=1), strict=True):
         y += values @ rows.dequantised().to(z.dtype)
     return y.to(z.dtype)
+
+
+def _by_tiles(x: Tensor, matrix: Tensor) -> bool:
+    """Whether the CPU's matrix unit takes rows of bfloat16 as they lie.
+
+    For few tokens that is about as fast as torch, and faster where rows are summed; and what a token gives does not depend on the
+    tokens beside it.
+    """
+    return (
+        matrix.dtype == torch.bfloat16 == x.dtype
+        and matrix.device.type == "cpu"
+        and len(x) <= FEW_TOKENS
+        and matrix.stride(1) == 1
+        and cpu.tiles() is not None
+    )
 
 
 def _parts(matrix: QuantizedRows) -> list[QuantizedRows]:

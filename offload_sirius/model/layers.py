@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from torch import Tensor
-from torch.nn import functional
 
 from offload_sirius.kernels.matrix import project
 from offload_sirius.model.feed_forward import FeedForward
@@ -60,7 +59,7 @@ def run_layers(
 
 def head_logits(spec: ModelSpec, source: WeightSource, hidden: Tensor) -> Tensor:
     """[S, D] -> float32 [S, V]"""
-    return functional.linear(rms_norm(hidden, source.final_norm, spec.norm_eps), source.head).float()
+    return project(rms_norm(hidden, source.final_norm, spec.norm_eps), source.head).float()
 
 
 def _attend(spec: ModelSpec, cache: KVCache, layer: int, window: int | None, weights: AttentionWeights, rows: Rows) -> None:
