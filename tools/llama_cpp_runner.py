@@ -2,9 +2,10 @@
 
     echo '{"ids": [1, 2, 3], "new": 8}' | python tools/llama_cpp_runner.py model.gguf --threads 2
 
-Each line in is {"ids": token ids of the prompt, "new": number of tokens}, and optionally "forced": ids of the answer, which are taken
-whatever the model says. Each line out is {"ids": what was likeliest at each place, "seconds" and "cpu_seconds": from the first token
-to the last, "largest": for each place the two likeliest ids and their logits}. The first line out is {"version": ...}. Knows nothing of this project.
+A line in is {"ids": token ids of the prompt, "new": number of tokens}, and optionally "forced": ids of the answer, which are
+taken whatever the model says. A line out is {"ids": what was likeliest at each place, "seconds" and "cpu_seconds": from the
+first token to the last, "largest": of a forced answer, for each place, the two likeliest ids and their logits}. The first line
+out is {"version": ...}. Knows nothing of this project.
 """
 
 from __future__ import annotations
