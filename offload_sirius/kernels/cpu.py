@@ -87,33 +87,37 @@ def linear(x: Tensor, rows: Rows, ids: Tensor | None = None, dtype: torch.dtype 
     unit.offload_sirius_tiles_linear(
         ctypes.byref(matrix), *_place(x), packed.data_ptr(), *_place(out)[:3], torch.get_num_threads()
     )
-    return out.to(dtype)
+    return out if out.dtype == dtype else out.to(dtype)
 
 
-def gate_up(x: Tensor, gate: Rows, up: Rows, activation: Activation, ids: Tensor | None = None) -> Tensor:
-    """z = activation(x gate^T) * (x up^T): x [S, D] -> float32 [S, N]. ids: int64 [N], the rows to take of both."""
-    x, width = _padded(x), x.shape[1]
-    gates, ups = _matrix(gate, width, ids), _matrix(up, width, ids)
+def gate_up(
+    x: Tensor, gate: Rows, up: Rows, activation: Activation, ids: Tensor | None = None, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """z = activation(x gate^T) * (x up^T): x [S, D] -> [S, N], computed in float32. ids: int64 [N], the rows to take of both."""
+    gates, ups = _matrix(gate, x.shape[1], ids), _matrix(up, x.shape[1], ids)
     assert gates.num_rows == ups.num_rows, (gates.num_rows, ups.num_rows)
-    out = torch.empty(x.shape[0], gates.num_rows)
-    _library().offload_sirius_gate_up(
+    unit = _tiles_for(gates)
+    if unit is None or _tiles_for(ups) is None:
+        return _gate_up(x, gates, ups, activation).to(dtype)
+    x = _readable(x)
+    out = torch.empty(x.shape[0], gates.num_rows, dtype=dtype if dtype in _READABLE else torch.float32)
+    packed = _operand(x)
+    unit.offload_sirius_tiles_gate_up(
         ctypes.byref(gates),
         ctypes.byref(ups),
         _ACTIVATION_IDS[activation],
-        x.data_ptr(),
-        x.stride(0),
-        x.shape[0],
-        out.data_ptr(),
-        out.stride(0),
+        *_place(x),
+        packed.data_ptr(),
+        *_place(out)[:3],
         torch.get_num_threads(),
     )
-    return out
+    return out if out.dtype == dtype else out.to(dtype)
 
 
 def down(z: Tensor, rows: Rows, ids: Tensor | None = None) -> Tensor:
     """y = z rows: z [S, N], N rows of D -> float32 [S, D]. ids: int64 [N], the rows that z belongs to; None takes all."""
     width = rows.width if isinstance(rows, QuantizedRows) else rows.shape[1]
-    if len(z) == 0:
+    if z.shape[0] == 0:
         return torch.zeros(0, width)
     matrix = _matrix(rows, width, ids)
     assert z.shape[1] == matrix.num_rows, (z.shape, matrix.num_rows)
@@ -160,6 +164,8 @@ def tiles() -> ctypes.CDLL | None:
     matrix, address, number, integer = ctypes.POINTER(_Matrix), ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
     tokens = (address, integer, number, number)
     library.offload_sirius_tiles_linear.argtypes = (matrix, *tokens, address, address, integer, number, integer)
+    gated = (matrix, matrix, integer, *tokens, address, address, integer, number, integer)
+    library.offload_sirius_tiles_gate_up.argtypes = gated
     library.offload_sirius_tiles_down.argtypes = (matrix, *tokens, address, number, integer)
     return library
 
@@ -170,6 +176,24 @@ def _linear(x: Tensor, matrix: _Matrix) -> Tensor:
     out = torch.empty(x.shape[0], matrix.num_rows)
     _library().offload_sirius_linear(
         ctypes.byref(matrix), x.data_ptr(), x.stride(0), x.shape[0], out.data_ptr(), out.stride(0), torch.get_num_threads()
+    )
+    return out
+
+
+def _gate_up(x: Tensor, gates: _Matrix, ups: _Matrix, activation: Activation) -> Tensor:
+    """By products.c, float32."""
+    x = _padded(x)
+    out = torch.empty(x.shape[0], gates.num_rows)
+    _library().offload_sirius_gate_up(
+        ctypes.byref(gates),
+        ctypes.byref(ups),
+        _ACTIVATION_IDS[activation],
+        x.data_ptr(),
+        x.stride(0),
+        x.shape[0],
+        out.data_ptr(),
+        out.stride(0),
+        torch.get_num_threads(),
     )
     return out
 
@@ -233,7 +257,7 @@ def _matrix(rows: Rows, width: int, ids: Tensor | None) -> _Matrix:
         rows=storage.data_ptr(),
         stride=storage.stride(0) * storage.element_size(),
         ids=None if ids is None else ids.data_ptr(),
-        num_rows=len(storage) if ids is None else len(ids),
+        num_rows=storage.shape[0] if ids is None else ids.shape[0],
         width=width,
         kind=kind,
         group_log2=group_log2,

@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from offload_sirius.kernels import cpu
+from offload_sirius.kernels.cpu import Activation
 from offload_sirius.kernels.packed import QuantizedRows
-from offload_sirius.kernels.quantized import quantized_down, quantized_linear
+from offload_sirius.kernels.quantized import quantized_down, quantized_gate_up, quantized_linear
 from offload_sirius.quantization import FEW_TOKENS, UNPACKED_ROWS
 
 Matrix = Tensor | QuantizedRows
@@ -24,18 +25,31 @@ def project(x: Tensor, matrix: Matrix, bias: Tensor | None = None) -> Tensor:
         if not _by_tiles(x, matrix):
             return functional.linear(x, matrix, bias)
         y = cpu.linear(x, matrix, dtype=x.dtype)
-    elif len(x) <= FEW_TOKENS or len(matrix) == 0:
-        y = quantized_linear(x, matrix).to(x.dtype)
+    elif x.shape[0] <= FEW_TOKENS or len(matrix) == 0:
+        y = quantized_linear(x, matrix, dtype=x.dtype)
     else:
         y = torch.cat([functional.linear(x, rows.dequantised().to(x.dtype)) for rows in _parts(matrix)], dim=1)
     return y if bias is None else y.add_(bias)
+
+
+def gated(x: Tensor, gate: Matrix, up: Matrix, activation: Activation) -> Tensor | None:
+    """z = activation(x gate^T) * (x up^T) in one go, [S, K] -> [S, N] in the type of x; None where there is no such kernel.
+
+    z is rounded once, where products rounded on their own and an activation between them round three times.
+    """
+    if isinstance(gate, QuantizedRows) and isinstance(up, QuantizedRows):
+        few = x.shape[0] <= FEW_TOKENS and len(gate) > 0 and gate.form == up.form
+        return quantized_gate_up(x, gate, up, activation, dtype=x.dtype) if few else None
+    if isinstance(gate, Tensor) and isinstance(up, Tensor) and _by_tiles(x, gate) and _by_tiles(x, up):
+        return cpu.gate_up(x, gate, up, activation, dtype=x.dtype)
+    return None
 
 
 def combine(z: Tensor, matrix: Matrix) -> Tensor:
     """z [S, N] times the matrix [N, K] -> [S, K], in the type of z."""
     if isinstance(matrix, Tensor):
         return cpu.down(z, matrix).to(z.dtype) if _by_tiles(z, matrix) else z @ matrix
-    if len(z) <= FEW_TOKENS or len(matrix) == 0:
+    if z.shape[0] <= FEW_TOKENS or len(matrix) == 0:
         return quantized_down(z, matrix).to(z.dtype)
     y = torch.zeros(len(z), matrix.width, dtype=torch.float32, device=z.device)
     for rows, values in zip(_parts(matrix), z.split(UNPACKED_ROWS, dim=1), strict=True):
@@ -52,7 +66,7 @@ def _by_tiles(x: Tensor, matrix: Tensor) -> bool:
     return (
         matrix.dtype == torch.bfloat16 == x.dtype
         and matrix.device.type == "cpu"
-        and len(x) <= FEW_TOKENS
+        and x.shape[0] <= FEW_TOKENS
         and matrix.stride(1) == 1
         and cpu.tiles() is not None
     )
