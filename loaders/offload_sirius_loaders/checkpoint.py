@@ -129,6 +129,8 @@ class PackedLayers:
     """Name of a tensor -> byte of the layer at which it begins, then its shape."""
     parts: Mapping[tuple[int, LayerPart], TensorInfo]
     """Where each part of each layer lies, as rows of some bytes, [n, PACKED_ROW_NBYTES]."""
+    quantize_head: str = "none"
+    """none or int8: what the head is. Of one in int8 the tensor is bytes, [V, bytes of a row], also where the head is tied."""
 
 
 PACKED_ROW_NBYTES = 64

@@ -43,6 +43,8 @@ from offload_sirius_loaders.spec import ModelSpec
 
 ELEMENT_OF_DTYPE: dict[str, Element] = {"bfloat16": "BF16", "float32": "F32"}
 
+QUANTIZED_HEAD_NAME = "quantized_head"
+
 ERRORS_NOTE = "errors"
 """Note in a layer's file: what quantising has done to its matrices."""
 
@@ -98,9 +100,13 @@ def pack_file_names(spec: ModelSpec) -> list[str]:
 def outside_tensors(spec: ModelSpec, job: PackJob) -> dict[Key, OutTensor]:
     """What no layer has, as it is written."""
     names, element = tensor_names(spec), ELEMENT_OF_DTYPE[job.dtype]
-    return {
+    tensors: dict[Key, OutTensor] = {
         (None, role): OutTensor(name=names[None, role], dtype=element, shape=shape) for role, shape in spec.model_roles().items()
     }
+    if job.quantize_head != "none":
+        tensors.pop((None, "head"), None)
+        tensors[None, "head"] = OutTensor(name=QUANTIZED_HEAD_NAME, dtype="U8", shape=(spec.vocab_size, job.head_row_nbytes))
+    return tensors
 
 
 def part_tensor(job: PackJob, part: LayerPart) -> OutTensor:
@@ -124,14 +130,13 @@ def _tokenizer(directory: Path, index: PackIndex) -> TokenizerFiles:
 
 
 def _outside_tensors(spec: ModelSpec, job: PackJob, files: dict[str, PackFile]) -> dict[Key, TensorInfo]:
-    element = ELEMENT_OF_DTYPE[job.dtype]
     infos: dict[Key, TensorInfo] = {}
     for key, tensor in outside_tensors(spec, job).items():
         stored = _stored(files[OUTSIDE_NAME], tensor)
         infos[key] = TensorInfo(
             name=tensor.name,
-            dtype=element,
-            element=element,
+            dtype=tensor.dtype,
+            element="U8" if tensor.dtype == "U8" else ELEMENT_OF_DTYPE[job.dtype],
             shape=tensor.shape,
             file=stored.file,
             offset=stored.offset,
@@ -155,7 +160,14 @@ def _packed_layers(spec: ModelSpec, job: PackJob, files: dict[str, PackFile]) ->
                 offset=stored.offset,
                 nbytes=stored.nbytes,
             )
-    return PackedLayers(dtype=job.dtype, quantize=job.quantize, quantize_group=job.quantize_group, fields=job.fields, parts=parts)
+    return PackedLayers(
+        dtype=job.dtype,
+        quantize=job.quantize,
+        quantize_group=job.quantize_group,
+        fields=job.fields,
+        parts=parts,
+        quantize_head=job.quantize_head,
+    )
 
 
 def _stored(file: PackFile, tensor: OutTensor) -> StoredTensor:

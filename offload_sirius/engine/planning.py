@@ -41,7 +41,7 @@ from offload_sirius.weights.copy_plan import make_copy_plan
 from offload_sirius.weights.hot_plan import make_hot_plan
 from offload_sirius.weights.layout import PARTS, LayerLayout, Part, Slice, layer_layout
 from offload_sirius.weights.pieces import load_nbytes, quantising_nbytes, reader_nbytes, stored_part_nbytes
-from offload_sirius.weights.plan import MAX_READERS, Budgets, Demand, Plan, as_flag, make_plan
+from offload_sirius.weights.plan import MAX_READERS, ROWS_QUANTISING_NBYTES, Budgets, Demand, Plan, as_flag, make_plan
 from offload_sirius.weights.predict import (
     DRAFTS_OF_A_WINDOW,
     PassTime,
@@ -334,6 +334,7 @@ def plan_model(
         + (recorded_steps_nbytes(spec, context, element_nbytes) if recorded else 0),
         reader_nbytes=reader_nbytes(checkpoint),
         embedding_on_device=spec.tied_head and config.head_format is None,
+        rows_quantising_nbytes=ROWS_QUANTISING_NBYTES if copied or _quantises_head(config, checkpoint) else 0,
         head_format=config.head_format,
         staged=hardware.own_memory,
         quantising_nbytes=quantising_nbytes(spec, element_nbytes) if layout.format and not checkpoint.packed else 0,
@@ -360,6 +361,12 @@ def plan_model(
         budgets=budgets,
         plan=plan,
     )
+
+
+def _quantises_head(config: EngineConfig, checkpoint: Checkpoint) -> bool:
+    """Whether the head is quantised while loading."""
+    packed = checkpoint.packed is not None and checkpoint.packed.quantize_head != "none"
+    return config.head_format is not None and not packed
 
 
 def computing_nbytes(config: EngineConfig, spec: ModelSpec, num_tokens: int, element_nbytes: int, batch: int = 1) -> int:
@@ -418,6 +425,7 @@ def as_packed(config: EngineConfig, checkpoint: Checkpoint) -> EngineConfig:
         dtype=packed.dtype,  # type: ignore[arg-type]  # checked by EngineConfig, as is the next
         quantize=packed.quantize,  # type: ignore[arg-type]
         quantize_group=packed.quantize_group,
+        quantize_head=config.quantize_head if packed.quantize_head == "none" else packed.quantize_head,  # type: ignore[arg-type]
     )
     layout = layer_layout(checkpoint.spec, ELEMENT_NBYTES[dtype_of(config, checkpoint.spec)], 0, config.weight_format)
     if packed.fields != field_places(layout):
