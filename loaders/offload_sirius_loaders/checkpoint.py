@@ -134,6 +134,8 @@ class PackedLayers:
     """Of each layer, role of a matrix -> type of the blocks that it is kept in; empty where none is."""
     parts: Mapping[tuple[int, LayerPart], TensorInfo]
     """Where each part of each layer lies, as rows of some bytes, [n, PACKED_ROW_NBYTES]."""
+    quantize_head: str = "none"
+    """none or int8: what the head is. Of one in int8 the tensor is bytes, [V, bytes of a row], also where the head is tied."""
 
 
 PACKED_ROW_NBYTES = 64

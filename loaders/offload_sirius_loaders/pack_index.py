@@ -37,6 +37,7 @@ AGAIN = "remove the folder and pack the model again"
 
 PACK_DTYPES = ("bfloat16", "float32")
 PACK_QUANTIZES = ("none", "int8", "int4")
+PACK_QUANTIZE_HEADS = ("none", "int8")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +64,10 @@ class PackJob:
     """Of each layer, bytes of attention block and records, where they differ."""
     outside_blocks: Mapping[str, tuple[str, int]] = field(default_factory=dict)
     """Role of embedding or head -> type of its blocks and bytes of a row, where it is kept in them."""
+    quantize_head: str = "none"
+    """none or int8: how the head is stored."""
+    head_row_nbytes: int = 0
+    """Of a row of the head, where it is quantised."""
 
     @property
     def layer_nbytes(self) -> int:
@@ -90,6 +95,8 @@ class PackJob:
             return f"in {self.dtype}, and {other.dtype} is asked for"
         if (self.quantize, self.quantize_group) != (other.quantize, other.quantize_group):
             return f"with --quantize {self._quantising}, and {other._quantising} is asked for"
+        if self.quantize_head != other.quantize_head:
+            return f"with --quantize-head {self.quantize_head}, and {other.quantize_head} is asked for"
         return "" if self == other else "with another layout of layers than this program's"
 
     @property
@@ -157,6 +164,9 @@ def _job(fields: JsonObject) -> PackJob:
     for name, known in (("dtype", PACK_DTYPES), ("quantize", PACK_QUANTIZES)):
         if fields.text(name) not in known:
             raise fields.error(f"{name} is {short(fields.text(name))}; it must be one of {', '.join(known)}")
+    quantize_head = fields.text("quantize_head") if fields.has("quantize_head") else "none"  # older copies have a plain one
+    if quantize_head not in PACK_QUANTIZE_HEADS:
+        raise fields.error(f"quantize_head is {short(quantize_head)}; it must be one of {', '.join(PACK_QUANTIZE_HEADS)}")
     return PackJob(
         source=fields.text("source"),
         fingerprint=fields.text("fingerprint"),
@@ -169,6 +179,8 @@ def _job(fields: JsonObject) -> PackJob:
         blocks=_blocks(fields),
         sizes=_sizes(fields),
         outside_blocks=_outside_blocks(fields),
+        quantize_head=quantize_head,
+        head_row_nbytes=0 if quantize_head == "none" else fields.count("head_row_nbytes", most=2**30),
     )
 
 

@@ -44,6 +44,7 @@ from offload_sirius_loaders.spec import ModelSpec, Role
 ELEMENT_OF_DTYPE: dict[str, Element] = {"bfloat16": "BF16", "float32": "F32"}
 
 ROLES = get_args(Role)
+QUANTIZED_HEAD_NAME = "quantized_head"
 
 ERRORS_NOTE = "errors"
 """Note in a layer's file: what quantising has done to its matrices."""
@@ -114,6 +115,9 @@ def outside_tensors(spec: ModelSpec, job: PackJob) -> dict[Key, OutTensor]:
         if role in job.outside_blocks:
             shape = (spec.vocab_size, job.outside_blocks[role][1])
             tensors[None, role] = OutTensor(name=names[None, role], dtype="U8", shape=shape)
+    if job.quantize_head != "none":
+        tensors.pop((None, "head"), None)
+        tensors[None, "head"] = OutTensor(name=QUANTIZED_HEAD_NAME, dtype="U8", shape=(spec.vocab_size, job.head_row_nbytes))
     return tensors
 
 
@@ -139,15 +143,14 @@ def _tokenizer(directory: Path, index: PackIndex) -> TokenizerFiles:
 
 
 def _outside_tensors(spec: ModelSpec, job: PackJob, files: dict[str, PackFile]) -> dict[Key, TensorInfo]:
-    element = ELEMENT_OF_DTYPE[job.dtype]
     infos: dict[Key, TensorInfo] = {}
     for key, tensor in outside_tensors(spec, job).items():
         stored = _stored(files[OUTSIDE_NAME], tensor)
-        kind, _ = job.outside_blocks.get(key[1], (element, 0))
+        kind, _ = job.outside_blocks.get(key[1], (tensor.dtype, 0))
         infos[key] = TensorInfo(
             name=tensor.name,
             dtype=kind,
-            element="U8" if key[1] in job.outside_blocks else element,
+            element="U8" if tensor.dtype == "U8" else ELEMENT_OF_DTYPE[job.dtype],
             shape=tensor.shape,
             file=stored.file,
             offset=stored.offset,
@@ -181,6 +184,7 @@ def _packed_layers(spec: ModelSpec, job: PackJob, files: dict[str, PackFile]) ->
         fields=job.fields,
         blocks=job.blocks,
         parts=parts,
+        quantize_head=job.quantize_head,
     )
 
 

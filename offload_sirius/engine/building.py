@@ -29,7 +29,7 @@ from offload_sirius.sparsity.prior import NeuronPrior, PriorFile, prior_path
 from offload_sirius.trace import Tracer
 from offload_sirius.units import format_size
 from offload_sirius.weights.copiers import Copier
-from offload_sirius.weights.device import AnyDeviceStore, CopyDeviceStore, DeviceStore, HotDeviceStore, store_for
+from offload_sirius.weights.device import AnyDeviceStore, CopyDeviceStore, DeviceStore, HotDeviceStore
 from offload_sirius.weights.disk import ReaderPool
 from offload_sirius.weights.draft_copy import CopyStreamer, copy_layer, num_weights
 from offload_sirius.weights.embedding import DiskEmbedding, Embedding, TableEmbedding
@@ -37,6 +37,7 @@ from offload_sirius.weights.hotset import HotStreamer
 from offload_sirius.weights.load import Loader
 from offload_sirius.weights.pieces import load_nbytes
 from offload_sirius.weights.pinning import PinReport
+from offload_sirius.weights.plan import Plan
 from offload_sirius.weights.streamer import WeightStreamer
 from offload_sirius_loaders import open_checkpoint
 from offload_sirius_loaders.checkpoint import Checkpoint
@@ -124,7 +125,7 @@ def _join(
     stores.callback(readers.close)
     arenas = make_arenas(placement, spec, uplink)
     stores.callback(arenas.close)
-    device = store_for(plan)(plan, spec, layout, dtype, placement.device, placement.head_format)
+    device = _store_for(plan)(plan, spec, layout, dtype, placement.device, placement.head_format)
     if placement.device.type == "cpu":
         for library in placement.planned.libraries:
             if problem := native(library).problem:
@@ -158,6 +159,13 @@ def _join(
     streamed = _decoded(device, placement, transformer, streamer, captured, prior)
     nbytes = device.nbytes + cache.nbytes + transformer.nbytes + plan.device_bill["sparsity"]
     return streamer, transformer, streamed, readers, nbytes, arenas.report()
+
+
+def _store_for(plan: Plan) -> type[DeviceStore] | type[HotDeviceStore] | type[CopyDeviceStore]:
+    """The kind of store that the plan describes."""
+    if plan.hot is None:
+        return DeviceStore
+    return HotDeviceStore if plan.hot.draft_format is None else CopyDeviceStore
 
 
 def _fill_copy(device: CopyDeviceStore, arenas: Arenas, progress: Progress) -> None:

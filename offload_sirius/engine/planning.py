@@ -54,7 +54,16 @@ from offload_sirius.weights.pieces import (
     reader_nbytes,
     stored_part_nbytes,
 )
-from offload_sirius.weights.plan import MAX_READERS, Budgets, Demand, Plan, as_flag, make_plan
+from offload_sirius.weights.plan import (
+    MAX_READERS,
+    ROWS_QUANTISING_NBYTES,
+    Budgets,
+    Demand,
+    HeadFormat,
+    Plan,
+    as_flag,
+    make_plan,
+)
 from offload_sirius.weights.predict import (
     DRAFTS_OF_A_WINDOW,
     PassTime,
@@ -372,7 +381,8 @@ def plan_model(
         + (recorded_nbytes(config, spec, context, element_nbytes) if recorded else 0),
         reader_nbytes=reader_nbytes(checkpoint),
         embedding_on_device=spec.tied_head and config.head_format is None,
-        head_format=config.head_format or outside.get(head_role(checkpoint)),
+        rows_quantising_nbytes=ROWS_QUANTISING_NBYTES if copied or _quantises_head(config, checkpoint) else 0,
+        head_format=head_format_of(checkpoint, config),
         embedding_format=outside.get("embedding"),
         staged=hardware.own_memory,
         quantising_nbytes=quantising_nbytes(spec, element_nbytes) if layout.format and not checkpoint.packed else 0,
@@ -404,6 +414,23 @@ def plan_model(
 def as_held(checkpoint: Checkpoint, config: EngineConfig) -> Checkpoint:
     """The checkpoint as it is read: its blocks, where it has some, as they are or as numbers."""
     return checkpoint.in_blocks() if config.keep_blocks and config.quantize == "none" else checkpoint
+
+
+def head_format_of(checkpoint: Checkpoint, config: EngineConfig) -> HeadFormat:
+    """How the head is held of a checkpoint as it is read. Raises ConfigError for blocks that were to be quantised."""
+    blocks = blocks_of(checkpoint, None).get(head_role(checkpoint))
+    if config.head_format is not None and blocks is not None:
+        raise ConfigError(
+            f"--quantize-head is {config.quantize_head}, and {checkpoint.spec.name} is held in the blocks of its file, its "
+            "head too; use --quantize-head none, or --no-keep-blocks"
+        )
+    return config.head_format or blocks
+
+
+def _quantises_head(config: EngineConfig, checkpoint: Checkpoint) -> bool:
+    """Whether the head is quantised while loading."""
+    packed = checkpoint.packed is not None and checkpoint.packed.quantize_head != "none"
+    return config.head_format is not None and not packed
 
 
 def computing_nbytes(
@@ -491,6 +518,7 @@ def as_packed(config: EngineConfig, checkpoint: Checkpoint) -> EngineConfig:
         dtype=packed.dtype,  # type: ignore[arg-type]  # checked by EngineConfig, as is the next
         quantize=packed.quantize,  # type: ignore[arg-type]
         quantize_group=packed.quantize_group,
+        quantize_head=config.quantize_head if packed.quantize_head == "none" else packed.quantize_head,  # type: ignore[arg-type]
     )
     layout = held_layout(checkpoint, config)
     if packed.fields != field_places(layout) or not _has_parts(packed, layout):

@@ -173,13 +173,6 @@ class CopyDeviceStore:
 AnyDeviceStore = DeviceStore | HotDeviceStore | CopyDeviceStore
 
 
-def store_for(plan: Plan) -> type[DeviceStore] | type[HotDeviceStore] | type[CopyDeviceStore]:
-    """The kind of store that the plan fills."""
-    if plan.hot is None:
-        return DeviceStore
-    return HotDeviceStore if plan.hot.draft_format is None else CopyDeviceStore
-
-
 def _of_layers(layout: LayerLayout, slot: Callable[[LayerLayout], HotSlot]) -> HotSlot:
     """A slot as it is cut by a layout, and, where layers differ, by that of each layer."""
     others = {id(each): slot(each) for each in distinct(layout.by_layer)}

@@ -17,6 +17,7 @@ from torch import Tensor
 from offload_sirius.blocks import BlockFormat
 from offload_sirius.kernels.blocks import BlockRows
 from offload_sirius.kernels.packed import QuantizedRows
+from offload_sirius.quantization import WeightFormat
 from offload_sirius.weights.buffers import LayerBuffer
 from offload_sirius.weights.copiers import layer_jobs
 from offload_sirius.weights.device import AnyDeviceStore, Head
@@ -69,12 +70,14 @@ class Loader:
         """Fill head, final norm and residents. staging: host buffers to pass through; none where the device is the host."""
         tensors: dict[Role, Head] = {"final_norm": device.final_norm, head_role(self._checkpoint): device.head}
         for role, table in tensors.items():
-            if isinstance(table, QuantizedRows):
-                self._quantise_rows(self.info(None, role), table, device.final_norm.dtype)
+            info = self.info(None, role)
+            if isinstance(table, QuantizedRows) and info.element != "U8":
+                for first, rows in self.quantised_batches(info, device.final_norm.dtype, table.form):
+                    table.rows[first : first + len(rows)].copy_(rows)
                 continue
-            place = table.rows if isinstance(table, BlockRows) else table
+            place = table if isinstance(table, Tensor) else table.rows  # stored as they are held
             if staging:
-                self._upload_tensor(self.info(None, role), place, staging[0].storage)
+                self._upload_tensor(info, place, staging[0].storage)
             else:
                 self.load_tensor(None, role, place)
         if staging:
@@ -136,13 +139,14 @@ class Loader:
         for first, host in self.row_batches(info, place.dtype, staging):
             rows[first : first + len(host)].copy_(host)
 
-    def _quantise_rows(self, info: TensorInfo, place: QuantizedRows, dtype: torch.dtype) -> None:
-        """Fill quantised rows on any device from a tensor that is read in a type, some rows at a time."""
-        row_nbytes = place.width * dtype.itemsize
-        num_rows = max(1, ROWS_QUANTISING_NBYTES // (row_nbytes + place.rows.shape[1]))
+    def quantised_batches(self, info: TensorInfo, dtype: torch.dtype, form: WeightFormat) -> Iterator[tuple[int, Tensor]]:
+        """A matrix that is read in a type, quantised some rows at a time: first row, uint8 [r, row_nbytes] in host memory."""
+        width = info.shape[-1]
+        row_nbytes = width * dtype.itemsize
+        num_rows = max(1, ROWS_QUANTISING_NBYTES // (row_nbytes + form.row_nbytes(width)))
         staging = allocate_bytes(num_rows * row_nbytes, torch.device("cpu"), "host")
         for first, host in self.row_batches(info, dtype, staging):
-            place.rows[first : first + len(host)].copy_(quantise_rows(host, place.form))
+            yield first, quantise_rows(host, form)
 
     def row_batches(self, info: TensorInfo, dtype: torch.dtype, staging: Tensor) -> Iterator[tuple[int, Tensor]]:
         """A tensor in host memory, as many rows at a time as the staging buffer, uint8 [n], has room for: first row, [r, C]."""

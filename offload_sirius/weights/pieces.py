@@ -154,5 +154,7 @@ def packed_part(packed: PackedLayers, layer: int, part: Part) -> TensorInfo:
 
 
 def head_role(checkpoint: Checkpoint) -> Role:
-    """The tensor that is the head: its own, or the embedding table where the two are tied."""
+    """The tensor that is the head: its own, or the embedding table where the two are tied and the head is not packed apart."""
+    if checkpoint.packed is not None and checkpoint.packed.quantize_head != "none":
+        return "head"
     return "embedding" if checkpoint.spec.tied_head else "head"

@@ -81,6 +81,8 @@ class Demand:
     """The device has its own memory: what is read from disk passes through host buffers of a layer's size."""
     quantising_nbytes: int = 0
     """Host memory of the matrices that are read before they are quantised; 0 where none are."""
+    rows_quantising_nbytes: int = 0
+    """The same of rows that are quantised some at a time: of the head, or for a copy."""
     head_format: HeadFormat = None
     embedding_format: BlockFormat | None = None
     """The same of the embedding table."""
@@ -357,8 +359,7 @@ def place_on_host(spec: ModelSpec, layout: LayerLayout, demand: Demand, budgets:
     layers    = layers in host memory * layer in whole pages
     kept      = layers whose kept neurons are gathered there * their bytes in whole pages
     """
-    some_at_a_time = isinstance(demand.head_format, WeightFormat) or demand.draft_format is not None
-    quantising_nbytes = demand.quantising_nbytes + (ROWS_QUANTISING_NBYTES if some_at_a_time else 0)
+    quantising_nbytes = demand.quantising_nbytes + demand.rows_quantising_nbytes
     most_staging_nbytes = quantising_nbytes + (_staging_nbytes(layout, 0) if demand.staged else 0)
     needed = MIN_READERS * demand.reader_nbytes + most_staging_nbytes
     if budgets.host_nbytes < needed:

@@ -266,13 +266,16 @@ def load_seconds(setting: Setting) -> float | None:
     uploaded.
 
     read   = stored bytes / disk rate
-    upload = (head + final norm + residents, or of layers that are partly resident their attention blocks) / link rate
+    upload = (head + final norm + residents, or of layers that are partly resident their attention blocks, or the copy for
+             drafts) / link rate
     """
     if setting.load_nbytes is None:
         return None
     bill, rates = setting.plan.device_bill, setting.rates
     read_seconds = setting.load_nbytes / rates.disk_bytes_per_second
     uploaded = bill["head"] + bill["final_norm"] + bill["resident_layers"] + bill.get("attention", 0)
+    if setting.plan.hot is not None and setting.plan.hot.draft_format is not None:
+        uploaded += bill["hot_neurons"]
     return max(read_seconds, uploaded / rates.link_bytes_per_second) if setting.own_memory else read_seconds
 
 

@@ -36,7 +36,7 @@ DOCUMENTED = {
         "--max-context --auto --cuda-graphs --device-tflops "
         "--device-gbps --disk-gbps --prompt-tokens --batch --json --verbose"
     ),
-    "pack": "--model --out --quantize --quantize-group --dtype --report --verify --json --verbose",
+    "pack": "--model --out --quantize --quantize-group --quantize-head --dtype --report --verify --json --verbose",
     "doctor": "--path --measure --json",
     "models": "--json",
     "bench link": "--device --sizes --path --repeats --plot --json",
