@@ -54,7 +54,12 @@ class Native:
 def native(name: Name) -> Native:
     """A library, compiled where it was not; asked for once a process. torch must have been imported."""
     try:
-        return Native(library=ctypes.CDLL(str(compiled(name, made_cache_folder(), find_compiler()))))
+        path = compiled(name, made_cache_folder(), find_compiler())
+        try:
+            return Native(library=ctypes.CDLL(str(path)))
+        except OSError:  # damaged since it was written
+            path.unlink(missing_ok=True)
+            return Native(library=ctypes.CDLL(str(compiled(name, made_cache_folder(), find_compiler()))))
     except (ConfigError, OSError) as error:
         return Native(library=None, problem=f"weights are computed with at a fraction of this CPU's speed: {error}")
 
