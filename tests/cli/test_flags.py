@@ -23,18 +23,18 @@ DOCUMENTED = {
     "generate": (
         "--model --mode --sparsity --keep --cats-threshold --window --accept --threshold --draft --resident-first --refresh "
         "--refresh-decay --overlap --prior --draft-keep --tree-width --lookup --device --device-memory --host-memory "
-        "--link-gbps --dtype --quantize --quantize-group "
+        "--link-gbps --dtype --quantize --quantize-group --keep-blocks "
         "--max-context --auto --threads --temperature --top-k --top-p --min-p --repetition-penalty --seed "
         "--stop --max-new-tokens --prompt --prompt-file --chat --ignore-eos "
         "--cuda-graphs --shared-host-buffers --trace --json --verbose"
     ),
     "plan": (
         "--model --mode --sparsity --keep --window --draft --resident-first --prior --draft-keep --tree-width --lookup "
-        "--device --device-memory --host-memory --link-gbps --dtype --quantize --quantize-group "
+        "--device --device-memory --host-memory --link-gbps --dtype --quantize --quantize-group --keep-blocks "
         "--max-context --auto --cuda-graphs --device-tflops "
         "--device-gbps --disk-gbps --prompt-tokens --batch --json --verbose"
     ),
-    "pack": "--model --out --quantize --quantize-group --dtype --report --verify --json --verbose",
+    "pack": "--model --out --quantize --quantize-group --keep-blocks --dtype --report --verify --json --verbose",
     "doctor": "--path --measure --json",
     "models": "--json",
     "bench link": "--device --sizes --path --repeats --plot --json",
@@ -42,12 +42,12 @@ DOCUMENTED = {
         "--model --prompts --limit --chat --modes --sparsity --keep --cats-threshold --window --accept --threshold "
         "--draft --resident-first --refresh --refresh-decay --overlap --prior --draft-keep --tree-width --lookup --force-aal "
         "--max-new-tokens --ignore-eos --temperature --top-k --top-p --min-p --repetition-penalty --seed "
-        "--device --device-memory --host-memory --link-gbps --dtype --quantize --quantize-group "
+        "--device --device-memory --host-memory --link-gbps --dtype --quantize --quantize-group --keep-blocks "
         "--threads --cuda-graphs --shared-host-buffers "
         "--plot --trace --json --verbose"
     ),
     "bench stream": (
-        "--model --device --device-memory --host-memory --link-gbps --dtype --quantize --quantize-group "
+        "--model --device --device-memory --host-memory --link-gbps --dtype --quantize --quantize-group --keep-blocks "
         "--threads --passes "
         "--shared-host-buffers --plot --trace --json --verbose"
     ),
@@ -57,7 +57,7 @@ SETTINGS = [
     for config, names in (
         (
             EngineConfig,
-            "model device device_memory host_memory link_gbps dtype quantize quantize_group max_context auto threads "
+            "model device device_memory host_memory link_gbps dtype quantize quantize_group keep_blocks max_context auto threads "
             "shared_host_buffers cuda_graphs",
         ),
         (DecodingConfig, "mode sparsity keep cats_threshold window accept threshold draft refresh refresh_decay tree_width"),
