@@ -52,6 +52,7 @@ def chat(
     accept: flags.Accept = _DECODING.accept,
     threshold: flags.Threshold = _DECODING.threshold,
     draft: flags.Draft = _DECODING.draft,
+    draft_quantize: flags.DraftQuantize = _DECODING.draft_quantize,
     resident_first: flags.ResidentFirst = _DECODING.resident_first,
     refresh: flags.Refresh = _DECODING.refresh,
     refresh_decay: flags.RefreshDecay = _DECODING.refresh_decay,
@@ -67,6 +68,8 @@ def chat(
     dtype: flags.Dtype = _ENGINE.dtype,
     quantize: flags.Quantize = _ENGINE.quantize,
     quantize_group: flags.QuantizeGroup = _ENGINE.quantize_group,
+    quantize_head: flags.QuantizeHead = _ENGINE.quantize_head,
+    keep_blocks: flags.KeepBlocks = _ENGINE.keep_blocks,
     max_context: flags.MaxContext = _ENGINE.max_context,
     kv_dtype: flags.KvDtype = _ENGINE.kv_dtype,
     auto: flags.Auto = _ENGINE.auto,
@@ -92,6 +95,7 @@ def chat(
         accept=accept,  # type: ignore[arg-type]
         threshold=threshold,
         draft=draft,  # type: ignore[arg-type]
+        draft_quantize=draft_quantize,  # type: ignore[arg-type]
         resident_first=resident_first,  # type: ignore[arg-type]
         refresh=refresh,
         refresh_decay=refresh_decay,
@@ -110,6 +114,8 @@ def chat(
         dtype=dtype,  # type: ignore[arg-type]  # checked by EngineConfig
         quantize=quantize,  # type: ignore[arg-type]
         quantize_group=quantize_group,
+        quantize_head=quantize_head,  # type: ignore[arg-type]
+        keep_blocks=keep_blocks,
         max_context=max_context,
         kv_dtype=kv_dtype,  # type: ignore[arg-type]
         auto=auto,

@@ -24,19 +24,25 @@ DOCUMENTED = {
         "--model --mode --sparsity --keep --cats-threshold --window --accept --threshold --draft --draft-quantize "
         "--resident-first --refresh "
         "--refresh-decay --overlap --prior --draft-keep --tree-width --lookup --device --device-memory --host-memory "
-        "--link-gbps --dtype --quantize --quantize-group --quantize-head "
-        "--max-context --auto --threads --temperature --top-k --top-p --min-p --repetition-penalty --seed "
+        "--link-gbps --dtype --quantize --quantize-group --quantize-head --keep-blocks "
+        "--max-context --kv-dtype --auto --threads --temperature --top-k --top-p --min-p --repetition-penalty --seed "
         "--stop --max-new-tokens --prompt --prompt-file --chat --ignore-eos "
         "--cuda-graphs --shared-host-buffers --trace --json --verbose"
     ),
     "plan": (
         "--model --mode --sparsity --keep --window --draft --draft-quantize "
         "--resident-first --prior --draft-keep --tree-width --lookup "
-        "--device --device-memory --host-memory --link-gbps --dtype --quantize --quantize-group --quantize-head "
-        "--max-context --auto --cuda-graphs --device-tflops "
+        "--device --device-memory --host-memory --link-gbps --dtype --quantize --quantize-group --quantize-head --keep-blocks "
+        "--max-context --kv-dtype --auto --cuda-graphs --device-tflops "
         "--device-gbps --disk-gbps --prompt-tokens --batch --json --verbose"
     ),
-    "pack": "--model --out --quantize --quantize-group --quantize-head --dtype --report --verify --json --verbose",
+    "pack": "--model --out --quantize --quantize-group --quantize-head --keep-blocks --dtype --report --verify --json --verbose",
+    "chat": (
+        "--system --history --model --mode --sparsity --keep --cats-threshold --window --accept --threshold --draft --draft-quantize "
+        "--resident-first --refresh --refresh-decay --overlap --prior --draft-keep --tree-width --lookup --device --device-memory "
+        "--host-memory --link-gbps --dtype --quantize --quantize-group --quantize-head --keep-blocks --max-context --kv-dtype --auto "
+        "--threads --cuda-graphs --max-new-tokens --stop --temperature --top-k --top-p --min-p --repetition-penalty --seed --verbose"
+    ),
     "doctor": "--path --measure --json",
     "models": "--json",
     "bench link": "--device --sizes --path --repeats --plot --json",
@@ -45,12 +51,12 @@ DOCUMENTED = {
         "--draft --draft-quantize --resident-first --refresh "
         "--refresh-decay --overlap --prior --draft-keep --tree-width --lookup --force-aal "
         "--max-new-tokens --ignore-eos --temperature --top-k --top-p --min-p --repetition-penalty --seed "
-        "--device --device-memory --host-memory --link-gbps --dtype --quantize --quantize-group --quantize-head "
+        "--device --device-memory --host-memory --link-gbps --dtype --quantize --quantize-group --quantize-head --kv-dtype --keep-blocks "
         "--threads --cuda-graphs --shared-host-buffers "
         "--plot --trace --json --verbose"
     ),
     "bench stream": (
-        "--model --device --device-memory --host-memory --link-gbps --dtype --quantize --quantize-group --quantize-head "
+        "--model --device --device-memory --host-memory --link-gbps --dtype --quantize --quantize-group --quantize-head --keep-blocks "
         "--threads --passes "
         "--shared-host-buffers --plot --trace --json --verbose"
     ),
@@ -60,7 +66,7 @@ SETTINGS = [
     for config, names in (
         (
             EngineConfig,
-            "model device device_memory host_memory link_gbps dtype quantize quantize_group quantize_head max_context auto "
+            "model device device_memory host_memory link_gbps dtype quantize quantize_group quantize_head keep_blocks max_context auto "
             "threads shared_host_buffers cuda_graphs",
         ),
         (DecodingConfig, "mode sparsity keep cats_threshold window accept threshold draft refresh refresh_decay tree_width"),
