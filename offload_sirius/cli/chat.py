@@ -21,8 +21,6 @@ EXAMPLES = """\b
 Examples:
   offload-sirius chat
   offload-sirius chat --model llama-3-8b --device-memory 6GiB --system 'Answer in one sentence.' --temperature 0.7
-
-A line is a message; /help shows the commands. Ctrl-C stops an answer, Ctrl-D leaves.
 """
 
 _ENGINE = EngineConfig()
@@ -85,7 +83,10 @@ def chat(
     seed: flags.Seed = _SAMPLING.seed,
     verbose: flags.Verbose = False,
 ) -> int:
-    """Talk with a model. Each turn computes its own tokens only; the conversation before it stays in the KV cache."""
+    """Talk with a model. Each turn computes its own tokens only; the conversation before it stays in the KV cache.
+
+    A line is a message; /help shows the commands. Ctrl-C stops an answer, Ctrl-D leaves.
+    """
     decoding = DecodingConfig(
         mode=mode,  # type: ignore[arg-type]  # checked by DecodingConfig, as are the next
         sparsity=sparsity,  # type: ignore[arg-type]

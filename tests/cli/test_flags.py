@@ -66,8 +66,8 @@ SETTINGS = [
     for config, names in (
         (
             EngineConfig,
-            "model device device_memory host_memory link_gbps dtype quantize quantize_group quantize_head keep_blocks max_context auto "
-            "threads shared_host_buffers cuda_graphs",
+            "model device device_memory host_memory link_gbps dtype quantize quantize_group quantize_head keep_blocks max_context "
+            "kv_dtype auto threads shared_host_buffers cuda_graphs",
         ),
         (DecodingConfig, "mode sparsity keep cats_threshold window accept threshold draft refresh refresh_decay tree_width"),
         (DecodingConfig, "resident_first overlap prior draft_keep draft_quantize lookup"),
