@@ -47,7 +47,7 @@ CHAT_EVERY = 12
 """A template takes a process of its own, and with it as long as fifty cases."""
 TEMPLATE_FILES = ("chat_template.jinja", "tokenizer_config.json", "tokenizer.gguf.json", "model.gguf")
 """Where a template may stand."""
-STUCK_SECONDS = 120.0
+STUCK_SECONDS = 600.0
 """A process that has not begun another case by then does not come back."""
 TOLD_EVERY = 500
 """Cases after which a process says how far it is."""

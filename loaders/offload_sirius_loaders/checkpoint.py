@@ -22,7 +22,10 @@ Element = Literal["F32", "F16", "BF16"]
 """What `decode` returns: float32, float16, or bfloat16 carried in uint16 (numpy has no bfloat16)."""
 
 Decoded = Literal["F32", "F16", "BF16", "U8"]
-"""An element, or U8: bytes of a packed layer, which are left as they are."""
+"""An element, or U8: bytes of a packed layer, or blocks, which are left as they are."""
+
+BLOCK_TYPES = ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K")
+"""Types of GGUF files whose rows are blocks, and that are known."""
 
 LayerPart = Literal["attention", "records"]
 """What a packed layer is stored as: its attention block, its neuron records."""
@@ -127,8 +130,12 @@ class PackedLayers:
     """Weights that share a scale; None where none do."""
     fields: Mapping[str, tuple[int, ...]]
     """Name of a tensor -> byte of the layer at which it begins, then its shape."""
+    blocks: tuple[Mapping[str, str], ...]
+    """Of each layer, role of a matrix -> type of the blocks that it is kept in; empty where none is."""
     parts: Mapping[tuple[int, LayerPart], TensorInfo]
     """Where each part of each layer lies, as rows of some bytes, [n, PACKED_ROW_NBYTES]."""
+    quantize_head: str = "none"
+    """none or int8: what the head is. Of one in int8 the tensor is bytes, [V, bytes of a row], also where the head is tied."""
 
 
 PACKED_ROW_NBYTES = 64
@@ -163,6 +170,10 @@ class Checkpoint(ABC):
     def infos(self) -> list[TensorInfo]:
         """Everything that is stored."""
         return [*self.tensors.values(), *(self.packed.parts.values() if self.packed else ())]
+
+    def in_blocks(self) -> Checkpoint:
+        """The same weights, those matrices whose rows are blocks as bytes: rows of U8. Itself where there are none."""
+        return self
 
     @abstractmethod
     def decode(self, info: TensorInfo, raw: npt.NDArray[np.uint8], first_row: int, num_rows: int) -> npt.NDArray[Any]:

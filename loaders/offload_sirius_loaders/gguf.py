@@ -7,6 +7,7 @@ by gguf_spec. Nothing of the file stays open or mapped.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import numpy.typing as npt
 from gguf import GGMLQuantizationType
 from gguf.quants import dequantize
 
-from offload_sirius_loaders.checkpoint import Checkpoint, Decoded, Element, Key, TensorInfo, TokenizerFiles
+from offload_sirius_loaders.checkpoint import BLOCK_TYPES, Checkpoint, Decoded, Element, Key, TensorInfo, TokenizerFiles
 from offload_sirius_loaders.errors import CheckpointError
 from offload_sirius_loaders.gguf_header import GgufHeader, StoredTensor, read_header
 from offload_sirius_loaders.gguf_spec import ROPE_DIVISORS, read_spec
@@ -23,7 +24,9 @@ from offload_sirius_loaders.spec import ModelSpec, Role
 
 _PLAIN_TYPES: dict[str, Element] = {"F32": "F32", "F16": "F16", "BF16": "BF16"}
 _LITTLE_ENDIAN: dict[Decoded, str] = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}
-_BLOCK_TYPES = ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K")
+
+OUTPUTS_TOGETHER = 32
+"""Rows of a down projection in blocks that are regrouped together."""
 
 _MODEL_TENSORS: dict[Role, str] = {
     "embedding": "token_embd.weight",
@@ -58,12 +61,19 @@ def open_gguf(path: Path, name: str) -> Checkpoint:
 class GgufCheckpoint(Checkpoint):
     """The tensors of one GGUF file. Decoding is stateless, so that any number of threads may do it."""
 
-    def __init__(self, header: GgufHeader, spec: ModelSpec) -> None:
+    def __init__(self, header: GgufHeader, spec: ModelSpec, *, in_blocks: bool = False) -> None:
+        """in_blocks: see `Checkpoint.in_blocks`."""
         self.spec = spec
+        self._header = header
         self.path = header.path
         self.tokenizer = _tokenizer_files(header.metadata)
-        self.tensors = _tensor_infos(header, spec)
+        infos = _tensor_infos(header, spec)
+        self.tensors = {key: _as_blocks(key[1], info) for key, info in infos.items()} if in_blocks else infos
         self._interleaved = {info.name for (_, role), info in self.tensors.items() if _is_interleaved(spec, role)}
+
+    def in_blocks(self) -> Checkpoint:
+        """See Checkpoint.in_blocks."""
+        return GgufCheckpoint(self._header, self.spec, in_blocks=True)
 
     def decode(self, info: TensorInfo, raw: npt.NDArray[np.uint8], first_row: int, num_rows: int) -> npt.NDArray[Any]:
         """See Checkpoint.decode. Block types become float32, plain types are views unless their rows are reordered."""
@@ -75,10 +85,24 @@ class GgufCheckpoint(Checkpoint):
 
 def _numbers(info: TensorInfo, rows: npt.NDArray[np.uint8]) -> npt.NDArray[Any]:
     """uint8 [rows, row_nbytes] -> [rows, columns]"""
+    if info.element == "U8":
+        return rows
     if info.dtype in _PLAIN_TYPES:
         return rows.view(_LITTLE_ENDIAN[info.element])
     numbers: npt.NDArray[Any] = dequantize(rows, GGMLQuantizationType[info.dtype])
     return numbers
+
+
+def _as_blocks(role: Role, info: TensorInfo) -> TensorInfo:
+    """A matrix whose rows are blocks as rows of bytes; others as they are.
+
+    Of the down projection, which is regrouped by neuron, whole groups of outputs are read together, and there must be such.
+    """
+    has_parts = role == "down" and info.num_rows % OUTPUTS_TOGETHER
+    if info.dtype not in BLOCK_TYPES or len(info.shape) == 1 or has_parts:
+        return info
+    row_multiple = OUTPUTS_TOGETHER if role == "down" else info.row_multiple
+    return replace(info, element="U8", shape=(info.num_rows, info.row_nbytes), row_multiple=row_multiple)
 
 
 def _halves_from_pairs(rows: npt.NDArray[Any], head_dim: int) -> npt.NDArray[Any]:
@@ -135,10 +159,10 @@ def _tensor_info(header: GgufHeader, spec: ModelSpec, role: Role, name: str, sha
 def _element(path: Path, stored: StoredTensor) -> Element:
     if stored.dtype in _PLAIN_TYPES:
         return _PLAIN_TYPES[stored.dtype]
-    if stored.dtype in _BLOCK_TYPES:
+    if stored.dtype in BLOCK_TYPES:
         return "F32"
     raise CheckpointError(
-        f"{path}: tensor {stored.name} has type {stored.dtype}; use a file with {', '.join((*_PLAIN_TYPES, *_BLOCK_TYPES))}"
+        f"{path}: tensor {stored.name} has type {stored.dtype}; use a file with {', '.join((*_PLAIN_TYPES, *BLOCK_TYPES))}"
     )
 
 

@@ -9,10 +9,11 @@ from __future__ import annotations
 import json
 import zlib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from offload_sirius_loaders.checkpoint import BLOCK_TYPES
 from offload_sirius_loaders.errors import CheckpointError
 from offload_sirius_loaders.json_object import JsonObject
 from offload_sirius_loaders.pack_file import Seal
@@ -36,6 +37,7 @@ AGAIN = "remove the folder and pack the model again"
 
 PACK_DTYPES = ("bfloat16", "float32")
 PACK_QUANTIZES = ("none", "int8", "int4")
+PACK_QUANTIZE_HEADS = ("none", "int8")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,16 +58,32 @@ class PackJob:
     """Name of a tensor in a layer -> byte at which it begins, then its shape: of numbers, or of bytes where it is quantised."""
     attention_nbytes: int
     records_nbytes: int
+    blocks: tuple[Mapping[str, str], ...] = ()
+    """Of each layer, role of a matrix -> type of its blocks, where some are kept in them; `fields` is then room for any layer."""
+    sizes: tuple[tuple[int, int], ...] = ()
+    """Of each layer, bytes of attention block and records, where they differ."""
+    outside_blocks: Mapping[str, tuple[str, int]] = field(default_factory=dict)
+    """Role of embedding or head -> type of its blocks and bytes of a row, where it is kept in them."""
+    quantize_head: str = "none"
+    """none or int8: how the head is stored."""
+    head_row_nbytes: int = 0
+    """Of a row of the head, where it is quantised."""
 
     @property
     def layer_nbytes(self) -> int:
-        """Of a whole layer."""
+        """Of a whole layer, or of room for any."""
         return self.attention_nbytes + self.records_nbytes
+
+    def part_nbytes(self, layer: int) -> tuple[int, int]:
+        """Of the attention block and of the records of a layer."""
+        return self.sizes[layer] if self.sizes else (self.attention_nbytes, self.records_nbytes)
 
     def as_json(self) -> dict[str, Any]:
         """As it stands in a file."""
-        fields = {name: list(place) for name, place in self.fields.items()}
-        return {"format": FORMAT, "version": VERSION, **asdict(self), "fields": fields}
+        lists = {"fields": self.fields, "outside_blocks": self.outside_blocks}
+        plain = {name: {key: list(value) for key, value in each.items()} for name, each in lists.items()}
+        blocks, sizes = [dict(each) for each in self.blocks], [list(each) for each in self.sizes]
+        return {"format": FORMAT, "version": VERSION, **asdict(self), **plain, "blocks": blocks, "sizes": sizes}
 
     def difference(self, other: PackJob) -> str:
         """What this one is and the other is not, in words; empty where they are the same."""
@@ -77,6 +95,8 @@ class PackJob:
             return f"in {self.dtype}, and {other.dtype} is asked for"
         if (self.quantize, self.quantize_group) != (other.quantize, other.quantize_group):
             return f"with --quantize {self._quantising}, and {other._quantising} is asked for"
+        if self.quantize_head != other.quantize_head:
+            return f"with --quantize-head {self.quantize_head}, and {other.quantize_head} is asked for"
         return "" if self == other else "with another layout of layers than this program's"
 
     @property
@@ -144,6 +164,9 @@ def _job(fields: JsonObject) -> PackJob:
     for name, known in (("dtype", PACK_DTYPES), ("quantize", PACK_QUANTIZES)):
         if fields.text(name) not in known:
             raise fields.error(f"{name} is {short(fields.text(name))}; it must be one of {', '.join(known)}")
+    quantize_head = fields.text("quantize_head") if fields.has("quantize_head") else "none"  # older copies have a plain one
+    if quantize_head not in PACK_QUANTIZE_HEADS:
+        raise fields.error(f"quantize_head is {short(quantize_head)}; it must be one of {', '.join(PACK_QUANTIZE_HEADS)}")
     return PackJob(
         source=fields.text("source"),
         fingerprint=fields.text("fingerprint"),
@@ -153,7 +176,41 @@ def _job(fields: JsonObject) -> PackJob:
         fields=_places(fields),
         attention_nbytes=fields.count("attention_nbytes", most=2**60),
         records_nbytes=fields.count("records_nbytes", most=2**60),
+        blocks=_blocks(fields),
+        sizes=_sizes(fields),
+        outside_blocks=_outside_blocks(fields),
+        quantize_head=quantize_head,
+        head_row_nbytes=0 if quantize_head == "none" else fields.count("head_row_nbytes", most=2**30),
     )
+
+
+def _blocks(fields: JsonObject) -> tuple[Mapping[str, str], ...]:
+    found = fields.fields.get("blocks", [])
+    if not isinstance(found, list) or not all(_is_texts(each) for each in found):
+        raise fields.error(f"blocks is no list of types; {AGAIN}")
+    return tuple(found)
+
+
+def _is_texts(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(each, str) and each in BLOCK_TYPES for each in value.values())
+
+
+def _sizes(fields: JsonObject) -> tuple[tuple[int, int], ...]:
+    found = fields.fields.get("sizes", [])
+    if not isinstance(found, list) or not all(_are_counts(each) and len(each) == 2 for each in found):
+        raise fields.error(f"sizes is no list of pairs; {AGAIN}")
+    return tuple((attention, records) for attention, records in found)
+
+
+def _outside_blocks(fields: JsonObject) -> Mapping[str, tuple[str, int]]:
+    found = fields.fields.get("outside_blocks", {})
+    if not isinstance(found, dict) or not all(_is_row_type(each) for each in found.values()):
+        raise fields.error(f"outside_blocks is no list of types; {AGAIN}")
+    return {role: (kind, row_nbytes) for role, (kind, row_nbytes) in found.items()}
+
+
+def _is_row_type(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and value[0] in BLOCK_TYPES and type(value[1]) is int and value[1] > 0
 
 
 def _places(fields: JsonObject) -> dict[str, tuple[int, ...]]:

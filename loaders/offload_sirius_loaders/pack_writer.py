@@ -233,9 +233,11 @@ class PackWriter:
 
 def _files(checkpoint: Checkpoint, job: PackJob) -> dict[str, list[OutTensor]]:
     """The files with tensors, in order."""
-    layer = [part_tensor(job, "attention"), part_tensor(job, "records")]
-    names = [layer_file_name(index) for index in range(checkpoint.spec.num_layers)]
-    return {OUTSIDE_NAME: list(outside_tensors(checkpoint.spec, job).values())} | dict.fromkeys(names, layer)
+    layers = {
+        layer_file_name(layer): [part_tensor(job, layer, "attention"), part_tensor(job, layer, "records")]
+        for layer in range(checkpoint.spec.num_layers)
+    }
+    return {OUTSIDE_NAME: list(outside_tensors(checkpoint.spec, job).values())} | layers
 
 
 def _locked(directory: Path) -> int:

@@ -44,6 +44,7 @@ from offload_sirius_loaders.spec import ModelSpec, Role
 ELEMENT_OF_DTYPE: dict[str, Element] = {"bfloat16": "BF16", "float32": "F32"}
 
 ROLES = get_args(Role)
+QUANTIZED_HEAD_NAME = "quantized_head"
 
 ERRORS_NOTE = "errors"
 """Note in a layer's file: what quantising has done to its matrices."""
@@ -107,14 +108,23 @@ def pack_file_names(spec: ModelSpec) -> list[str]:
 def outside_tensors(spec: ModelSpec, job: PackJob) -> dict[Key, OutTensor]:
     """What no layer has, as it is written."""
     names, element = tensor_names(spec), ELEMENT_OF_DTYPE[job.dtype]
-    return {
+    tensors: dict[Key, OutTensor] = {
         (None, role): OutTensor(name=names[None, role], dtype=element, shape=shape) for role, shape in spec.model_roles().items()
     }
+    for role in spec.model_roles():
+        if role in job.outside_blocks:
+            shape = (spec.vocab_size, job.outside_blocks[role][1])
+            tensors[None, role] = OutTensor(name=names[None, role], dtype="U8", shape=shape)
+    if job.quantize_head != "none":
+        tensors.pop((None, "head"), None)
+        tensors[None, "head"] = OutTensor(name=QUANTIZED_HEAD_NAME, dtype="U8", shape=(spec.vocab_size, job.head_row_nbytes))
+    return tensors
 
 
-def part_tensor(job: PackJob, part: LayerPart) -> OutTensor:
-    """A part of any layer, as it is written."""
-    nbytes = job.attention_nbytes if part == "attention" else job.records_nbytes
+def part_tensor(job: PackJob, layer: int, part: LayerPart) -> OutTensor:
+    """A part of a layer, as it is written."""
+    attention_nbytes, records_nbytes = job.part_nbytes(layer)
+    nbytes = attention_nbytes if part == "attention" else records_nbytes
     return OutTensor(name=part, dtype="U8", shape=(nbytes // PACKED_ROW_NBYTES, PACKED_ROW_NBYTES))
 
 
@@ -133,14 +143,14 @@ def _tokenizer(directory: Path, index: PackIndex) -> TokenizerFiles:
 
 
 def _outside_tensors(spec: ModelSpec, job: PackJob, files: dict[str, PackFile]) -> dict[Key, TensorInfo]:
-    element = ELEMENT_OF_DTYPE[job.dtype]
     infos: dict[Key, TensorInfo] = {}
     for key, tensor in outside_tensors(spec, job).items():
         stored = _stored(files[OUTSIDE_NAME], tensor)
+        kind, _ = job.outside_blocks.get(key[1], (tensor.dtype, 0))
         infos[key] = TensorInfo(
             name=tensor.name,
-            dtype=element,
-            element=element,
+            dtype=kind,
+            element="U8" if tensor.dtype == "U8" else ELEMENT_OF_DTYPE[job.dtype],
             shape=tensor.shape,
             file=stored.file,
             offset=stored.offset,
@@ -150,10 +160,13 @@ def _outside_tensors(spec: ModelSpec, job: PackJob, files: dict[str, PackFile]) 
 
 
 def _packed_layers(spec: ModelSpec, job: PackJob, files: dict[str, PackFile]) -> PackedLayers:
+    for what, each in (("blocks", job.blocks), ("sizes", job.sizes)):
+        if len(each) not in (0, spec.num_layers):
+            raise CheckpointError(f"{files[OUTSIDE_NAME].path.parent / INDEX_NAME}: {what} is of another model; pack it again")
     parts: dict[tuple[int, LayerPart], TensorInfo] = {}
     for layer in range(spec.num_layers):
         for part in get_args(LayerPart):
-            tensor = part_tensor(job, part)
+            tensor = part_tensor(job, layer, part)
             stored = _stored(files[layer_file_name(layer)], tensor)
             parts[layer, part] = TensorInfo(
                 name=f"{part} of layer {layer}",
@@ -164,7 +177,15 @@ def _packed_layers(spec: ModelSpec, job: PackJob, files: dict[str, PackFile]) ->
                 offset=stored.offset,
                 nbytes=stored.nbytes,
             )
-    return PackedLayers(dtype=job.dtype, quantize=job.quantize, quantize_group=job.quantize_group, fields=job.fields, parts=parts)
+    return PackedLayers(
+        dtype=job.dtype,
+        quantize=job.quantize,
+        quantize_group=job.quantize_group,
+        fields=job.fields,
+        blocks=job.blocks,
+        parts=parts,
+        quantize_head=job.quantize_head,
+    )
 
 
 def _stored(file: PackFile, tensor: OutTensor) -> StoredTensor:

@@ -100,6 +100,7 @@ def stream(
     quantize: flags.Quantize = _ENGINE.quantize,
     quantize_group: flags.QuantizeGroup = _ENGINE.quantize_group,
     quantize_head: flags.QuantizeHead = _ENGINE.quantize_head,
+    keep_blocks: flags.KeepBlocks = _ENGINE.keep_blocks,
     threads: flags.Threads = _ENGINE.threads,
     shared_host_buffers: flags.SharedHostBuffers = _ENGINE.shared_host_buffers,
     passes: Annotated[int, typer.Option("--passes", help="Passes that count, after two that do not.", metavar="N")] = NUM_REPEATS,
@@ -119,6 +120,7 @@ def stream(
         quantize=quantize,  # type: ignore[arg-type]
         quantize_group=quantize_group,
         quantize_head=quantize_head,  # type: ignore[arg-type]
+        keep_blocks=keep_blocks,
         threads=threads,
         shared_host_buffers=shared_host_buffers,
     )

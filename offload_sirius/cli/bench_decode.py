@@ -118,6 +118,7 @@ def decode(
     quantize_group: flags.QuantizeGroup = _ENGINE.quantize_group,
     quantize_head: flags.QuantizeHead = _ENGINE.quantize_head,
     kv_dtype: flags.KvDtype = _ENGINE.kv_dtype,
+    keep_blocks: flags.KeepBlocks = _ENGINE.keep_blocks,
     threads: flags.Threads = _ENGINE.threads,
     cuda_graphs: flags.CudaGraphs = _ENGINE.cuda_graphs,
     shared_host_buffers: flags.SharedHostBuffers = _ENGINE.shared_host_buffers,
@@ -170,6 +171,7 @@ def decode(
         quantize_group=quantize_group,
         quantize_head=quantize_head,  # type: ignore[arg-type]
         kv_dtype=kv_dtype,  # type: ignore[arg-type]
+        keep_blocks=keep_blocks,
         threads=threads,
         cuda_graphs=cuda_graphs,
         shared_host_buffers=shared_host_buffers,

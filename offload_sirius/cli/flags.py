@@ -35,6 +35,9 @@ Dtype = Annotated[str, _option(EngineConfig, "dtype", PLACE, metavar="DTYPE")]
 Quantize = Annotated[str, _option(EngineConfig, "quantize", PLACE, metavar="KIND")]
 QuantizeGroup = Annotated[int | None, _option(EngineConfig, "quantize_group", PLACE, metavar="N")]
 QuantizeHead = Annotated[str, _option(EngineConfig, "quantize_head", PLACE, metavar="KIND")]
+KeepBlocks = Annotated[
+    bool, typer.Option("--keep-blocks/--no-keep-blocks", help=help_of(EngineConfig, "keep_blocks"), rich_help_panel=PLACE)
+]
 MaxContext = Annotated[int | None, _option(EngineConfig, "max_context", PLACE, metavar="N")]
 KvDtype = Annotated[str, _option(EngineConfig, "kv_dtype", PLACE, metavar="DTYPE")]
 Auto = Annotated[bool, typer.Option("--auto", help=help_of(EngineConfig, "auto"), rich_help_panel=PLACE)]

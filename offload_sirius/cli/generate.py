@@ -70,6 +70,7 @@ def generate(
     quantize: flags.Quantize = _ENGINE.quantize,
     quantize_group: flags.QuantizeGroup = _ENGINE.quantize_group,
     quantize_head: flags.QuantizeHead = _ENGINE.quantize_head,
+    keep_blocks: flags.KeepBlocks = _ENGINE.keep_blocks,
     max_context: flags.MaxContext = _ENGINE.max_context,
     kv_dtype: flags.KvDtype = _ENGINE.kv_dtype,
     auto: flags.Auto = _ENGINE.auto,
@@ -119,6 +120,7 @@ def generate(
         quantize=quantize,  # type: ignore[arg-type]
         quantize_group=quantize_group,
         quantize_head=quantize_head,  # type: ignore[arg-type]
+        keep_blocks=keep_blocks,
         max_context=max_context,
         kv_dtype=kv_dtype,  # type: ignore[arg-type]
         auto=auto,

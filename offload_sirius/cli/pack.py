@@ -46,6 +46,8 @@ def pack(
         ),
     ] = _ENGINE.quantize,
     quantize_group: flags.QuantizeGroup = _ENGINE.quantize_group,
+    keep_blocks: flags.KeepBlocks = _ENGINE.keep_blocks,
+    quantize_head: flags.QuantizeHead = _ENGINE.quantize_head,
     dtype: flags.Dtype = _ENGINE.dtype,
     report: Annotated[
         bool,
@@ -74,6 +76,8 @@ def pack(
         dtype=dtype,  # type: ignore[arg-type]  # checked by EngineConfig, as is the next
         quantize=quantize,  # type: ignore[arg-type]
         quantize_group=quantize_group,
+        keep_blocks=keep_blocks,
+        quantize_head=quantize_head,  # type: ignore[arg-type]
     )
     if out is None:
         _require_something_else(config, asked=report or verify)
@@ -92,7 +96,11 @@ def _require_something_else(config: EngineConfig, *, asked: bool) -> None:
     """Nothing is written. Raises ConfigError where nothing else is asked for, or what only writing takes."""
     if not asked:
         raise ConfigError("--out is missing; give the folder to write, or --verify or --report with a --model that is packed")
-    for flag, found, usual in (("quantize", config.quantize, _ENGINE.quantize), ("dtype", config.dtype, _ENGINE.dtype)):
+    for flag, found, usual in (
+        ("quantize", config.quantize, _ENGINE.quantize),
+        ("quantize-head", config.quantize_head, _ENGINE.quantize_head),
+        ("dtype", config.dtype, _ENGINE.dtype),
+    ):
         if found != usual:
             raise ConfigError(f"--{flag} is {found}; it must be left out without --out, as nothing is written")
 
@@ -116,7 +124,9 @@ def _packed(config: EngineConfig, out: str | None, *, verify: bool) -> tuple[Pac
 
 def _line(found: PackReport) -> str:
     group = "" if found.quantize_group is None else f", {found.quantize} in groups of {found.quantize_group}"
-    return f"{found.directory}: {found.source}, {found.num_layers} layers, {found.dtype}{group}, {format_size(found.nbytes)}"
+    head = "" if found.quantize_head == "none" else f", the head in {found.quantize_head}"
+    layers = f"{found.source}, {found.num_layers} layers, {found.dtype}{group}{head}"
+    return f"{found.directory}: {layers}, {format_size(found.nbytes)}"
 
 
 def _figures(found: PackReport, verified_nbytes: int | None) -> dict[str, Any]:
@@ -126,6 +136,7 @@ def _figures(found: PackReport, verified_nbytes: int | None) -> dict[str, Any]:
         "dtype": found.dtype,
         "quantize": found.quantize,
         "quantize_group": found.quantize_group,
+        "quantize_head": found.quantize_head,
         "layers": found.num_layers,
         "bytes": found.nbytes,
         "errors": [{role: asdict(error) for role, error in layer.items()} for layer in found.errors],

@@ -158,14 +158,14 @@ def _link(report: Report, bill: PassBill, *, sliced: bool) -> str:
     passing = [layer for layer in plan.streamed_layers if layer not in there]
     if bill.pacing_seconds:
         rate = f"{bill.link_nbytes / bill.pacing_seconds / 1e9:.2f} GB/s (emulated)"
-        layers = _layers(len(passing), bill.link_nbytes, plan.layer_nbytes)
+        layers = _layers(len(passing), bill.link_nbytes, report.planned.layout.mean_nbytes)
         line = f"{layers}: {_gb(bill.link_nbytes)} / {rate} = {_number(bill.pacing_seconds)} s"
         copying = bill.copy_seconds + bill.copy_drag_seconds
         return line + (f"; but copying them takes {_number(copying)} s" if copying > bill.pacing_seconds else "")
     from_host = plan.sliceable_layers if sliced else plan.host_layers
     num_layers = len(passing if report.planned.hardware.own_memory or plan.hot else from_host)
     rate = f"{rates.link_bytes_per_second / 1e9:.2f} GB/s"
-    layers = _layers(num_layers, bill.copy_nbytes, plan.layer_nbytes)
+    layers = _layers(num_layers, bill.copy_nbytes, report.planned.layout.mean_nbytes)
     line = f"{layers}: {_gb(bill.copy_nbytes)} / {rate} = {_number(bill.copy_seconds)} s"
     return line + (f" + {_number(bill.copy_drag_seconds)} s as computing goes on" if bill.copy_drag_seconds else "")
 
@@ -200,7 +200,7 @@ def _computing(report: Report, bill: PassBill, num_rows: int) -> str:
 def _weights(report: Report, bill: PassBill, num_rows: int) -> str:
     """Whichever of bytes and arithmetic takes the layers' time."""
     planned, rates, nbytes = report.planned, report.rates, bill.weights_nbytes
-    layers = _layers(planned.spec.num_layers, nbytes, planned.layout.nbytes)
+    layers = _layers(planned.spec.num_layers, nbytes, planned.layout.mean_nbytes)
     if planned.quantized_kinds and num_rows == 1:
         return f"{layers}: {_gb(nbytes)} / {nbytes / bill.weights_seconds / 1e9:.4g} GB/s"
     flops = 2 * num_rows * nbytes / planned.layout.nbytes_per_weight

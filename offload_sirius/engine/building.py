@@ -21,6 +21,7 @@ from offload_sirius.engine.planning import as_packed
 from offload_sirius.engine.progress import Progress
 from offload_sirius.engine.streamed import StreamedModel, copied_model, hot_model, streamed_model
 from offload_sirius.errors import BudgetError, ConfigError
+from offload_sirius.kernels.blocks import BlockRows
 from offload_sirius.kernels.native import native
 from offload_sirius.model.kv_cache import KVCache
 from offload_sirius.model.kv_int8 import QuantizedKVCache
@@ -28,9 +29,8 @@ from offload_sirius.model.transformer import Transformer
 from offload_sirius.sparsity.prior import NeuronPrior, PriorFile, prior_path
 from offload_sirius.trace import Tracer
 from offload_sirius.units import format_size
-from offload_sirius.weights.buffers import rows_of
 from offload_sirius.weights.copiers import Copier
-from offload_sirius.weights.device import AnyDeviceStore, CopyDeviceStore, DeviceStore, HotDeviceStore, store_for
+from offload_sirius.weights.device import AnyDeviceStore, CopyDeviceStore, DeviceStore, HotDeviceStore
 from offload_sirius.weights.disk import ReaderPool
 from offload_sirius.weights.draft_copy import CopyStreamer, copy_layer, num_weights
 from offload_sirius.weights.embedding import DiskEmbedding, Embedding, TableEmbedding
@@ -38,6 +38,7 @@ from offload_sirius.weights.hotset import HotStreamer
 from offload_sirius.weights.load import Loader
 from offload_sirius.weights.pieces import load_nbytes
 from offload_sirius.weights.pinning import PinReport
+from offload_sirius.weights.plan import Plan
 from offload_sirius.weights.streamer import WeightStreamer
 from offload_sirius_loaders import open_checkpoint
 from offload_sirius_loaders.checkpoint import Checkpoint
@@ -71,7 +72,9 @@ def build(model: Model, config: EngineConfig, progress: Progress, tracer: Tracer
 def _built(
     model: Model, config: EngineConfig, placement: Placement, progress: Progress, tracer: Tracer | None, began: float
 ) -> Engine:
-    checkpoint = _on_disk(model.checkpoint, progress) if placement.plan.disk_layers else model.checkpoint
+    checkpoint = placement.planned.checkpoint
+    if placement.plan.disk_layers:
+        checkpoint = _on_disk(checkpoint, progress)
     with memory_errors(placement.plan), ExitStack() as stores:
         joined = _join(checkpoint, placement, config, progress, tracer, stores)
         stores.callback(checkpoint.close)
@@ -123,10 +126,11 @@ def _join(
     stores.callback(readers.close)
     arenas = make_arenas(placement, spec, uplink)
     stores.callback(arenas.close)
-    device = store_for(plan)(plan, spec, layout, dtype, placement.device, placement.head_format)
-    quantised = layout.format is not None or placement.head_format is not None
-    if quantised and placement.device.type == "cpu" and (problem := native("products").problem):
-        progress.warn(problem)
+    device = _store_for(plan)(plan, spec, layout, dtype, placement.device, placement.head_format)
+    if placement.device.type == "cpu":
+        for library in placement.planned.libraries:
+            if problem := native(library).problem:
+                progress.warn(problem)
 
     progress.begin(f"loading {spec.name}", load_nbytes(checkpoint, plan))
     try:
@@ -156,6 +160,13 @@ def _join(
     streamed = _decoded(device, placement, transformer, streamer, captured, prior, caches[1:])
     nbytes = device.nbytes + sum(cache.nbytes for cache in caches) + transformer.nbytes + plan.device_bill["sparsity"]
     return streamer, transformer, streamed, readers, nbytes, arenas.report()
+
+
+def _store_for(plan: Plan) -> type[DeviceStore] | type[HotDeviceStore] | type[CopyDeviceStore]:
+    """The kind of store that the plan describes."""
+    if plan.hot is None:
+        return DeviceStore
+    return HotDeviceStore if plan.hot.draft_format is None else CopyDeviceStore
 
 
 def _fill_copy(device: CopyDeviceStore, arenas: Arenas, progress: Progress) -> None:
@@ -267,18 +278,18 @@ def _decoded(
         assert placement.plan.hot is not None
         return copied_model(transformer, streamer, placement.plan.hot.num_hot, decoding, captured, prior, more_caches)
     assert isinstance(device, DeviceStore)
-    rows = rows_of(placement.layout, "up_down")
-    return streamed_model(transformer, streamer, device.caches, rows, decoding, more_caches)
+    return streamed_model(transformer, streamer, device.caches, decoding, more_caches)
 
 
 def _embedding(placement: Placement, loader: Loader, readers: ReaderPool, device: AnyDeviceStore) -> Embedding:
     where = placement.plan.embedding_place
+    form = placement.planned.demand.embedding_format
     if where == "device":
-        assert isinstance(device.head, torch.Tensor)
-        return TableEmbedding(device.head, placement.device)
+        assert isinstance(device.head, torch.Tensor | BlockRows)
+        return TableEmbedding(device.head, placement.dtype, placement.device)
     if where == "host":
-        return TableEmbedding(loader.load_embedding(placement.dtype), placement.device)
-    return DiskEmbedding(loader.info(None, "embedding"), readers, placement.dtype, placement.device)
+        return TableEmbedding(loader.load_embedding(placement.dtype, form), placement.dtype, placement.device)
+    return DiskEmbedding(loader.info(None, "embedding"), readers, placement.dtype, placement.device, form)
 
 
 def _on_disk(checkpoint: Checkpoint, progress: Progress) -> Checkpoint:

@@ -363,7 +363,9 @@ class Engine:
             peak_nbytes = torch.cuda.max_memory_allocated(device)
         else:
             itemsize = self._placement.dtype.itemsize
-            peak_nbytes = self._device_nbytes + computing_nbytes(self.config, self.spec, num_prompt, itemsize)
+            peak_nbytes = self._device_nbytes + computing_nbytes(
+                self.config, self.spec, num_prompt, itemsize, unpacks=self._placement.planned.unpacks
+            )
         return MemoryFigures(
             device_plan_bytes=self.plan.device_nbytes,
             device_peak_bytes=peak_nbytes,

@@ -80,7 +80,7 @@ def make_arenas(placement: Placement, spec: ModelSpec, uplink: Uplink | None) ->
     """Map host memory for the plan, and begin to pin it where there is an uplink."""
     plan = placement.plan
 
-    def arena(layers: tuple[int, ...], num_buffers: int) -> HostStore:
+    def arena(layers: tuple[int, ...], num_buffers: int, *, of_any_layer: bool = False) -> HostStore:
         return HostStore(
             layers,
             spec,
@@ -89,6 +89,7 @@ def make_arenas(placement: Placement, spec: ModelSpec, uplink: Uplink | None) ->
             registrar=uplink,
             node=numa_node_near(placement.device),
             num_buffers=num_buffers,
+            of_any_layer=of_any_layer,
         )
 
     def kept() -> KeptStore:
@@ -105,9 +106,11 @@ def make_arenas(placement: Placement, spec: ModelSpec, uplink: Uplink | None) ->
         chunks.report  # noqa: B018  waits
         layers = arena(plan.host_layers, plan.num_host_buffers)
         opened.callback(layers.close)
-        # Layers from disk pass through buffers of their own. Residents do so once, and may use the arena before it is filled.
-        own = NUM_STAGING if plan.disk_layers or len(layers.buffers) < NUM_STAGING else 0
-        staging = arena(tuple(range(own)), own)
+        # Layers from disk pass through buffers of their own. Residents do so once, and may use the arena before it is filled, but
+        # where layers differ, as one of another may be too small.
+        has_own = plan.disk_layers or len(layers.buffers) < NUM_STAGING or placement.layout.by_layer
+        own = NUM_STAGING if has_own else 0
+        staging = arena(tuple(range(own)), own, of_any_layer=True)
         opened.callback(staging.close)
         arenas = Arenas(layers=layers, staging=staging, chunks=chunks, kept=kept())
         opened.pop_all()

@@ -19,18 +19,28 @@ from torch import Tensor
 
 from offload_sirius.config import EngineConfig
 from offload_sirius.engine.placement import DTYPES
-from offload_sirius.engine.planning import ELEMENT_NBYTES, dtype_of, field_places, free_host_nbytes
+from offload_sirius.engine.planning import as_held, dtype_of, field_places, free_host_nbytes, head_format_of, held_layout
 from offload_sirius.engine.progress import Progress
 from offload_sirius.errors import BudgetError, CheckpointError, ConfigError
 from offload_sirius.kernels.packed import QuantizedRows
+from offload_sirius.quantization import WeightFormat
 from offload_sirius.units import format_size
 from offload_sirius.weights.buffers import LayerBuffer
 from offload_sirius.weights.disk import ReaderPool
 from offload_sirius.weights.host import allocate_bytes
-from offload_sirius.weights.layout import PARTS, LayerLayout, layer_layout
+from offload_sirius.weights.layout import PARTS, LayerLayout
 from offload_sirius.weights.load import Loader
-from offload_sirius.weights.pieces import PIECE_NBYTES, quantising_nbytes, read_nbytes, reader_nbytes, stored_part_nbytes
-from offload_sirius.weights.plan import MAX_READERS, MIN_READERS
+from offload_sirius.weights.pieces import (
+    PIECE_NBYTES,
+    blocks_by_layer,
+    blocks_of,
+    head_role,
+    quantising_nbytes,
+    read_nbytes,
+    reader_nbytes,
+    stored_part_nbytes,
+)
+from offload_sirius.weights.plan import MAX_READERS, MIN_READERS, ROWS_QUANTISING_NBYTES
 from offload_sirius.weights.quant import QuantizationError, quantization_error
 from offload_sirius_loaders import open_checkpoint
 from offload_sirius_loaders.checkpoint import Checkpoint
@@ -61,6 +71,7 @@ class PackReport:
     dtype: str
     quantize: str
     quantize_group: int | None
+    quantize_head: str
     num_layers: int
     nbytes: int
     """Of all its files."""
@@ -76,9 +87,10 @@ def pack(config: EngineConfig, directory: Path, progress: Progress) -> None:
     checkpoint = open_checkpoint(config.model)
     if checkpoint.packed is not None:
         raise ConfigError(f"{config.model}: is packed already; give the model that it was made from, or leave --out out")
-    dtype = dtype_of(config, checkpoint.spec)
-    layout = layer_layout(checkpoint.spec, ELEMENT_NBYTES[dtype], 0, config.weight_format)
-    form = config.weight_format
+    held, dtype, form = as_held(checkpoint, config), dtype_of(config, checkpoint.spec), config.weight_format
+    head_format_of(held, config)
+    layout, outside = held_layout(held, config), {role: held.tensors[None, role] for role in blocks_of(held, None)}
+    blocks: list[dict[str, str]] = [{role: each.name for role, each in blocks.items()} for blocks in blocks_by_layer(held)]
     job = PackJob(
         source=checkpoint.spec.name,
         fingerprint=source_fingerprint(checkpoint),
@@ -88,6 +100,11 @@ def pack(config: EngineConfig, directory: Path, progress: Progress) -> None:
         fields=field_places(layout),
         attention_nbytes=layout.attention_nbytes,
         records_nbytes=layout.records_nbytes,
+        blocks=tuple(blocks) if any(blocks) else (),
+        sizes=tuple((own.attention_nbytes, own.records_nbytes) for own in layout.by_layer),
+        outside_blocks={role: (info.dtype, info.row_nbytes) for role, info in outside.items()},
+        quantize_head=config.quantize_head,
+        head_row_nbytes=0 if config.head_format is None else config.head_format.row_nbytes(checkpoint.spec.width),
     )
     with ExitStack() as opened:
         opened.callback(checkpoint.close)
@@ -95,7 +112,7 @@ def pack(config: EngineConfig, directory: Path, progress: Progress) -> None:
         opened.callback(writer.close)
         _resume(writer, job.source, progress)
         if writer.missing:
-            _Packer(checkpoint, layout, DTYPES[dtype], writer, progress).run()
+            _Packer(held, layout, config.head_format, DTYPES[dtype], writer, progress).run()
         writer.finish()
 
 
@@ -111,6 +128,7 @@ def report_of(model: str) -> PackReport:
         dtype=job.dtype,
         quantize=job.quantize,
         quantize_group=job.quantize_group,
+        quantize_head=job.quantize_head,
         num_layers=len(layers),
         nbytes=sum(seal.nbytes for seal in checkpoint.index.seals.values()),
         errors=tuple(errors) if job.quantize != "none" else (),
@@ -168,10 +186,17 @@ class _Packer:
     """Fills one layer after the other and hands it to the writer."""
 
     def __init__(
-        self, checkpoint: Checkpoint, layout: LayerLayout, dtype: torch.dtype, writer: PackWriter, progress: Progress
+        self,
+        checkpoint: Checkpoint,
+        layout: LayerLayout,
+        head_format: WeightFormat | None,
+        dtype: torch.dtype,
+        writer: PackWriter,
+        progress: Progress,
     ) -> None:
         self._checkpoint = checkpoint
         self._layout = layout
+        self._head_format = head_format
         self._dtype = dtype
         self._writer = writer
         self._progress = progress
@@ -195,17 +220,26 @@ class _Packer:
                 allocate_bytes(self._layout.nbytes, torch.device("cpu"), "host"), spec, self._layout, self._dtype
             )
             if OUTSIDE_NAME in missing:
-                infos = [self._checkpoint.tensors[None, role] for role in spec.model_roles()]
-                rows = [loader.row_batches(info, self._dtype, buffer.storage) for info in infos]
-                self._writer.write(OUTSIDE_NAME, [_chunks(each) for each in rows])
-            # What lies between two tensors of a layer is never written: the same layers are to be the same bytes.
-            buffer.storage.zero_()
+                self._writer.write(OUTSIDE_NAME, [_chunks(rows) for rows in self._outside(loader, buffer.storage)])
             for layer in range(spec.num_layers):
                 if layer_file_name(layer) in missing:
-                    self._write_layer(loader, layer, buffer)
+                    # What lies between two tensors of a layer is never written: the same layers are to be the same bytes.
+                    buffer.storage.zero_()
+                    self._write_layer(loader, layer, buffer.of_layer(layer))
         finally:
             self._progress.end()
             readers.close()
+
+    def _outside(self, loader: Loader, staging: Tensor) -> list[Iterator[tuple[int, Tensor]]]:
+        """Rows of what no layer has, in the order in which it is written: a quantised head is the last."""
+        checkpoint, form = self._checkpoint, self._head_format
+        as_stored = [role for role in checkpoint.spec.model_roles() if form is None or role != "head"]
+        infos = [checkpoint.tensors[None, role] for role in as_stored]
+        dtypes = [torch.uint8 if info.element == "U8" else self._dtype for info in infos]  # blocks are bytes
+        rows = [loader.row_batches(info, dtype, staging) for info, dtype in zip(infos, dtypes, strict=True)]
+        if form is not None:
+            rows.append(loader.quantised_batches(checkpoint.tensors[None, head_role(checkpoint)], self._dtype, form))
+        return rows
 
     def _write_layer(self, loader: Loader, layer: int, buffer: LayerBuffer) -> None:
         self._errors = {}
@@ -227,11 +261,12 @@ class _Packer:
     def _num_readers(self) -> int:
         """As many as there is room for. Raises BudgetError where it is too little for the least.
 
-        needed = readers * (one read buffer + one decoded piece) + a layer + matrices that are read before they are quantised
+        needed = readers * (one read buffer + one decoded piece) + a layer + what is read before it is quantised
         """
         each_nbytes, free_nbytes = reader_nbytes(self._checkpoint), free_host_nbytes()
         quantising = quantising_nbytes(self._checkpoint.spec, self._dtype.itemsize) if self._layout.format else 0
-        fixed_nbytes = max(self._layout.nbytes, PIECE_NBYTES) + quantising
+        head = 0 if self._head_format is None else ROWS_QUANTISING_NBYTES
+        fixed_nbytes = max(self._layout.nbytes, PIECE_NBYTES) + quantising + head
         needed_nbytes = MIN_READERS * each_nbytes + fixed_nbytes
         if free_nbytes < needed_nbytes:
             raise BudgetError(

@@ -28,11 +28,10 @@ from offload_sirius.engine.planning import (
     rates_of,
 )
 from offload_sirius.errors import BudgetError, DeviceError
-from offload_sirius.quantization import WeightFormat
 from offload_sirius.rates import DtypeName, Rates, rates_file, read_rates
 from offload_sirius.units import format_size
 from offload_sirius.weights.layout import LayerLayout
-from offload_sirius.weights.plan import Plan
+from offload_sirius.weights.plan import HeadFormat, Plan
 from offload_sirius.weights.predict import Prediction
 from offload_sirius_loaders.checkpoint import Checkpoint
 
@@ -66,9 +65,9 @@ class Placement:
         return self.planned.layout
 
     @property
-    def head_format(self) -> WeightFormat | None:
+    def head_format(self) -> HeadFormat:
         """How the head is held; None: as plain numbers."""
-        return self.planned.config.head_format
+        return self.planned.demand.head_format
 
     @property
     def plan(self) -> Plan:

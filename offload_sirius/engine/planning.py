@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any
 
 from offload_sirius import machine
+from offload_sirius.blocks import BlockFormat
 from offload_sirius.config import (
     DecodingConfig,
     Draft,
@@ -25,6 +26,7 @@ from offload_sirius.config import (
 )
 from offload_sirius.engine.windows import ACCEPTANCES, acceptance_of_copy, acceptance_of_share, window_speeds
 from offload_sirius.errors import BudgetError, CheckpointError, ConfigError
+from offload_sirius.kernels.native import Name
 from offload_sirius.model.costs import (
     CHUNK_SIZE,
     activation_nbytes,
@@ -44,9 +46,27 @@ from offload_sirius.sparsity.costs import num_fetched, sparsity_nbytes
 from offload_sirius.units import MIB, Size, format_size
 from offload_sirius.weights.copy_plan import least_copy_device_nbytes, make_copy_plan
 from offload_sirius.weights.hot_plan import least_hot_device_nbytes, make_hot_plan
-from offload_sirius.weights.layout import PARTS, LayerLayout, Part, Slice, layer_layout
-from offload_sirius.weights.pieces import load_nbytes, quantising_nbytes, reader_nbytes, stored_part_nbytes
-from offload_sirius.weights.plan import MAX_READERS, Budgets, Demand, Plan, as_flag, least_device_nbytes, make_plan
+from offload_sirius.weights.layout import PARTS, LayerLayout, Part, Slice, model_layout
+from offload_sirius.weights.pieces import (
+    blocks_by_layer,
+    blocks_of,
+    head_role,
+    load_nbytes,
+    quantising_nbytes,
+    reader_nbytes,
+    stored_part_nbytes,
+)
+from offload_sirius.weights.plan import (
+    MAX_READERS,
+    ROWS_QUANTISING_NBYTES,
+    Budgets,
+    Demand,
+    HeadFormat,
+    Plan,
+    as_flag,
+    least_device_nbytes,
+    make_plan,
+)
 from offload_sirius.weights.predict import (
     DRAFTS_OF_A_WINDOW,
     PassTime,
@@ -59,7 +79,7 @@ from offload_sirius.weights.predict import (
     predict_correction,
     predict_draft,
 )
-from offload_sirius_loaders.checkpoint import Checkpoint
+from offload_sirius_loaders.checkpoint import Checkpoint, PackedLayers
 from offload_sirius_loaders.spec import ModelSpec
 
 ELEMENT_NBYTES: dict[DtypeName, int] = {"bfloat16": 2, "float32": 4}
@@ -212,6 +232,22 @@ class Planned:
         return replace(self, budgets=budgets, plan=plan_for(self.spec, self.layout, self.demand, budgets))
 
     @property
+    def unpacks(self) -> bool:
+        """Whether any matrices are other than plain numbers."""
+        return bool(self.quantized_kinds) or self._has_blocks
+
+    @property
+    def libraries(self) -> list[Name]:
+        """Of functions in C that compute on them."""
+        needed: dict[Name, bool] = {"products": bool(self.quantized_kinds), "blocks": self._has_blocks}
+        return [name for name, is_needed in needed.items() if is_needed]
+
+    @property
+    def _has_blocks(self) -> bool:
+        forms = (self.demand.head_format, self.demand.embedding_format)
+        return bool(self.layout.blocks) or any(isinstance(form, BlockFormat) for form in forms)
+
+    @property
     def records_drafts(self) -> bool:
         """Drafts are lines that are resident in every layer: steps which a device can record."""
         hot = self.plan.hot
@@ -219,8 +255,9 @@ class Planned:
 
     @property
     def stored_nbytes(self) -> dict[Part, int]:
-        """Bytes of each part of a layer as its files have them."""
-        return {part: stored_part_nbytes(self.checkpoint, 0, part) for part in PARTS}
+        """Bytes of each part of a layer as its files have them; where layers differ, the mean."""
+        layers = range(self.spec.num_layers if self.layout.by_layer else 1)
+        return {part: sum(stored_part_nbytes(self.checkpoint, layer, part) for layer in layers) // len(layers) for part in PARTS}
 
     def setting(self, rates: Rates) -> Setting:
         """What a prediction needs."""
@@ -233,7 +270,7 @@ class Planned:
             own_memory=self.hardware.own_memory,
             paced_bytes_per_second=_per_second(emulated, 1e9),
             rates=rates,
-            head_format=self.config.head_format,
+            head_format=self.demand.head_format,
             overlap=self.config.decoding.overlap,
         )
 
@@ -325,11 +362,16 @@ def plan_model(checkpoint: Checkpoint, config: EngineConfig, hardware: Hardware,
     Raises BudgetError with the smallest budget that works, and the longest context that does with what there is; ConfigError.
     """
     assert config == as_packed(config, checkpoint)
+    checkpoint = as_held(checkpoint, config)
     spec, dtype, decoding = checkpoint.spec, dtype_of(config, checkpoint.spec), config.decoding
-    element_nbytes, context = ELEMENT_NBYTES[dtype], context_of(config, spec)
-    sparse = sparsity_of(decoding, spec)
+    context, sparse = context_of(config, spec), sparsity_of(decoding, spec)
     num_gathered = decoding.num_kept(spec.ffn_width) if sparse == "griffin" and decoding.draft != "resident" else 0
-    layout = layer_layout(spec, element_nbytes, num_gathered, config.weight_format)
+    layout = held_layout(checkpoint, config, num_gathered)
+    if decoding.draft_format is not None and layout.blocks:
+        raise ConfigError(
+            f"--draft-quantize is {decoding.draft_quantize}, and {spec.name} is held in the blocks of its file, which are not "
+            "quantised once more; use --draft-quantize none, or --no-keep-blocks"
+        )
     # Looks at every tensor of the checkpoint, so only once.
     readers = reader_nbytes(checkpoint)
     demand_of = partial(_demand, checkpoint, config, hardware, layout, reader_nbytes=readers)
@@ -375,14 +417,18 @@ def _demand(
     resident_draft = sparse is not None and decoding.draft == "resident"
     copied = decoding.draft_format is not None
     recorded = resident_draft and hardware.own_memory and records_drafts(config)
+    outside = blocks_of(checkpoint, None)
+    unpacks = layout.unpacks or bool(outside) or config.head_format is not None or copied
     return Demand(
         kv_cache_nbytes=cache_nbytes(config, spec, context, element_nbytes),
         position_tables_nbytes=position_tables_nbytes(spec, context, element_nbytes, config.parallel),
-        activation_nbytes=computing_nbytes(config, spec, context, element_nbytes)
+        activation_nbytes=computing_nbytes(config, spec, context, element_nbytes, unpacks=unpacks)
         + (recorded_nbytes(config, spec, context, element_nbytes) if recorded else 0),
         reader_nbytes=reader_nbytes,
         embedding_on_device=spec.tied_head and config.head_format is None,
-        head_format=config.head_format,
+        rows_quantising_nbytes=ROWS_QUANTISING_NBYTES if copied or _quantises_head(config, checkpoint) else 0,
+        head_format=head_format_of(checkpoint, config),
+        embedding_format=outside.get("embedding"),
         staged=hardware.own_memory,
         quantising_nbytes=quantising_nbytes(spec, element_nbytes) if layout.format and not checkpoint.packed else 0,
         num_shared_buffers=config.shared_host_buffers,
@@ -400,15 +446,39 @@ def _least_device_nbytes(spec: ModelSpec, layout: LayerLayout, demand: Demand) -
     return (least_hot_device_nbytes if demand.num_hot else least_device_nbytes)(spec, layout, demand)
 
 
-def computing_nbytes(config: EngineConfig, spec: ModelSpec, num_tokens: int, element_nbytes: int) -> int:
+def as_held(checkpoint: Checkpoint, config: EngineConfig) -> Checkpoint:
+    """The checkpoint as it is read: its blocks, where it has some, as they are or as numbers."""
+    return checkpoint.in_blocks() if config.keep_blocks and config.quantize == "none" else checkpoint
+
+
+def head_format_of(checkpoint: Checkpoint, config: EngineConfig) -> HeadFormat:
+    """How the head is held of a checkpoint as it is read. Raises ConfigError for blocks that were to be quantised."""
+    blocks = blocks_of(checkpoint, None).get(head_role(checkpoint))
+    if config.head_format is not None and blocks is not None:
+        raise ConfigError(
+            f"--quantize-head is {config.quantize_head}, and {checkpoint.spec.name} is held in the blocks of its file, its "
+            "head too; use --quantize-head none, or --no-keep-blocks"
+        )
+    return config.head_format or blocks
+
+
+def _quantises_head(config: EngineConfig, checkpoint: Checkpoint) -> bool:
+    """Whether the head is quantised while loading."""
+    packed = checkpoint.packed is not None and checkpoint.packed.quantize_head != "none"
+    return config.head_format is not None and not packed
+
+
+def computing_nbytes(config: EngineConfig, spec: ModelSpec, num_tokens: int, element_nbytes: int, *, unpacks: bool) -> int:
     """Device bytes that passes over prompts of that many tokens together, and over windows behind them, take beside what stays
-    there."""
+    there.
+
+    unpacks: matrices are not plain numbers.
+    """
     observed, step_rows = sparsity_of(config.decoding, spec) is not None, config.step_rows
     nbytes = activation_nbytes(spec, num_tokens, element_nbytes, step_rows=step_rows, observed=observed)
     if config.kv_dtype == "int8":
         nbytes += quantized_attention_nbytes(spec, max(min(CHUNK_SIZE, num_tokens), step_rows), num_tokens)
-    quantised = any(form is not None for form in (config.weight_format, config.head_format, config.decoding.draft_format))
-    return nbytes + (unpacking_nbytes(spec, element_nbytes, step_rows) if quantised else 0)
+    return nbytes + (unpacking_nbytes(spec, element_nbytes, step_rows) if unpacks else 0)
 
 
 def cache_nbytes(config: EngineConfig, spec: ModelSpec, num_positions: int, element_nbytes: int) -> int:
@@ -472,19 +542,34 @@ def as_packed(config: EngineConfig, checkpoint: Checkpoint) -> EngineConfig:
         group = "" if packed.quantize_group is None else f" in groups of {packed.quantize_group}"
         wanted = config.quantize if config.quantize_group is None else f"{config.quantize} in groups of {config.quantize_group}"
         raise ConfigError(f"--quantize is {wanted}, and {name} {own}{group}; leave it out, or pack the model anew with it")
+    if packed.blocks and not config.keep_blocks:
+        raise ConfigError(
+            f"--no-keep-blocks is given, and {name} is packed in blocks; leave it out, or pack the model anew with it"
+        )
     config = replace(
         config,
         dtype=packed.dtype,  # type: ignore[arg-type]  # checked by EngineConfig, as is the next
         quantize=packed.quantize,  # type: ignore[arg-type]
         quantize_group=packed.quantize_group,
+        quantize_head=config.quantize_head if packed.quantize_head == "none" else packed.quantize_head,  # type: ignore[arg-type]
     )
-    layout = layer_layout(checkpoint.spec, ELEMENT_NBYTES[dtype_of(config, checkpoint.spec)], 0, config.weight_format)
-    held = {(each, part): layout.part_nbytes(part) for each in range(checkpoint.spec.num_layers) for part in PARTS}
-    if packed.fields != field_places(layout) or {key: info.nbytes for key, info in packed.parts.items()} != held:
+    layout = held_layout(checkpoint, config)
+    if packed.fields != field_places(layout) or not _has_parts(packed, layout):
         raise CheckpointError(
             f"{checkpoint.path}: its layers are laid out in another way than by this version of the program; pack the model anew"
         )
     return config
+
+
+def held_layout(checkpoint: Checkpoint, config: EngineConfig, num_kept: int = 0) -> LayerLayout:
+    """How layers lie in memory. checkpoint: as it is read. num_kept: see `layer_layout`."""
+    element_nbytes = ELEMENT_NBYTES[dtype_of(config, checkpoint.spec)]
+    return model_layout(checkpoint.spec, element_nbytes, num_kept, config.weight_format, blocks_by_layer(checkpoint))
+
+
+def _has_parts(packed: PackedLayers, layout: LayerLayout) -> bool:
+    """Whether each part of each layer is as long as in that layout."""
+    return all(info.nbytes == layout.layer(layer).part_nbytes(part) for (layer, part), info in packed.parts.items())
 
 
 def field_places(layout: LayerLayout) -> dict[str, tuple[int, ...]]:
@@ -524,14 +609,15 @@ class Candidate:
 
 
 Consider = Callable[[EngineConfig], Candidate]
-"""Plans and predicts. Raises BudgetError."""
+"""Plans and predicts. Raises BudgetError, ConfigError."""
 
 
 def candidates(config: EngineConfig, spec: ModelSpec, consider: Consider) -> list[Candidate]:
     """What --auto chooses from, the fastest first; without it the one thing that was asked for.
 
-    Those for which the memory is too small are left out; where it is so for all, raises the BudgetError of the first. Left out
-    are also those whose plan is another one's: nothing comes first where everything fits.
+    Those that cannot be, as memory is too small or the file is of the wrong kind, are left out; where it is so for all, raises
+    the BudgetError or ConfigError of the first. Left out are also those whose plan is another one's: nothing comes first where
+    everything fits.
     """
     considered = [_consider(each, consider) for each in alternatives(config, spec)]
     plans = list[tuple[DtypeName, Plan]]()
@@ -541,14 +627,14 @@ def candidates(config: EngineConfig, spec: ModelSpec, consider: Consider) -> lis
             plans.append((each.planned.dtype, each.planned.plan))
             found.append(each)
     if not found:
-        raise next(each for each in considered if isinstance(each, BudgetError))
+        raise next(each for each in considered if not isinstance(each, Candidate))
     return sorted(found, key=lambda candidate: candidate.prediction.seconds_per_token)
 
 
-def _consider(config: EngineConfig, consider: Consider) -> Candidate | BudgetError:
+def _consider(config: EngineConfig, consider: Consider) -> Candidate | BudgetError | ConfigError:
     try:
         return consider(config)
-    except BudgetError as error:
+    except (BudgetError, ConfigError) as error:
         return error
 
 

@@ -25,7 +25,6 @@ from offload_sirius.sparsity.copied import CopiedSet
 from offload_sirius.sparsity.griffin import Griffin
 from offload_sirius.sparsity.hot import HotSet, HotStatistic
 from offload_sirius.sparsity.prior import NeuronPrior
-from offload_sirius.weights.buffers import Rows
 from offload_sirius.weights.draft_copy import CopyStreamer
 from offload_sirius.weights.hotset import HotStreamer
 from offload_sirius.weights.layout import Cargo
@@ -187,12 +186,11 @@ def streamed_model(
     transformer: Transformer,
     streamer: WeightStreamer,
     caches: Mapping[int, NeuronCache],
-    rows: Rows,
     decoding: DecodingConfig,
     more_caches: Sequence[KVCache] = (),
 ) -> StreamedModel:
-    """The model whose drafts bring what they need. caches: layer -> records of its neurons on the device; rows: reads them.
-    more_caches: as for StreamedModel."""
+    """The model whose drafts bring what they need. caches: layer -> records of its neurons on the device. more_caches: as for
+    StreamedModel."""
     spec, kind = transformer.spec, sparsity_of(decoding, transformer.spec)
     if kind is None:
         return StreamedModel(transformer, streamer, FULL_WAYS, more_caches=more_caches)
@@ -203,7 +201,7 @@ def streamed_model(
     else:
         thresholds = _thresholds(decoding, spec, cache.device)
         calibrate = decoding.cats_threshold == AUTO
-        sparsity = Cats(spec, streamer, num_kept, caches=caches, rows=rows, thresholds=thresholds, calibrate=calibrate)
+        sparsity = Cats(spec, streamer, num_kept, caches=caches, thresholds=thresholds, calibrate=calibrate)
     drafting = Way(cargo=CARGO[kind], feed_forward=sparsity.draft)
     ways = FULL_WAYS | {"prefill": Way(feed_forward=sparsity.prefill), "draft": drafting}
     return StreamedModel(transformer, streamer, ways, sparsity, more_caches=more_caches)

@@ -49,6 +49,9 @@ Activation = Literal["silu", "gelu", "gelu_tanh"]
 _ACTIVATION_IDS: dict[Activation, int] = {"silu": 0, "gelu": 1, "gelu_tanh": 2}
 _KIND_IDS: dict[object, int] = {torch.float32: 0, torch.bfloat16: 1, "int8": 2, "int4": 3}
 
+_READABLE = (torch.float32, torch.bfloat16)
+"""What tokens may be for tiles.c."""
+
 _PLAIN_GROUP_LOG2 = 7
 """Rows without groups are read in pieces of this many weights, as a power of two."""
 
@@ -72,55 +75,56 @@ def available() -> bool:
     return native("products").library is not None
 
 
-def linear(x: Tensor, rows: Rows, ids: Tensor | None = None) -> Tensor:
-    """y = x rows^T: x [S, D] -> float32 [S, N]. ids: int64 [N], the rows to take; None takes all."""
+def linear(x: Tensor, rows: Rows, ids: Tensor | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
+    """y = x rows^T: x [S, D] -> [S, N], computed in float32. ids: int64 [N], the rows to take; None takes all."""
     matrix = _matrix(rows, x.shape[1], ids)
-    out = torch.empty(x.shape[0], matrix.num_rows)
-    if tiles := _tiles_for(matrix):
-        x = _readable(x)
-        packed = _operand(x)
-        tiles.offload_sirius_tiles_linear(
-            ctypes.byref(matrix), *_tokens(x), packed.data_ptr(), out.data_ptr(), out.stride(0), torch.get_num_threads()
-        )
-        return out
-    x = _padded(x)
-    _library().offload_sirius_linear(
-        ctypes.byref(matrix), x.data_ptr(), x.stride(0), x.shape[0], out.data_ptr(), out.stride(0), torch.get_num_threads()
+    unit = _tiles_for(matrix)
+    if unit is None:
+        return _linear(x, matrix).to(dtype)
+    x = _readable(x)
+    out = torch.empty(x.shape[0], matrix.num_rows, dtype=dtype if dtype in _READABLE else torch.float32)
+    packed = _operand(x)
+    unit.offload_sirius_tiles_linear(
+        ctypes.byref(matrix), *_place(x), packed.data_ptr(), *_place(out)[:3], torch.get_num_threads()
     )
-    return out
+    return out if out.dtype == dtype else out.to(dtype)
 
 
-def gate_up(x: Tensor, gate: Rows, up: Rows, activation: Activation, ids: Tensor | None = None) -> Tensor:
-    """z = activation(x gate^T) * (x up^T): x [S, D] -> float32 [S, N]. ids: int64 [N], the rows to take of both."""
-    x, width = _padded(x), x.shape[1]
-    gates, ups = _matrix(gate, width, ids), _matrix(up, width, ids)
+def gate_up(
+    x: Tensor, gate: Rows, up: Rows, activation: Activation, ids: Tensor | None = None, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """z = activation(x gate^T) * (x up^T): x [S, D] -> [S, N], computed in float32. ids: int64 [N], the rows to take of both."""
+    gates, ups = _matrix(gate, x.shape[1], ids), _matrix(up, x.shape[1], ids)
     assert gates.num_rows == ups.num_rows, (gates.num_rows, ups.num_rows)
-    out = torch.empty(x.shape[0], gates.num_rows)
-    _library().offload_sirius_gate_up(
+    unit = _tiles_for(gates)
+    if unit is None or _tiles_for(ups) is None:
+        return _gate_up(x, gates, ups, activation).to(dtype)
+    x = _readable(x)
+    out = torch.empty(x.shape[0], gates.num_rows, dtype=dtype if dtype in _READABLE else torch.float32)
+    packed = _operand(x)
+    unit.offload_sirius_tiles_gate_up(
         ctypes.byref(gates),
         ctypes.byref(ups),
         _ACTIVATION_IDS[activation],
-        x.data_ptr(),
-        x.stride(0),
-        x.shape[0],
-        out.data_ptr(),
-        out.stride(0),
+        *_place(x),
+        packed.data_ptr(),
+        *_place(out)[:3],
         torch.get_num_threads(),
     )
-    return out
+    return out if out.dtype == dtype else out.to(dtype)
 
 
 def down(z: Tensor, rows: Rows, ids: Tensor | None = None) -> Tensor:
     """y = z rows: z [S, N], N rows of D -> float32 [S, D]. ids: int64 [N], the rows that z belongs to; None takes all."""
     width = rows.width if isinstance(rows, QuantizedRows) else rows.shape[1]
-    if len(z) == 0:
+    if z.shape[0] == 0:
         return torch.zeros(0, width)
     matrix = _matrix(rows, width, ids)
     assert z.shape[1] == matrix.num_rows, (z.shape, matrix.num_rows)
     out = torch.empty(z.shape[0], -(-width // BLOCK) * BLOCK)
-    if tiles := _tiles_for(matrix):
+    if unit := _tiles_for(matrix):
         z = _readable(z)
-        tiles.offload_sirius_tiles_down(ctypes.byref(matrix), *_tokens(z), out.data_ptr(), out.stride(0), torch.get_num_threads())
+        unit.offload_sirius_tiles_down(ctypes.byref(matrix), *_place(z), out.data_ptr(), out.stride(0), torch.get_num_threads())
     else:
         z = _contiguous(z)
         _library().offload_sirius_down(
@@ -159,9 +163,39 @@ def tiles() -> ctypes.CDLL | None:
         return None
     matrix, address, number, integer = ctypes.POINTER(_Matrix), ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
     tokens = (address, integer, number, number)
-    library.offload_sirius_tiles_linear.argtypes = (matrix, *tokens, address, address, number, integer)
+    library.offload_sirius_tiles_linear.argtypes = (matrix, *tokens, address, address, integer, number, integer)
+    gated = (matrix, matrix, integer, *tokens, address, address, integer, number, integer)
+    library.offload_sirius_tiles_gate_up.argtypes = gated
     library.offload_sirius_tiles_down.argtypes = (matrix, *tokens, address, number, integer)
     return library
+
+
+def _linear(x: Tensor, matrix: _Matrix) -> Tensor:
+    """By products.c, float32."""
+    x = _padded(x)
+    out = torch.empty(x.shape[0], matrix.num_rows)
+    _library().offload_sirius_linear(
+        ctypes.byref(matrix), x.data_ptr(), x.stride(0), x.shape[0], out.data_ptr(), out.stride(0), torch.get_num_threads()
+    )
+    return out
+
+
+def _gate_up(x: Tensor, gates: _Matrix, ups: _Matrix, activation: Activation) -> Tensor:
+    """By products.c, float32."""
+    x = _padded(x)
+    out = torch.empty(x.shape[0], gates.num_rows)
+    _library().offload_sirius_gate_up(
+        ctypes.byref(gates),
+        ctypes.byref(ups),
+        _ACTIVATION_IDS[activation],
+        x.data_ptr(),
+        x.stride(0),
+        x.shape[0],
+        out.data_ptr(),
+        out.stride(0),
+        torch.get_num_threads(),
+    )
+    return out
 
 
 def _tiles_for(matrix: _Matrix) -> ctypes.CDLL | None:
@@ -169,14 +203,14 @@ def _tiles_for(matrix: _Matrix) -> ctypes.CDLL | None:
     return tiles() if matrix.kind != _KIND_IDS[torch.float32] else None
 
 
-def _tokens(x: Tensor) -> tuple[int, int, int, int]:
+def _place(x: Tensor) -> tuple[int, int, int, int]:
     """Address, kind, bytes from token to token, number of tokens."""
     return x.data_ptr(), _KIND_IDS[x.dtype], x.stride(0) * x.element_size(), x.shape[0]
 
 
 def _readable(x: Tensor) -> Tensor:
     """float32 or bfloat16, each row contiguous."""
-    if x.dtype not in (torch.float32, torch.bfloat16):
+    if x.dtype not in _READABLE:
         x = x.float()
     return x if x.stride(1) == 1 else x.contiguous()
 
@@ -223,7 +257,7 @@ def _matrix(rows: Rows, width: int, ids: Tensor | None) -> _Matrix:
         rows=storage.data_ptr(),
         stride=storage.stride(0) * storage.element_size(),
         ids=None if ids is None else ids.data_ptr(),
-        num_rows=len(storage) if ids is None else len(ids),
+        num_rows=storage.shape[0] if ids is None else ids.shape[0],
         width=width,
         kind=kind,
         group_log2=group_log2,

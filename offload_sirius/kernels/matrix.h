@@ -2,6 +2,7 @@
 
 #pragma once
 
+#include <math.h>
 #include <stdint.h>
 #include <string.h>
 #if defined(__F16C__) || defined(__AVX2__)
@@ -65,6 +66,14 @@ INLINE float from_half(uint16_t half) {
     memcpy(&value, &bits, 4);
     return value;
 #endif
+}
+
+INLINE float activated(int activation, float g) {
+    if (activation == SILU)
+        return g / (1 + expf(-g));
+    if (activation == GELU)
+        return 0.5f * g * (1 + erff(g * 0.70710678118654752f));
+    return 0.5f * g * (1 + tanhf(0.79788456080286536f * (g + 0.044715f * g * g * g)));
 }
 
 /* Pieces that a thread takes at once: enough of them that one which is held up does not hold up all. */

@@ -25,7 +25,7 @@ from typing import Literal
 from offload_sirius.cache import made_cache_folder
 from offload_sirius.errors import ConfigError
 
-Name = Literal["products", "tiles", "quantise"]
+Name = Literal["products", "tiles", "quantise", "blocks"]
 """A C file, and the library that is made of it."""
 
 COMPILERS = ("gcc", "cc")
@@ -34,7 +34,7 @@ COMPILERS = ("gcc", "cc")
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC", "-Wl,--as-needed")
 """The math flags change no result: nobody looks at errno or at the flags of a floating point unit."""
 
-OWN_FLAGS: dict[Name, tuple[str, ...]] = {"products": (), "tiles": (), "quantise": ("-ffp-contract=off",)}
+OWN_FLAGS: dict[Name, tuple[str, ...]] = {"products": (), "tiles": (), "blocks": (), "quantise": ("-ffp-contract=off",)}
 """Quantising gives the bits of its torch reference, which rounds each product."""
 
 TIMEOUT_SECONDS = 120
@@ -54,7 +54,12 @@ class Native:
 def native(name: Name) -> Native:
     """A library, compiled where it was not; asked for once a process. torch must have been imported."""
     try:
-        return Native(library=ctypes.CDLL(str(compiled(name, made_cache_folder(), find_compiler()))))
+        path = compiled(name, made_cache_folder(), find_compiler())
+        try:
+            return Native(library=ctypes.CDLL(str(path)))
+        except OSError:  # damaged since it was written
+            path.unlink(missing_ok=True)
+            return Native(library=ctypes.CDLL(str(compiled(name, made_cache_folder(), find_compiler()))))
     except (ConfigError, OSError) as error:
         return Native(library=None, problem=f"weights are computed with at a fraction of this CPU's speed: {error}")
 

@@ -9,7 +9,6 @@
 
 #include "matrix.h"
 
-#include <math.h>
 #include <stddef.h>
 
 /* Floats of a register; accumulators of a dot product, so many that 4 rows of 3 tokens fit into the registers. */
@@ -277,14 +276,6 @@ static void dot_rows_of(const struct matrix *m, int64_t row, const float *x, int
         dot_rows(INT8, m, row, x, x_stride, num_tokens, out, out_stride);
     else
         dot_rows(INT4, m, row, x, x_stride, num_tokens, out, out_stride);
-}
-
-INLINE float activated(int activation, float g) {
-    if (activation == SILU)
-        return g / (1 + expf(-g));
-    if (activation == GELU)
-        return 0.5f * g * (1 + erff(g * 0.70710678118654752f));
-    return 0.5f * g * (1 + tanhf(0.79788456080286536f * (g + 0.044715f * g * g * g)));
 }
 
 /* x [num_tokens, width rounded up to UNIT, zeros behind width], out [num_tokens, num_rows]: out = x rows^T. Strides in floats. */

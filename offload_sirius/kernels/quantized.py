@@ -27,27 +27,38 @@ REFERENCE_ROWS = 256
 """Rows that the reference holds in float32 at once."""
 
 
-def quantized_linear(x: Tensor, rows: QuantizedRows, ids: Tensor | None = None) -> Tensor:
-    """y = x rows^T: x [S, D] of any float type -> float32 [S, N]. ids: int64 [N], contiguous; None takes all rows."""
+def quantized_linear(x: Tensor, rows: QuantizedRows, ids: Tensor | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
+    """y = x rows^T: x [S, D] of any float type -> [S, N]. ids: int64 [N], contiguous; None takes all rows.
+
+    dtype: what sums, which are float32, are rounded to.
+    """
     if _on_gpu(x):
         from offload_sirius.kernels import quantized_gpu
 
-        return quantized_gpu.linear(_contiguous(x), rows, ids)
-    return cpu.linear(x, rows, ids) if _by_library(x) else linear_reference(x, rows, ids)
+        return quantized_gpu.linear(_contiguous(x), rows, ids).to(dtype)
+    return cpu.linear(x, rows, ids, dtype) if _by_library(x) else linear_reference(x, rows, ids).to(dtype)
 
 
 def quantized_gate_up(
-    x: Tensor, gate: QuantizedRows, up: QuantizedRows, activation: Activation, ids: Tensor | None = None
+    x: Tensor,
+    gate: QuantizedRows,
+    up: QuantizedRows,
+    activation: Activation,
+    ids: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """z = activation(x gate^T) * (x up^T): x [S, D] of any float type -> float32 [S, N]. ids: int64 [N], contiguous, of both."""
+    """z = activation(x gate^T) * (x up^T): x [S, D] of any float type -> [S, N]. ids: int64 [N], contiguous, of both.
+
+    dtype: what z, computed in float32, is rounded to.
+    """
     if _on_gpu(x):
         assert gate.form == up.form, (gate.form, up.form)
         from offload_sirius.kernels import quantized_gpu
 
-        return quantized_gpu.gate_up(_contiguous(x), gate, up, activation, ids)
+        return quantized_gpu.gate_up(_contiguous(x), gate, up, activation, ids).to(dtype)
     if _by_library(x):
-        return cpu.gate_up(x, gate, up, activation, ids)
-    return gate_up_reference(x, gate, up, activation, ids)
+        return cpu.gate_up(x, gate, up, activation, ids, dtype)
+    return gate_up_reference(x, gate, up, activation, ids).to(dtype)
 
 
 def quantized_down(z: Tensor, rows: QuantizedRows, ids: Tensor | None = None) -> Tensor:

@@ -78,6 +78,12 @@ INLINE void shape_tiles(int num_rows, int num_columns) {
 
 /* ---- numbers become bfloat16 ---- */
 
+/* Ask for bytes that will be read after more others than the nearest cache holds. */
+INLINE void fetch_far_ahead(int kind, const char *row, int64_t first, int64_t end) {
+    for (int64_t at = place_of(kind, first); at < place_of(kind, end); at += LINE)
+        __builtin_prefetch(row + at, 0, 2);
+}
+
 /* UNIT integers of a row as bfloat16, or its weights where they are that. table: of the group's zero, for int4. */
 INLINE __m512i integers_at(int kind, const char *row, int64_t column, const uint16_t *table) {
     const char *from = row + place_of(kind, column);
@@ -268,12 +274,18 @@ INLINE void dot_piece(int kind, int group_log2, const struct matrix *m, int64_t 
     memset(totals, 0, x->num_tiles * piece * sizeof(float));
     for (int64_t first = 0; first < width; first += SPAN) {
         const int64_t end = smaller(first + SPAN, width);
+        const int as_they_lie = kind == BFLOAT16 && !m->ids && row + PIECE_ROWS <= m->num_rows && first + SPAN <= width;
         struct rows w = {decoded[0][0][0], decoded[1][0][0], LINE, TILE_NBYTES};
+        if (as_they_lie)
+            w = (struct rows){at[0] + 2 * first, at[TILE] + 2 * first, m->stride, LINE};
         for (int r = 0; r < PIECE_ROWS; r++) {
             const uint16_t *row_scales = (const uint16_t *)(at[r] + scales_at);
             const uint8_t *row_zeros = (const uint8_t *)at[r] + zeros_at;
             char *out = decoded[r / TILE][0][r % TILE];
-            fetch_ahead(kind, next[r], first, first + SPAN);
+            fetch_ahead(kind, at[r], first + 2 * SPAN, first + 3 * SPAN);
+            fetch_far_ahead(kind, next[r], first, first + SPAN);
+            if (as_they_lie)
+                continue;
             if (first + SPAN <= width)
                 decode_span(kind, group_log2, at[r], first, first + SPAN, first + SPAN, row_scales, row_zeros, out, halves[0] + r);
             else
@@ -307,10 +319,49 @@ static void dot_piece_of(const struct matrix *m, int64_t row, const struct token
 
 INLINE int64_t tiles_of(int64_t num_tokens) { return (num_tokens + TILE - 1) / TILE; }
 
-/* x [num_tokens, width], float32 or bfloat16, x_stride in bytes -> out [num_tokens, num_rows], float32, out_stride in floats:
-   out = x rows^T. packed: 64-aligned, as many bytes as operand_nbytes in cpu.py says. */
-void offload_sirius_tiles_linear(const struct matrix *m, const char *x, int x_kind, int64_t x_stride, int64_t num_tokens,
-                                 char *packed, float *out, int64_t out_stride, int num_threads) {
+/* number i of a row that is float32 or bfloat16, the nearest one. */
+INLINE void put(int kind, char *row, int64_t i, float number) {
+    if (kind == FLOAT32)
+        ((float *)row)[i] = number;
+    else
+        ((uint16_t *)row)[i] = ((__v8hu)(_mm_cvtneps_pbh(_mm_set_ps1(number))))[0];
+}
+
+/* e to the x, within two units of the last place; none of it overflows to what is no number. */
+INLINE __m512 exponential(__m512 x) {
+    static const float LOG2_E = 1.44269504f, LN2_HIGH = 0.693359375f, LN2_LOW = -2.12194440e-4f;
+    static const float COEFFICIENTS[] = {1.9875691500e-4f, 1.3981999507e-3f, 8.3334519073e-3f,
+                                         4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f}; /* of Cephes' expf */
+    x = _mm512_max_ps(_mm512_min_ps(x, _mm512_set1_ps(88.0f)), _mm512_set1_ps(-104.0f));
+    __m512 power = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(LOG2_E)), 0), sum = _mm512_set1_ps(COEFFICIENTS[0]);
+    x = _mm512_fnmadd_ps(power, _mm512_set1_ps(LN2_HIGH), x);
+    x = _mm512_fnmadd_ps(power, _mm512_set1_ps(LN2_LOW), x);
+    for (int i = 1; i < 6; i++)
+        sum = _mm512_fmadd_ps(sum, x, _mm512_set1_ps(COEFFICIENTS[i]));
+    sum = _mm512_fmadd_ps(_mm512_mul_ps(x, x), sum, _mm512_add_ps(x, _mm512_set1_ps(1.0f)));
+    return _mm512_scalef_ps(sum, power);
+}
+
+/* gates = activation(gates) * ups */
+static void activate(int activation, int64_t count, float *gates, const float *ups) {
+    for (int64_t i = 0; i < count; i += 16) {
+        __m512 gate = _mm512_load_ps(gates + i);
+        if (activation == SILU) {
+            __m512 one = _mm512_set1_ps(1.0f);
+            gate = _mm512_div_ps(gate, _mm512_add_ps(one, exponential(_mm512_sub_ps(_mm512_setzero_ps(), gate))));
+        } else {
+            for (int lane = 0; lane < 16; lane++)
+                gates[i + lane] = activated(activation, gates[i + lane]);
+            gate = _mm512_load_ps(gates + i);
+        }
+        _mm512_store_ps(gates + i, _mm512_mul_ps(gate, _mm512_load_ps(ups + i)));
+    }
+}
+
+/* x [num_tokens, width] -> out [num_tokens, num_rows], each float32 or bfloat16, strides in bytes: out = x rows^T, or with a second
+   matrix of as many rows, out = activation(x rows^T) * (x up^T). packed: aligned to LINE, as long as _operand in cpu.py says. */
+INLINE void product(const struct matrix *m, const struct matrix *up, int activation, const char *x, int x_kind, int64_t x_stride,
+                    int64_t num_tokens, char *packed, char *out, int out_kind, int64_t out_stride, int num_threads) {
     const int64_t num_pieces = (m->num_rows + PIECE_ROWS - 1) / PIECE_ROWS, num_steps = (m->width + UNIT - 1) / UNIT;
     const int64_t piece = piece_of(num_pieces, num_threads);
     struct tokens to = {.packed = packed, .num_parts = x_kind == BFLOAT16 ? 1 : MAX_PARTS};
@@ -328,20 +379,34 @@ void offload_sirius_tiles_linear(const struct matrix *m, const char *x, int x_ki
             const int64_t row = p * PIECE_ROWS, count = smaller(PIECE_ROWS, m->num_rows - row);
             for (int64_t tile = 0; tile < to.num_tiles; tile += MAX_TILES) {
                 float totals[MAX_TILES * PIECE_ROWS * TILE] __attribute__((aligned(64)));
+                float ups[MAX_TILES * PIECE_ROWS * TILE] __attribute__((aligned(64)));
                 struct tokens some = to;
                 some.packed += tile * to.tile_nbytes;
                 some.num_tiles = smaller(MAX_TILES, to.num_tiles - tile);
                 dot_piece_of(m, row, &some, totals);
-                if (num_tokens == 1)
-                    memcpy(out + row, totals, count * sizeof(float));
-                else
-                    for (int64_t t = tile * TILE; t < smaller(num_tokens, (tile + MAX_TILES) * TILE); t++)
-                        for (int64_t r = 0; r < count; r++)
-                            out[t * out_stride + row + r] = totals[((t / TILE - tile) * PIECE_ROWS + r) * TILE + t % TILE];
+                if (up) {
+                    dot_piece_of(up, row, &some, ups);
+                    activate(activation, some.num_tiles * PIECE_ROWS * (num_tokens == 1 ? 1 : TILE), totals, ups);
+                }
+                for (int64_t t = tile * TILE; t < smaller(num_tokens, (tile + MAX_TILES) * TILE); t++)
+                    for (int64_t r = 0; r < count; r++)
+                        put(out_kind, out + t * out_stride, row + r,
+                            totals[num_tokens == 1 ? r : ((t / TILE - tile) * PIECE_ROWS + r) * TILE + t % TILE]);
             }
         }
         _tile_release();
     }
+}
+
+void offload_sirius_tiles_linear(const struct matrix *m, const char *x, int x_kind, int64_t x_stride, int64_t num_tokens,
+                                 char *packed, char *out, int out_kind, int64_t out_stride, int num_threads) {
+    product(m, NULL, SILU, x, x_kind, x_stride, num_tokens, packed, out, out_kind, out_stride, num_threads);
+}
+
+void offload_sirius_tiles_gate_up(const struct matrix *gate, const struct matrix *up, int activation, const char *x, int x_kind,
+                                  int64_t x_stride, int64_t num_tokens, char *packed, char *out, int out_kind, int64_t out_stride,
+                                  int num_threads) {
+    product(gate, up, activation, x, x_kind, x_stride, num_tokens, packed, out, out_kind, out_stride, num_threads);
 }
 
 /* ---- sums of rows ---- */
@@ -404,8 +469,8 @@ INLINE void decode_block(int kind, int64_t num_steps, int64_t column, int64_t nu
     for (int64_t step = 0; step < num_steps; step++)
         for (int64_t pair = 0; pair < TILE; pair++) {
             const int64_t j = step * UNIT + pair;
-            fetch_ahead(kind, b->next[j], column, column + num_units * UNIT);
-            fetch_ahead(kind, b->next[j + TILE], column, column + num_units * UNIT);
+            fetch_far_ahead(kind, b->next[j], column, column + num_units * UNIT);
+            fetch_far_ahead(kind, b->next[j + TILE], column, column + num_units * UNIT);
 #pragma GCC unroll 4
             for (int64_t unit = 0; unit < num_units; unit++) {
                 const int64_t c = column + unit * UNIT;

@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from offload_sirius.errors import ConfigError
-from offload_sirius.kernels.matrix import project
+from offload_sirius.kernels import cpu
+from offload_sirius.kernels.matrix import gated, project
 from offload_sirius.model.costs import scored_slots
 from offload_sirius.model.kv_rows import KVRows, QuantizedRows
 from offload_sirius.model.source import NeuronWeights
@@ -40,6 +41,10 @@ _ACTIVATIONS: dict[str, Activation] = {
     "gelu_pytorch_tanh": _gelu_tanh,
 }
 """The common ones, so that only a rare model pays the second that importing transformers takes."""
+
+
+_FUSED: dict[Activation, cpu.Activation] = {functional.silu: "silu", functional.gelu: "gelu", _gelu_tanh: "gelu_tanh"}
+"""What the room of kernels calls those that it computes between two products."""
 
 
 def activation_named(name: str) -> Activation:
@@ -65,6 +70,10 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def gated_activations(x: Tensor, neurons: NeuronWeights, activation: Activation) -> Tensor:
     """What each neuron says of each token: z = activation(x gate^T) * (x up^T). [S, D] -> [S, N]"""
+    if name := _FUSED.get(activation):
+        z = gated(x, neurons.gate, neurons.up, name)
+        if z is not None:
+            return z
     return activation(project(x, neurons.gate)).mul_(project(x, neurons.up))
 
 

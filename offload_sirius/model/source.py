@@ -9,7 +9,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from offload_sirius.kernels.matrix import Matrix
+from offload_sirius.kernels.matrix import Matrix, Stack
 
 
 class AttentionWeights(Protocol):
@@ -20,7 +20,7 @@ class AttentionWeights(Protocol):
         """[D]"""
 
     @property
-    def qkv(self) -> Matrix:
+    def qkv(self) -> Stack:
         """[(H + 2K)E, D]: the rows of q, then k, then v."""
 
     @property

@@ -11,7 +11,7 @@ number, a threshold may decide: each neuron with |g| (its mean over several toke
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -28,21 +28,35 @@ CALIBRATION_ROWS = 64
 """Tokens of a chunk whose gates are looked at for a threshold: enough for one number of each layer."""
 
 
-Rows = Callable[[Tensor], Matrix]
-"""Bytes of rows -> the matrix that they are."""
+class Reader(Protocol):
+    """Reads records of one layer's neurons, wherever they are."""
+
+    def up(self, records: Tensor) -> Matrix:
+        """[M, ...] -> [M, D]"""
+
+    def down(self, records: Tensor) -> Matrix:
+        """[M, ...] -> [M, D]"""
+
+
+class ReadNeurons(NeuronWeights, Protocol):
+    """Neurons of a layer, and how others of it are read."""
+
+    @property
+    def reader(self) -> Reader:
+        """Of this layer; while it is not released."""
 
 
 class Fetched(Protocol):
     """Records that have been sent for."""
 
     def wait(self) -> Tensor:
-        """[M, 2, R], R numbers or bytes a row, once they are there."""
+        """[M, 2, R], R numbers or bytes a row, or bytes of records [M, R], once they are there."""
 
 
 class FetchingSource(Protocol):
     """What fine sparsity needs of a weight source."""
 
-    def neurons(self, layer: int) -> NeuronWeights:
+    def neurons(self, layer: int) -> ReadNeurons:
         """See WeightSource. In a draft step only the gates have to be there."""
 
     def has_records(self, layer: int) -> bool:
@@ -88,11 +102,10 @@ class Cats:
         num_kept: int,
         *,
         caches: Mapping[int, RecordCache],
-        rows: Rows,
         thresholds: Tensor | None = None,
         calibrate: bool = False,
     ) -> None:
-        """num_kept: N of each layer, below F. caches: layer -> its cache, for layers that have one. rows: reads records.
+        """num_kept: N of each layer, below F. caches: layer -> its cache, for layers that have one.
 
         thresholds: float32 [L], None where the N largest are kept; calibrate: they are taken from each prompt.
         """
@@ -102,7 +115,6 @@ class Cats:
         self.keep_share = num_kept / spec.ffn_width
         self.source = source
         self.caches = caches
-        self.rows = rows
         self.thresholds = thresholds
         self.activation = activation_named(spec.activation)
         self.counts = FetchCounts()
@@ -143,14 +155,14 @@ class SelectingFeedForward:
             needed = cats.needed(layer, gates)
             if whole:
                 return combine(gates.mul_(needed).mul_(project(x, neurons.up)), neurons.down)
-            return self._fetched(layer, x, gates, needed)
+            return self._fetched(layer, neurons.reader, x, gates, needed)
 
         return compute
 
     def close(self, layer: int) -> None:
         """See FeedForward."""
 
-    def _fetched(self, layer: int, x: Tensor, gates: Tensor, needed: Tensor) -> Tensor:
+    def _fetched(self, layer: int, reader: Reader, x: Tensor, gates: Tensor, needed: Tensor) -> Tensor:
         """x [C, D], gates [C, F], needed bool [F] -> [C, D]. Waits for the link; computes on cached records meanwhile."""
         cats, cache = self._cats, self._cats.caches.get(layer)
         missing = needed.nonzero().squeeze(1) if cache is None else cache.missing(needed)  # [M]
@@ -161,18 +173,18 @@ class SelectingFeedForward:
         if cache is not None:
             held, records = cache.held()  # [c], [c, 2, R]
             # Neurons in the cache that this token does not need are silenced: gathering the others would cost as much.
-            y += self._say(x, gates[:, held] * needed[held], records)
+            y += _say(reader, x, gates[:, held] * needed[held], records)
         if fetched is not None:
             records = fetched.wait()  # [M, 2, R]
-            y += self._say(x, gates[:, missing], records)
+            y += _say(reader, x, gates[:, missing], records)
             if cache is not None:
                 cache.insert(missing, records)
         return y
 
-    def _say(self, x: Tensor, gates: Tensor, records: Tensor) -> Tensor:
-        """x [C, D], gates [C, M] and up and down records [M, 2, R] -> what these neurons add, [C, D]."""
-        up, down = self._cats.rows(records[:, 0]), self._cats.rows(records[:, 1])
-        return combine(gates * project(x, up), down)
+
+def _say(reader: Reader, x: Tensor, gates: Tensor, records: Tensor) -> Tensor:
+    """x [C, D], gates [C, M] and up and down records [M, ...] -> what these neurons add, [C, D]."""
+    return combine(gates * project(x, reader.up(records)), reader.down(records))
 
 
 class CalibratingFeedForward:

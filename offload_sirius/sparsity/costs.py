@@ -49,7 +49,8 @@ def sparsity_nbytes(spec: ModelSpec, decoding: DecodingConfig, element_nbytes: i
             + 8  # neurons by place, as int64
             + (4 if decoding.with_prior else 0)  # what earlier runs say, in float32
         )
-        return spec.num_layers * spec.ffn_width * neuron_nbytes
+        numbers = 0 if decoding.draft_format is None else 8 * spec.ffn_width  # of all neurons, once
+        return spec.num_layers * spec.ffn_width * neuron_nbytes + numbers
     if decoding.sparsity == "griffin":
         return spec.num_layers * spec.ffn_width * (4 + element_nbytes)
     return spec.num_layers * 4 if decoding.cats_threshold is not None else 0

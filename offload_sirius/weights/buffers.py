@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from math import prod
@@ -11,9 +11,11 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from offload_sirius.kernels.matrix import Matrix
+from offload_sirius.blocks import BlockFormat
+from offload_sirius.kernels.blocks import BlockRows, NeuronRows
+from offload_sirius.kernels.matrix import Matrix, Stack
 from offload_sirius.kernels.packed import QuantizedRows
-from offload_sirius.weights.layout import FieldName, LayerLayout, Part, qkv_rows
+from offload_sirius.weights.layout import NUMBER_NBYTES, FieldName, LayerLayout, Part, RecordForm, distinct, qkv_rows
 from offload_sirius_loaders.spec import ModelSpec, Role
 
 TRANSPOSE_ROWS = 256
@@ -30,15 +32,51 @@ def as_they_are(rows: Tensor) -> Matrix:
 
 
 @dataclass(frozen=True)
+class RecordReader:
+    """Gate rows and records of a layer's neurons, wherever they lie, as matrices."""
+
+    gate: Rows = as_they_are
+    """Reads gate rows, [N, R] -> [N, D]."""
+    rows: Rows = as_they_are
+    """Reads up rows and down columns where those are alike."""
+    record: RecordForm | None = None
+    """None where they are."""
+    dtype: torch.dtype = torch.float32
+    """Of what is plain in a record that is bytes."""
+    table: Tensor | None = None
+    """Of the layer's down projection, where that is blocks."""
+
+    def up(self, records: Tensor) -> Matrix:
+        """[N, 2, R] or [N, R] -> [N, D]"""
+        if self.record is None:
+            return self.rows(records[:, 0])
+        part = records[:, slice(*self.record.up_range)]
+        return part.view(self.dtype) if self.record.up is None else BlockRows(part, self.record.width, self.record.up)
+
+    def down(self, records: Tensor) -> Matrix:
+        """[N, 2, R] or [N, R] -> [N, D]"""
+        if self.record is None:
+            return self.rows(records[:, 1])
+        part = records[:, slice(*self.record.down_range)]
+        if self.record.down is None:
+            return part.view(self.dtype)
+        assert self.table is not None
+        numbers = records[:, :NUMBER_NBYTES].view(torch.int32)[:, 0]
+        return NeuronRows(numbers, part, self.table, self.record.width, self.record.down)
+
+
+PLAIN_READER = RecordReader()
+
+
+@dataclass(frozen=True)
 class KeptNeurons:
     """Some neurons of a layer, gathered. Satisfies the model's NeuronWeights."""
 
     gate_records: Tensor
     """[N, R]: R numbers a row, or bytes where rows are quantised."""
     up_down: Tensor
-    """[N, 2, R]"""
-    rows: Rows = as_they_are
-    """Reads them."""
+    """[N, 2, R], or bytes of records [N, R]"""
+    reader: RecordReader = PLAIN_READER
 
     @property
     def nbytes(self) -> int:
@@ -48,17 +86,21 @@ class KeptNeurons:
     @property
     def gate(self) -> Matrix:
         """[N, D]"""
-        return self.rows(self.gate_records)
+        return self.reader.gate(self.gate_records)
 
     @property
     def up(self) -> Matrix:
         """[N, D]"""
-        return self.rows(self.up_down[:, 0])
+        return self.reader.up(self.up_down)
 
     @property
     def down(self) -> Matrix:
         """[N, D]"""
-        return self.rows(self.up_down[:, 1])
+        return self.reader.down(self.up_down)
+
+    def read_by(self, reader: RecordReader) -> KeptNeurons:
+        """The same, of the layer that the reader is of."""
+        return KeptNeurons(self.gate_records, self.up_down, reader)
 
 
 class LayerBuffer:
@@ -75,7 +117,7 @@ class LayerBuffer:
         self.parts: dict[Part, Tensor] = {part: storage[slice(*layout.part_range(part))] for part in get_args(Part)}
         fields = {name: _field(storage, layout, name, dtype) for name in layout.fields}
         self.input_norm = fields["input_norm"]
-        self.qkv = rows_of(layout, "qkv")(fields["qkv"])
+        self.qkv = _joined(layout, fields)
         self.qkv_bias = fields.get("qkv_bias")
         self.q_norm = fields.get("q_norm")
         self.k_norm = fields.get("k_norm")
@@ -84,19 +126,32 @@ class LayerBuffer:
         self.post_norm = fields["post_norm"]
         self.gate_records = fields["gate"]
         self.up_down = fields["up_down"]
-        self.rows = rows_of(layout, "gate")
-        self.gate = self.rows(self.gate_records)
-        self.up = self.rows(self.up_down[:, 0])
-        self.down = self.rows(self.up_down[:, 1])
-        self.kept = KeptNeurons(fields["kept_gate"], fields["kept_up_down"], self.rows) if layout.kept_nbytes else None
+        self.reader = reader_of(layout, dtype, fields.get("down_table"))
+        self.gate = self.reader.gate(self.gate_records)
+        self.up = self.reader.up(self.up_down)
+        self.down = self.reader.down(self.up_down)
+        self.kept = KeptNeurons(fields["kept_gate"], fields["kept_up_down"], self.reader) if layout.kept_nbytes else None
         self._spec = spec
+        self.frees_attention = layout.frees_attention
+        self._layout = layout
+        self._by_layout = {id(each): LayerBuffer(storage[: each.nbytes], spec, each, dtype) for each in distinct(layout.by_layer)}
+
+    def of_layer(self, layer: int) -> LayerBuffer:
+        """The same place as that layer has it: itself, unless layers differ and it is for any of them."""
+        return self.of_layout(self._layout.layer(layer))
+
+    def of_layout(self, layout: LayerLayout) -> LayerBuffer:
+        """The same, as that layout, its own or of one of its layers, has it."""
+        return self._by_layout.get(id(layout), self)
 
     def role(self, role: Role) -> Matrix:
         """The place of a checkpoint's tensor, in the shape that the checkpoint has it: down is [D, F], a transposed view.
 
-        Where rows are quantised, down is [F, D]: a neuron's numbers are quantised together.
+        Where rows are quantised or blocks, down is [F, D]: a neuron's numbers are together.
         """
         if role in ("q", "k", "v"):
+            if isinstance(self.qkv, tuple):
+                return self.qkv[("q", "k", "v").index(role)]
             return self.qkv[slice(*qkv_rows(self._spec, role))]
         if role in ("q_bias", "k_bias", "v_bias"):
             assert self.qkv_bias is not None
@@ -105,30 +160,48 @@ class LayerBuffer:
             return self.down.t() if isinstance(self.down, Tensor) else self.down
         renamed = {"o": "output", "o_bias": "output_bias"}.get(role, role)
         view = getattr(self, renamed)
-        assert isinstance(view, Tensor | QuantizedRows)
+        assert isinstance(view, Tensor | QuantizedRows | BlockRows)
         return view
+
+
+def _joined(layout: LayerLayout, fields: Mapping[FieldName, Tensor]) -> Stack:
+    """Queries, keys and values."""
+    if "qkv" in fields:
+        return rows_of(layout, "qkv")(fields["qkv"])
+    names: tuple[FieldName, ...] = ("q", "k", "v")
+    return tuple(rows_of(layout, name)(fields[name]) for name in names)
 
 
 def rows_of(layout: LayerLayout, name: FieldName) -> Rows:
     """How rows of a field are read."""
-    num_columns = layout.fields[name].num_columns
-    if num_columns is None or layout.format is None:
+    form, num_columns = layout.fields[name].form, layout.fields[name].num_columns
+    if form is None or num_columns is None:
         return as_they_are
-    return partial(QuantizedRows, width=num_columns, form=layout.format)
+    if isinstance(form, BlockFormat):
+        return partial(BlockRows, width=num_columns, form=form)
+    return partial(QuantizedRows, width=num_columns, form=form)
+
+
+def reader_of(layout: LayerLayout, dtype: torch.dtype, table: Tensor | None = None) -> RecordReader:
+    """How neurons are read. table: of the down projection, where that has one and the layer is known."""
+    return RecordReader(rows_of(layout, "gate"), rows_of(layout, "up_down"), layout.record, dtype, table)
 
 
 def kept_neurons(storage: Tensor, layout: LayerLayout, dtype: torch.dtype) -> KeptNeurons:
-    """Kept neurons that lie in bytes of their own. storage: uint8 [layout.kept_nbytes], contiguous, on any device."""
+    """Kept neurons that lie in bytes of their own, of any layer: `read_by` says of which.
+
+    storage: uint8 [layout.kept_nbytes], contiguous, on any device.
+    """
     start, _ = layout.part_range("kept")
     names: tuple[FieldName, FieldName] = ("kept_gate", "kept_up_down")
     gate, up_down = (_field(storage, layout, name, dtype, start) for name in names)
-    return KeptNeurons(gate, up_down, rows_of(layout, "kept_gate"))
+    return KeptNeurons(gate, up_down, reader_of(layout, dtype))
 
 
 def _field(storage: Tensor, layout: LayerLayout, name: FieldName, dtype: torch.dtype, start: int = 0) -> Tensor:
     """start: byte of the layer with which the storage begins."""
     field = layout.fields[name]
-    held_as = dtype if field.num_columns is None else torch.uint8
+    held_as = torch.uint8 if field.is_bytes else dtype
     offset, nbytes = field.offset - start, prod(field.shape) * held_as.itemsize
     return storage[offset : offset + nbytes].view(held_as).view(field.shape)
 

@@ -207,9 +207,7 @@ def layer_jobs(checkpoint: Checkpoint, layer: int, part: Part, buffer: LayerBuff
     jobs: list[Job] = []
     roles: list[Role] = [role for role in checkpoint.spec.layer_roles() if part_of(role) == part]
     for role in roles:
-        place = buffer.role(role)
-        assert isinstance(place, Tensor), role
-        jobs += tensor_jobs(checkpoint.tensors[layer, role], place)
+        jobs += tensor_jobs(checkpoint.tensors[layer, role], buffer.role(role))
     return jobs
 
 

@@ -74,6 +74,7 @@ def make_copy_plan(spec: ModelSpec, layout: LayerLayout, demand: Demand, budgets
         num_readers=host.num_readers,
         embedding_place=host.embedding_place,
         layer_nbytes=layout.nbytes,
+        pass_nbytes=spec.num_layers * layout.nbytes,
         hot=HotPlan(
             layers=layers,
             num_hot=num_copied,

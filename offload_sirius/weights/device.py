@@ -5,14 +5,15 @@ Knows neither where bytes come from nor which layer is in which slot.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from math import prod
 
 import torch
 from torch import Tensor
 
-from offload_sirius.kernels.matrix import Matrix
+from offload_sirius.kernels.blocks import BlockRows
 from offload_sirius.kernels.packed import QuantizedRows
 from offload_sirius.quantization import WeightFormat
 from offload_sirius.weights.buffers import LayerBuffer, kept_neurons
@@ -20,10 +21,13 @@ from offload_sirius.weights.copy_plan import copy_layout
 from offload_sirius.weights.host import allocate_bytes
 from offload_sirius.weights.hot_plan import hot_layouts
 from offload_sirius.weights.hotset import HotSlot, whole_slot
-from offload_sirius.weights.layout import Cargo, LayerLayout
+from offload_sirius.weights.layout import Cargo, LayerLayout, distinct
 from offload_sirius.weights.neuron_cache import NeuronCache
-from offload_sirius.weights.plan import Plan
+from offload_sirius.weights.plan import HeadFormat, Plan
 from offload_sirius_loaders.spec import ModelSpec
+
+Head = Tensor | QuantizedRows | BlockRows
+"""[V, D]"""
 
 
 class DeviceStore:
@@ -36,25 +40,25 @@ class DeviceStore:
         layout: LayerLayout,
         dtype: torch.dtype,
         device: torch.device,
-        head_format: WeightFormat | None = None,
+        head_format: HeadFormat = None,
     ) -> None:
         """head_format: None for a head of plain numbers. Raises BudgetError when the device's memory runs out."""
         self.device = device
         self.head = _head(spec, head_format, dtype=dtype, device=device)
         self.final_norm = _matrix(spec.width, dtype=dtype, device=device)
 
-        def layer_buffer() -> LayerBuffer:
-            return LayerBuffer(allocate_bytes(layout.nbytes, device, "device"), spec, layout, dtype)
+        def layer_buffer(own: LayerLayout) -> LayerBuffer:
+            return LayerBuffer(allocate_bytes(own.nbytes, device, "device"), spec, own, dtype)
 
-        def cached_records() -> Tensor:
-            field = layout.fields["up_down"]
-            held_as = dtype if field.num_columns is None else torch.uint8
+        def cached_records(layer: int) -> Tensor:
+            field = layout.layer(layer).fields["up_down"]
+            held_as = torch.uint8 if field.is_bytes else dtype
             return _matrix(plan.num_cached_neurons, *field.shape[1:], dtype=held_as, device=device)
 
-        self.residents = {layer: layer_buffer() for layer in plan.resident_layers}
-        self.slots = [layer_buffer() for _ in range(plan.num_slots)]
+        self.residents = {layer: layer_buffer(layout.layer(layer)) for layer in plan.resident_layers}
+        self.slots = [layer_buffer(layout) for _ in range(plan.num_slots)]
         self.caches = {
-            layer: NeuronCache(cached_records(), spec.ffn_width) for layer in plan.streamed_layers if plan.num_cached_neurons
+            layer: NeuronCache(cached_records(layer), spec.ffn_width) for layer in plan.streamed_layers if plan.num_cached_neurons
         }
         """Streamed layer -> records of neurons that its last tokens needed."""
 
@@ -76,7 +80,7 @@ class HotDeviceStore:
         layout: LayerLayout,
         dtype: torch.dtype,
         device: torch.device,
-        head_format: WeightFormat | None = None,
+        head_format: HeadFormat = None,
     ) -> None:
         """See DeviceStore."""
         assert plan.hot is not None
@@ -88,8 +92,8 @@ class HotDeviceStore:
         self.residents: dict[int, LayerBuffer] = {}
         """Layers that are resident as a whole: none."""
         self.layers = {
-            layer: LayerBuffer(allocate_bytes(layouts.resident.nbytes, device, "device"), hot_spec, layouts.resident, dtype)
-            for layer in hot.layers
+            layer: LayerBuffer(allocate_bytes(own.nbytes, device, "device"), hot_spec, own, dtype)
+            for layer, own in ((layer, layouts.resident.layer(layer)) for layer in hot.layers)
         }
         """Attention block and hot neurons of every hot layer."""
         self._slot_memory = allocate_bytes(plan.device_bill["slots"], device, "device")
@@ -99,7 +103,11 @@ class HotDeviceStore:
 
         def neuron_slots(cargo: Cargo, count: int, slot_layout: LayerLayout) -> list[HotSlot]:
             all_places = places(count, slot_layout.kept_nbytes)
-            return [HotSlot({cargo: kept_neurons(place, slot_layout, dtype)}) for place in all_places]
+
+            def slot(place: Tensor, own: LayerLayout) -> HotSlot:
+                return HotSlot({cargo: kept_neurons(place[: own.kept_nbytes], own, dtype)})
+
+            return [_of_layers(slot_layout, partial(slot, place)) for place in all_places]
 
         self.slots: dict[Cargo, Sequence[HotSlot]]
         """Cargo of a pass -> slots for it, in the same memory."""
@@ -110,7 +118,11 @@ class HotDeviceStore:
             }
         else:
             buffers = [LayerBuffer(place, spec, layout, dtype) for place in places(plan.num_slots, layout.nbytes)]
-            whole = [whole_slot(buffer, hot.num_hot) for buffer in buffers]
+
+            def whole_slot_of(buffer: LayerBuffer, own: LayerLayout) -> HotSlot:
+                return whole_slot(buffer.of_layout(own), hot.num_hot)
+
+            whole = [_of_layers(layout, partial(whole_slot_of, buffer)) for buffer in buffers]
             self.slots = {"records": whole, "hot": whole, "cold": whole}
 
     @property
@@ -130,7 +142,7 @@ class CopyDeviceStore:
         layout: LayerLayout,
         dtype: torch.dtype,
         device: torch.device,
-        head_format: WeightFormat | None = None,
+        head_format: HeadFormat = None,
     ) -> None:
         """See DeviceStore."""
         assert plan.hot is not None
@@ -161,20 +173,20 @@ class CopyDeviceStore:
 AnyDeviceStore = DeviceStore | HotDeviceStore | CopyDeviceStore
 
 
-def store_for(plan: Plan) -> type[DeviceStore] | type[HotDeviceStore] | type[CopyDeviceStore]:
-    """The kind of store that the plan fills."""
-    if plan.hot is None:
-        return DeviceStore
-    return HotDeviceStore if plan.hot.draft_format is None else CopyDeviceStore
+def _of_layers(layout: LayerLayout, slot: Callable[[LayerLayout], HotSlot]) -> HotSlot:
+    """A slot as it is cut by a layout, and, where layers differ, by that of each layer."""
+    others = {id(each): slot(each) for each in distinct(layout.by_layer)}
+    return replace(slot(layout), by_layer=tuple(others[id(each)] for each in layout.by_layer))
 
 
-def _head(spec: ModelSpec, head_format: WeightFormat | None, *, dtype: torch.dtype, device: torch.device) -> Matrix:
+def _head(spec: ModelSpec, head_format: HeadFormat, *, dtype: torch.dtype, device: torch.device) -> Head:
     """Room for the head, [V, D]."""
     if head_format is None:
         return _matrix(spec.vocab_size, spec.width, dtype=dtype, device=device)
-    row_nbytes = head_format.row_nbytes(spec.width)
-    rows = _matrix(spec.vocab_size, row_nbytes, dtype=torch.uint8, device=device)
-    return QuantizedRows(rows, spec.width, head_format)
+    rows = _matrix(spec.vocab_size, head_format.row_nbytes(spec.width), dtype=torch.uint8, device=device)
+    if isinstance(head_format, WeightFormat):
+        return QuantizedRows(rows, spec.width, head_format)
+    return BlockRows(rows, spec.width, head_format)
 
 
 def _matrix(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:

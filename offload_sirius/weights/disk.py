@@ -23,6 +23,10 @@ import torch
 from torch import Tensor
 
 from offload_sirius.errors import WeightReadError
+from offload_sirius.kernels.block_products import write_outputs
+from offload_sirius.kernels.blocks import BlockRows, NeuronRows
+from offload_sirius.kernels.matrix import Matrix
+from offload_sirius.kernels.packed import QuantizedRows
 from offload_sirius.weights.buffers import write_rows
 from offload_sirius.weights.depth import DepthTuner
 from offload_sirius.weights.layout import align
@@ -40,15 +44,18 @@ class Job:
     """A piece and where it goes."""
 
     piece: Piece
-    place: Tensor
-    """As buffers.write_rows takes it."""
+    place: Tensor | NeuronRows
+    """As buffers.write_rows takes it; or neurons among which the rows of a down projection in blocks are spread."""
     row: int
     """Row of the place at which the piece starts."""
 
 
-def tensor_jobs(info: TensorInfo, place: Tensor) -> list[Job]:
+def tensor_jobs(info: TensorInfo, place: Matrix) -> list[Job]:
     """Everything there is to read of a tensor. place: all of the tensor's rows."""
-    stored = place.t() if info.transposed else place
+    assert not isinstance(place, QuantizedRows), info.name
+    if isinstance(place, BlockRows):
+        place = place.rows
+    stored = place.t() if isinstance(place, Tensor) and info.transposed else place
     return [Job(piece, stored, piece.first_row) for piece in pieces_of(info)]
 
 
@@ -346,4 +353,7 @@ class ReaderPool:
         rows = torch.from_numpy(self._checkpoint.decode(piece.info, raw, piece.first_row, piece.num_rows))
         if piece.info.element == "BF16":
             rows = rows.view(torch.bfloat16)
+        if isinstance(job.place, NeuronRows):
+            write_outputs(job.place, job.row, rows)
+            return
         write_rows(job.place, job.row, rows, scratch)

@@ -120,6 +120,8 @@ def copy_layer(layer: LayerBuffer, copy: LayerBuffer, on_weights: Callable[[int]
         vector, place = getattr(layer, name), getattr(copy, name)
         if vector is not None:
             place.copy_(vector)
+    assert not isinstance(layer.qkv, tuple), "layers in blocks are not copied"
+    assert not isinstance(copy.qkv, tuple), copy.qkv
     for matrix, rows in ((layer.qkv, copy.qkv), (layer.output, copy.output)):
         _copy_rows(matrix, None, rows, None, on_weights)
     for matrix, rows in zip(_neurons_of(layer), _neurons_of(copy), strict=True):
@@ -128,6 +130,7 @@ def copy_layer(layer: LayerBuffer, copy: LayerBuffer, on_weights: Callable[[int]
 
 def num_weights(copy: LayerBuffer) -> int:
     """Weights of the matrices of a layer of the copy."""
+    assert not isinstance(copy.qkv, tuple), copy.qkv
     matrices = (copy.qkv, copy.output, *_neurons_of(copy))
     return sum(len(rows) * rows.width for rows in matrices if isinstance(rows, QuantizedRows))
 
@@ -164,4 +167,5 @@ def _taken(matrix: Matrix, ids: Tensor | None, part: slice) -> Tensor:
     if isinstance(matrix, QuantizedRows):
         rows = matrix[part].rows if ids is None else matrix.rows.index_select(0, ids)
         return QuantizedRows(rows, matrix.width, matrix.form).dequantised()
+    assert isinstance(matrix, Tensor), "layers in blocks are not copied"
     return matrix[part] if ids is None else matrix.index_select(0, ids)

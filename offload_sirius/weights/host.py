@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -29,18 +30,21 @@ class HostStore:
         registrar: Registrar | None = None,
         node: int | None = None,
         num_buffers: int | None = None,
+        of_any_layer: bool = False,
     ) -> None:
         """Map room for the layers and begin to pin it; they are filled by who loads them.
 
         registrar: pins, None where the device reads host memory anyway. node: NUMA node of the device. num_buffers: let the
         layers share that many buffers (timing of shapes that exceed memory; their weights are then not their own).
+        of_any_layer: each buffer has room for any layer, whatever passes through it.
         """
-        stride = layout.host_nbytes
         count = len(layers) if num_buffers is None else min(num_buffers, len(layers))
-        self._arena = as_tensor(map_memory(count * stride, node=node))
+        own = [layout if of_any_layer else layout.layer(layer) for layer in layers[:count]]
+        ends = list(accumulate(each.host_nbytes for each in own))
+        self._arena = as_tensor(map_memory(ends[-1] if ends else 0, node=node))
         self._distinct = [
-            LayerBuffer(self._arena[index * stride : index * stride + layout.nbytes], spec, layout, dtype)
-            for index in range(count)
+            LayerBuffer(self._arena[end - each.host_nbytes :][: each.nbytes], spec, each, dtype)
+            for end, each in zip(ends, own, strict=True)
         ]
         self._index_of = {layer: index % count for index, layer in enumerate(layers)}
         self._pinning = Pinning([buffer.storage for buffer in self._distinct], registrar) if registrar and layers else None

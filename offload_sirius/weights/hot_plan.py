@@ -28,6 +28,7 @@ from offload_sirius.weights.plan import (
     nbytes_for_all_on_host,
     place_on_host,
     spread,
+    whole_nbytes,
 )
 from offload_sirius_loaders.spec import ModelSpec
 
@@ -74,7 +75,7 @@ def make_hot_plan(spec: ModelSpec, layout: LayerLayout, demand: Demand, budgets:
             f"{MIN_SLOTS} slots, attention blocks and neurons of some layers need {format_size(needed)}; give at least "
             f"--device-memory {as_flag(needed)}, or --draft streamed"
         )
-    resident, num_hot_layers = device.layouts.resident, len(device.hot.layers)
+    resident, hot_layers = device.layouts.resident, device.hot.layers
     host = place_on_host(spec, layout, demand, budgets, spec.num_layers)
     if host.num_disk_layers:
         needed = nbytes_for_all_on_host(spec, layout, demand, budgets, spec.num_layers)
@@ -93,12 +94,13 @@ def make_hot_plan(spec: ModelSpec, layout: LayerLayout, demand: Demand, budgets:
         num_readers=host.num_readers,
         embedding_place=host.embedding_place,
         layer_nbytes=layout.nbytes,
+        pass_nbytes=device.pass_nbytes(spec, layout),
         hot=device.hot,
         device_bill=fixed
         | {
             "resident_layers": 0,
-            "attention": num_hot_layers * resident.attention_nbytes,
-            "hot_neurons": num_hot_layers * resident.records_nbytes,
+            "attention": resident.total(lambda each: each.attention_nbytes, hot_layers),
+            "hot_neurons": resident.total(lambda each: each.records_nbytes, hot_layers),
             "slots": device.slots_nbytes,
         },
         host_bill=host.bill,
@@ -111,6 +113,15 @@ class _DeviceSplit:
     hot: HotPlan
     num_slots: int
     slots_nbytes: int
+
+    def pass_nbytes(self, spec: ModelSpec, layout: LayerLayout) -> int:
+        """What is cold of hot layers, and all of the others."""
+        others = [layer for layer in range(spec.num_layers) if layer not in self.hot.layers]
+        return self.layouts.cold.total(_kept_nbytes, self.hot.layers) + layout.total(whole_nbytes, others)
+
+
+def _kept_nbytes(layout: LayerLayout) -> int:
+    return layout.kept_nbytes
 
 
 def _split(spec: ModelSpec, layout: LayerLayout, demand: Demand, left_nbytes: int) -> _DeviceSplit | None:
@@ -128,12 +139,12 @@ def _split_all(spec: ModelSpec, layout: LayerLayout, most_hot: int, left_nbytes:
         return None
     layouts = hot_layouts(spec, layout, num_hot)
     most_nbytes = max(MIN_SLOTS * layouts.whole.kept_nbytes, spec.num_layers * layouts.cold.kept_nbytes)
-    slots_nbytes = min(left_nbytes - spec.num_layers * layouts.resident.nbytes, most_nbytes)
+    slots_nbytes = min(left_nbytes - layouts.resident.total(whole_nbytes, range(spec.num_layers)), most_nbytes)
     hot = HotPlan(
         layers=tuple(range(spec.num_layers)),
         num_hot=num_hot,
         num_cold_slots=min(slots_nbytes // layouts.cold.kept_nbytes, spec.num_layers),
-        cold_nbytes=layouts.cold.kept_nbytes,
+        cold_nbytes=layouts.cold.mean(_kept_nbytes),
     )
     return _DeviceSplit(layouts=layouts, hot=hot, num_slots=slots_nbytes // layouts.whole.kept_nbytes, slots_nbytes=slots_nbytes)
 
@@ -153,7 +164,7 @@ def _split_some(spec: ModelSpec, layout: LayerLayout, num_hot: int, left_nbytes:
         layers=tuple(layer for layer in range(spec.num_layers) if layer not in streamed),
         num_hot=num_hot,
         num_cold_slots=MIN_SLOTS,
-        cold_nbytes=layouts.cold.kept_nbytes,
+        cold_nbytes=layouts.cold.mean(_kept_nbytes),
     )
     return _DeviceSplit(layouts=layouts, hot=hot, num_slots=MIN_SLOTS, slots_nbytes=slots_nbytes)
 

@@ -47,13 +47,19 @@ class HotSlot:
     """By what passes: `records` [F], `hot` [N], `cold` [F - N]. A slot that has room for all has the cold ones behind the hot."""
     layer: LayerBuffer | None = None
     """The same room, with one for the attention block before it; None where that does not pass."""
+    by_layer: tuple[HotSlot, ...] = ()
+    """The same room as each layer has it; empty where layers are alike."""
+
+    def of_layer(self, layer: int) -> HotSlot:
+        """The same room as that layer has it."""
+        return self.by_layer[layer] if self.by_layer else self
 
 
 def whole_slot(layer: LayerBuffer, num_hot: int) -> HotSlot:
     """A slot for whole layers."""
-    records = KeptNeurons(layer.gate_records, layer.up_down, layer.rows)
-    hot = KeptNeurons(layer.gate_records[:num_hot], layer.up_down[:num_hot], layer.rows)
-    cold = KeptNeurons(layer.gate_records[num_hot:], layer.up_down[num_hot:], layer.rows)
+    records = KeptNeurons(layer.gate_records, layer.up_down, layer.reader)
+    hot = KeptNeurons(layer.gate_records[:num_hot], layer.up_down[:num_hot], layer.reader)
+    cold = KeptNeurons(layer.gate_records[num_hot:], layer.up_down[num_hot:], layer.reader)
     return HotSlot({"records": records, "hot": hot, "cold": cold}, layer)
 
 
@@ -120,7 +126,7 @@ class HotStreamer(Streamer):
         """In a pass that chooses, all neurons of the layer, once they are there; else the hot ones."""
         self._computed()
         if self._cargo == "records":
-            neurons: LayerBuffer | KeptNeurons = self._arrived(layer).neurons["records"]
+            neurons: LayerBuffer | KeptNeurons = self._passing_neurons(layer, "records")
         else:
             neurons = self._layers.get(layer) or self._arrived(layer).neurons["hot"]
         self._computing(layer, "neurons")
@@ -130,7 +136,7 @@ class HotStreamer(Streamer):
         """The others, once they are there: neuron i is the one that `choose` or `exchange` was told of as the i-th cold one."""
         assert self._cargo == "cold", self._cargo
         self._computed()
-        cold = self._arrived(layer).neurons["cold"]
+        cold = self._passing_neurons(layer, "cold")
         self._computing(layer, "cold neurons")
         return cold
 
@@ -185,7 +191,7 @@ class HotStreamer(Streamer):
 
     def _hot(self, layer: int) -> KeptNeurons:
         buffer = self._layers[layer]
-        return KeptNeurons(buffer.gate_records, buffer.up_down, buffer.rows)
+        return KeptNeurons(buffer.gate_records, buffer.up_down, buffer.reader)
 
     def _moving(self, cargo: Cargo) -> Cargo:
         """What passes in such a pass, or, where nothing does, in the next one in which anything does."""
@@ -202,26 +208,33 @@ class HotStreamer(Streamer):
 
     def _attention_arrived(self, layer: int) -> LayerBuffer:
         flight = self._front_of(layer)
+        buffer = flight.slot.of_layer(layer).layer
         assert flight.attention is not None
-        assert flight.slot.layer is not None
+        assert buffer is not None
         self._wait(self._ring, layer, "attention", flight.attention)
-        return flight.slot.layer
+        return buffer
 
     def _arrived(self, layer: int) -> HotSlot:
         """Its slot, once the layer's neurons are there."""
         flight = self._front_of(layer)
         self._wait(self._ring, layer, flight.part, flight.neurons)
-        return flight.slot
+        return flight.slot.of_layer(layer)
+
+    def _passing_neurons(self, layer: int, cargo: Cargo) -> KeptNeurons:
+        """Those in its slot, once they are there. What a hot layer needs to read them is resident."""
+        neurons = self._arrived(layer).neurons[cargo]
+        return neurons.read_by(self._layers[layer].reader) if layer in self._layers else neurons
 
     def _send(self, layer: int, cargo: Cargo, slot: HotSlot) -> Flight[HotSlot]:
+        own = slot.of_layer(layer)
         if layer in self._layers:
             part, attention, nbytes = cargo, None, 0
         else:
-            assert slot.layer is not None
+            assert own.layer is not None
             part = "records" if cargo == "cold" else cargo
-            attention = self._link.start(layer, "attention", slot.layer)
-            nbytes = slot.layer.parts["attention"].numel()
-        place = slot.neurons[part]
+            attention = self._link.start(layer, "attention", own.layer)
+            nbytes = own.layer.parts["attention"].numel()
+        place = own.neurons[part]
         neurons = self._link.gather(layer, self._ids_of(layer, cargo, len(place.gate_records)), place)
         return Flight(layer, cargo, part, slot, attention, neurons, nbytes + place.nbytes)
 

@@ -8,6 +8,7 @@ it is read. Knows no statistics: which neurons are kept is somebody else's choic
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -32,12 +33,13 @@ class KeptStore:
         node: int | None = None,
     ) -> None:
         """layers: those that have room here. registrar, node: as for HostStore."""
-        stride = layout.kept_host_nbytes
-        self._arena = as_tensor(map_memory(len(layers) * stride, node=node))
+        own = {layer: layout.layer(layer) for layer in layers}
+        ends = dict(zip(layers, accumulate(each.kept_host_nbytes for each in own.values()), strict=True))
+        self._arena = as_tensor(map_memory(max(ends.values(), default=0), node=node))
         self._places = {
-            layer: self._arena[index * stride : index * stride + layout.kept_nbytes] for index, layer in enumerate(layers)
+            layer: self._arena[ends[layer] - each.kept_host_nbytes :][: each.kept_nbytes] for layer, each in own.items()
         }
-        self._neurons = {layer: kept_neurons(place, layout, dtype) for layer, place in self._places.items()}
+        self._neurons = {layer: kept_neurons(place, own[layer], dtype) for layer, place in self._places.items()}
         self._ids: dict[int, Tensor] = {}
         self._pinning = Pinning(list(self._places.values()), registrar) if registrar and layers else None
 

@@ -10,6 +10,11 @@ reads every gate row but only some up rows and down columns: so gate alone and u
 neuron is two runs, and a full layer is still one contiguous copy of the whole range. The down projection is transposed when a
 layer is assembled, once, and never again.
 
+Matrices in blocks of GGUF files (`offload_sirius.blocks`) lie so, too, but that a record is bytes of two lengths, and that a
+neuron says which one it is, by which its codes find their factors in a table behind the attention block:
+
+    | ... o | post_norm | down_table || gate [F, R] | number, down codes, up row, to 4 bytes [F, R'] |
+
 The neurons that a sparse step keeps of a layer lie as those of a layer of N neurons would: in a slot, behind the attention block
 
     | ... attention block ... || gate [N, D] | up_down [N, 2, D] |
@@ -17,12 +22,12 @@ The neurons that a sparse step keeps of a layer lie as those of a layer of N neu
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Literal, get_args
 
+from offload_sirius.blocks import BlockFormat
 from offload_sirius.quantization import WeightFormat
 from offload_sirius_loaders.spec import ModelSpec, Role
 
@@ -44,12 +49,16 @@ SLICES: tuple[Slice, ...] = get_args(Slice)
 FieldName = Literal[
     "input_norm",
     "qkv",
+    "q",
+    "k",
+    "v",
     "qkv_bias",
     "q_norm",
     "k_norm",
     "output",
     "output_bias",
     "post_norm",
+    "down_table",
     "gate",
     "up_down",
     "kept_gate",
@@ -58,6 +67,9 @@ FieldName = Literal[
 
 ALIGNMENT = 64
 """Every field starts at a multiple of this many bytes: a cache line, and the widest vector load."""
+
+NUMBER_NBYTES = 4
+"""A neuron's number in a record."""
 
 PAGE_NBYTES = 4096
 """Layers in host memory start at a page: memory is pinned by pages, and a page can be pinned only once."""
@@ -70,14 +82,52 @@ class Field:
     offset: int
     """Bytes from the start of the layer."""
     shape: tuple[int, ...]
-    """Of numbers; where rows are quantised, of their bytes."""
+    """Of numbers, or of bytes."""
+    is_bytes: bool = False
+    """Rows are quantised or blocks, a table, or records of those."""
     num_columns: int | None = None
-    """Numbers in a quantised row; None where it is not quantised."""
+    """Numbers in a row that is quantised or blocks; None of others."""
+    form: WeightFormat | BlockFormat | None = None
+    """How they are written there."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecordForm:
+    """What a record of bytes has: the neuron's number where it has codes, codes or numbers of its down column, its up row."""
+
+    width: int
+    """D"""
+    element_nbytes: int
+    up: BlockFormat | None
+    """None: plain numbers."""
+    down: BlockFormat | None
+
+    @property
+    def down_range(self) -> tuple[int, int]:
+        """First and last + 1 byte."""
+        if self.down is None:
+            return 0, self.width * self.element_nbytes
+        return NUMBER_NBYTES, NUMBER_NBYTES + self.down.column_nbytes(self.width)
+
+    @property
+    def up_range(self) -> tuple[int, int]:
+        """First and last + 1 byte."""
+        start = self.down_range[1]
+        return start, start + (self.width * self.element_nbytes if self.up is None else self.up.row_nbytes(self.width))
+
+    @property
+    def nbytes(self) -> int:
+        """All of it: numbers of any type begin where they may."""
+        return align(self.up_range[1], NUMBER_NBYTES)
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerLayout:
-    """Where everything lies in the bytes of one layer. All layers of a model have the same layout."""
+    """Where everything lies in the bytes of one layer.
+
+    All layers of a model have the same layout, unless their matrices are in different blocks. Then each has its own, `by_layer`,
+    and this one, of the larger blocks of each matrix, is what a slot has room for: no layer has more of anything.
+    """
 
     element_nbytes: int
     fields: Mapping[FieldName, Field]
@@ -90,8 +140,34 @@ class LayerLayout:
     """F"""
     record_nbytes: int = 0
     """An up row and a down column: what is fetched of a neuron whose gate is there."""
+    gate_nbytes: int = 0
+    """A gate row."""
     format: WeightFormat | None = None
-    """Of matrices; None where they are plain numbers, as norms and biases always are."""
+    """Of matrices; None where they are plain numbers, as norms and biases always are, or blocks."""
+    blocks: Mapping[Role, BlockFormat] = field(default_factory=dict)
+    """Matrices that are blocks; others are plain."""
+    record: RecordForm | None = None
+    """None where an up row and a down column are alike."""
+    num_table_neurons: int = 0
+    """F of the model: what the table of a down projection in blocks is for, of however many neurons the layer is."""
+    num_weights: int = 0
+    """Of matrices."""
+    by_layer: tuple[LayerLayout, ...] = ()
+    """Empty where all layers are alike."""
+
+    def layer(self, layer: int) -> LayerLayout:
+        """That of a layer."""
+        return self.by_layer[layer] if self.by_layer else self
+
+    def total(self, nbytes_of: Callable[[LayerLayout], int], layers: Collection[int]) -> int:
+        """The sum of something over layers."""
+        if not self.by_layer:
+            return nbytes_of(self) * len(layers)
+        return sum(nbytes_of(self.by_layer[layer]) for layer in layers)
+
+    def mean(self, nbytes_of: Callable[[LayerLayout], int]) -> int:
+        """The mean of something over all layers, for what a pass takes."""
+        return sum(map(nbytes_of, self.by_layer)) // len(self.by_layer) if self.by_layer else nbytes_of(self)
 
     @property
     def nbytes(self) -> int:
@@ -101,15 +177,39 @@ class LayerLayout:
     @property
     def neuron_nbytes(self) -> int:
         """A neuron's gate row, up row and down column."""
-        return self.record_nbytes * 3 // 2
+        return self.gate_nbytes + self.record_nbytes
+
+    @property
+    def mean_nbytes(self) -> int:
+        """Bytes of a layer, part by part the mean where layers differ."""
+        return self.mean(lambda each: each.attention_nbytes) + self.mean(lambda each: each.records_nbytes)
 
     def of(self, spec: ModelSpec, num_kept: int = 0) -> LayerLayout:
-        """A layer of another shape whose weights are held as these are."""
-        return layer_layout(spec, self.element_nbytes, num_kept, self.format)
+        """The same layer with other neurons; where layers differ, the same of each."""
+        own = layer_layout(spec, self.element_nbytes, num_kept, self.format, self.blocks, self.num_table_neurons)
+        if not self.by_layer:
+            return own
+        others = {id(each): each.of(spec, num_kept) for each in distinct(self.by_layer)}
+        return replace(own, by_layer=tuple(others[id(each)] for each in self.by_layer))
+
+    @property
+    def frees_attention(self) -> bool:
+        """Whether another layer's attention block may come into a slot while the neurons of this one are computed on.
+
+        Not where there is a table of the down projection in it, nor where layers differ and another's may be larger.
+        """
+        return "down_table" not in self.fields and not self.by_layer
+
+    @property
+    def unpacks(self) -> bool:
+        """Whether any matrices are other than plain numbers."""
+        return self.format is not None or bool(self.blocks)
 
     @property
     def nbytes_per_weight(self) -> float:
         """Bytes that an element of a matrix takes, its share of scales included."""
+        if self.blocks:
+            return self.mean(lambda each: each.nbytes) / self.num_weights
         return self.element_nbytes if self.format is None else self.format.bits_per_weight / 8
 
     @property
@@ -147,19 +247,26 @@ def slice_of(cargo: Cargo) -> Slice:
 
 
 def layer_layout(
-    spec: ModelSpec, element_nbytes: int, num_kept: int = 0, weight_format: WeightFormat | None = None
+    spec: ModelSpec,
+    element_nbytes: int,
+    num_kept: int = 0,
+    weight_format: WeightFormat | None = None,
+    blocks: Mapping[Role, BlockFormat] | None = None,
+    num_table_neurons: int | None = None,
 ) -> LayerLayout:
     """Lay out a layer of the model with elements of the given size, its matrices in the given format.
 
-    num_kept: neurons that a sparse step keeps of each layer; 0 where that is no fixed set.
+    num_kept: neurons that a sparse step keeps of each layer; 0 where that is no fixed set. blocks: matrices that are blocks, in
+    place of a format for all. num_table_neurons: F of the model, where spec has fewer.
     """
     assert num_kept <= spec.ffn_width, (num_kept, spec.ffn_width)
+    assert weight_format is None or not blocks
+    shapes = _Shapes(spec, element_nbytes, weight_format, blocks or {}, num_table_neurons or spec.ffn_width)
     fields: dict[FieldName, Field] = {}
-    place = partial(_place, fields, element_nbytes=element_nbytes, weight_format=weight_format)
-    attention_nbytes = place(_attention_shapes(spec), 0)
-    end = place(_record_shapes(spec), attention_nbytes)
-    kept_end = place(_kept_shapes(spec, num_kept), attention_nbytes)
-    row_nbytes = spec.width * element_nbytes if weight_format is None else weight_format.row_nbytes(spec.width)
+    attention_nbytes = shapes.place(fields, shapes.attention(), 0)
+    end = shapes.place(fields, shapes.neurons("gate", "up_down", spec.ffn_width), attention_nbytes)
+    kept = shapes.neurons("kept_gate", "kept_up_down", num_kept) if num_kept else {}
+    kept_end = shapes.place(fields, kept, attention_nbytes)
     return LayerLayout(
         element_nbytes=element_nbytes,
         fields=fields,
@@ -167,9 +274,46 @@ def layer_layout(
         records_nbytes=end - attention_nbytes,
         kept_nbytes=kept_end - attention_nbytes,
         num_neurons=spec.ffn_width,
-        record_nbytes=2 * row_nbytes,
+        record_nbytes=shapes.nbytes(fields["up_down"]) // spec.ffn_width,
+        gate_nbytes=shapes.nbytes(fields["gate"]) // spec.ffn_width,
         format=weight_format,
+        blocks=shapes.blocks,
+        record=shapes.record,
+        num_table_neurons=shapes.num_table_neurons,
+        num_weights=sum(prod(shape) for shape in spec.layer_roles().values() if len(shape) > 1),
     )
+
+
+def model_layout(
+    spec: ModelSpec,
+    element_nbytes: int,
+    num_kept: int = 0,
+    weight_format: WeightFormat | None = None,
+    blocks_by_layer: Sequence[Mapping[Role, BlockFormat]] = (),
+) -> LayerLayout:
+    """Lay out the layers of a model, whose matrices are in one format, or in these blocks; see `layer_layout`."""
+
+    def layout_of(blocks: Mapping[Role, BlockFormat]) -> LayerLayout:
+        return layer_layout(spec, element_nbytes, num_kept, weight_format, blocks)
+
+    kinds = {tuple(sorted(blocks.items())): blocks for blocks in blocks_by_layer} or {(): {}}
+    if len(kinds) == 1:
+        return layout_of(next(iter(kinds.values())))
+    layouts = {kind: layout_of(blocks) for kind, blocks in kinds.items()}
+    largest = {role: _largest([blocks.get(role) for blocks in kinds.values()]) for role in spec.layer_roles()}
+    envelope = layout_of({role: form for role, form in largest.items() if form is not None})
+    return replace(envelope, by_layer=tuple(layouts[tuple(sorted(blocks.items()))] for blocks in blocks_by_layer))
+
+
+def _largest(forms: Sequence[BlockFormat | None]) -> BlockFormat | None:
+    """The one that takes most bytes; plain numbers take more than any."""
+    blocks = [form for form in forms if form is not None]
+    return max(blocks, key=lambda form: form.bits_per_weight) if len(blocks) == len(forms) else None
+
+
+def distinct(layouts: Sequence[LayerLayout]) -> list[LayerLayout]:
+    """Each once."""
+    return list({id(each): each for each in layouts}.values())
 
 
 def part_of(role: Role) -> Part:
@@ -185,49 +329,74 @@ def qkv_rows(spec: ModelSpec, role: Role) -> tuple[int, int]:
     return start, start + (q_rows if role[0] == "q" else kv_rows)
 
 
-def _attention_shapes(spec: ModelSpec) -> dict[FieldName, tuple[int, ...]]:
-    q_rows = spec.num_heads * spec.head_dim
-    qkv = q_rows + 2 * spec.num_kv_heads * spec.head_dim
-    shapes: dict[FieldName, tuple[int, ...]] = {"input_norm": (spec.width,), "qkv": (qkv, spec.width)}
-    if spec.qkv_bias:
-        shapes["qkv_bias"] = (qkv,)
-    if spec.qk_norm:
-        shapes |= {"q_norm": (spec.head_dim,), "k_norm": (spec.head_dim,)}
-    shapes["output"] = (spec.width, q_rows)
-    if spec.output_bias:
-        shapes["output_bias"] = (spec.width,)
-    return shapes | {"post_norm": (spec.width,)}
+@dataclass(frozen=True)
+class _Shapes:
+    """The tensors of a layer, without their places."""
 
+    spec: ModelSpec
+    element_nbytes: int
+    weight_format: WeightFormat | None
+    blocks: Mapping[Role, BlockFormat]
+    num_table_neurons: int
 
-def _record_shapes(spec: ModelSpec) -> dict[FieldName, tuple[int, ...]]:
-    return {"gate": (spec.ffn_width, spec.width), "up_down": (spec.ffn_width, 2, spec.width)}
+    @property
+    def record(self) -> RecordForm | None:
+        """See LayerLayout."""
+        up, down = self.blocks.get("up"), self.blocks.get("down")
+        if up is None and down is None:
+            return None
+        return RecordForm(width=self.spec.width, element_nbytes=self.element_nbytes, up=up, down=down)
 
-
-def _kept_shapes(spec: ModelSpec, num_kept: int) -> dict[FieldName, tuple[int, ...]]:
-    if num_kept == 0:
-        return {}
-    return {"kept_gate": (num_kept, spec.width), "kept_up_down": (num_kept, 2, spec.width)}
-
-
-def _place(
-    fields: dict[FieldName, Field],
-    shapes: Mapping[FieldName, tuple[int, ...]],
-    offset: int,
-    *,
-    element_nbytes: int,
-    weight_format: WeightFormat | None,
-) -> int:
-    """Append fields one after another, aligned; returns the aligned end. Vectors are never quantised."""
-    for name, shape in shapes.items():
-        if weight_format is None or len(shape) == 1:
-            fields[name] = Field(offset=offset, shape=shape)
-            nbytes = prod(shape) * element_nbytes
+    def attention(self) -> dict[FieldName, Field]:
+        """In order. Queries, keys and values are one matrix where they are alike."""
+        spec, q_rows, kv_rows = self.spec, self.spec.num_heads * self.spec.head_dim, self.spec.num_kv_heads * self.spec.head_dim
+        shapes: dict[FieldName, Field] = {"input_norm": self._vector(spec.width)}
+        if len({self.blocks.get(role) for role in ("q", "k", "v")}) == 1:
+            shapes["qkv"] = self._matrix("q", q_rows + 2 * kv_rows, spec.width)
         else:
-            *rows, num_columns = shape
-            fields[name] = Field(offset=offset, shape=(*rows, weight_format.row_nbytes(num_columns)), num_columns=num_columns)
-            nbytes = prod(fields[name].shape)
-        offset = align(offset + nbytes)
-    return offset
+            shapes["q"] = self._matrix("q", q_rows, spec.width)
+            shapes |= {"k": self._matrix("k", kv_rows, spec.width), "v": self._matrix("v", kv_rows, spec.width)}
+        if spec.qkv_bias:
+            shapes["qkv_bias"] = self._vector(q_rows + 2 * kv_rows)
+        if spec.qk_norm:
+            shapes |= {"q_norm": self._vector(spec.head_dim), "k_norm": self._vector(spec.head_dim)}
+        shapes["output"] = self._matrix("o", spec.width, q_rows)
+        if spec.output_bias:
+            shapes["output_bias"] = self._vector(spec.width)
+        shapes["post_norm"] = self._vector(spec.width)
+        if (down := self.blocks.get("down")) is not None:
+            shapes["down_table"] = Field(offset=0, shape=down.table_shape(self.num_table_neurons, spec.width), is_bytes=True)
+        return shapes
+
+    def neurons(self, gate: FieldName, up_down: FieldName, count: int) -> dict[FieldName, Field]:
+        """Gate rows, and records, of so many."""
+        if self.record is None:
+            records = self._matrix("up", count, 2, self.spec.width)
+        else:
+            records = Field(offset=0, shape=(count, self.record.nbytes), is_bytes=True)
+        return {gate: self._matrix("gate", count, self.spec.width), up_down: records}
+
+    def place(self, fields: dict[FieldName, Field], shapes: Mapping[FieldName, Field], offset: int) -> int:
+        """Append fields one after another, aligned; returns the aligned end."""
+        for name, each in shapes.items():
+            fields[name] = replace(each, offset=offset)
+            offset = align(offset + self.nbytes(each))
+        return offset
+
+    def nbytes(self, each: Field) -> int:
+        """Bytes of a field."""
+        return prod(each.shape) * (1 if each.is_bytes else self.element_nbytes)
+
+    def _vector(self, length: int) -> Field:
+        """Never quantised."""
+        return Field(offset=0, shape=(length,))
+
+    def _matrix(self, role: Role, *shape: int) -> Field:
+        form = self.weight_format or self.blocks.get(role)
+        if form is None:
+            return Field(offset=0, shape=shape)
+        *rows, num_columns = shape
+        return Field(offset=0, shape=(*rows, form.row_nbytes(num_columns)), is_bytes=True, num_columns=num_columns, form=form)
 
 
 def align(nbytes: int, alignment: int = ALIGNMENT) -> int:

@@ -14,16 +14,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from offload_sirius.kernels.matrix import Matrix
+from offload_sirius.blocks import BlockFormat
+from offload_sirius.kernels.blocks import BlockRows
 from offload_sirius.kernels.packed import QuantizedRows
+from offload_sirius.quantization import WeightFormat
 from offload_sirius.weights.buffers import LayerBuffer
 from offload_sirius.weights.copiers import layer_jobs
-from offload_sirius.weights.device import AnyDeviceStore
+from offload_sirius.weights.device import AnyDeviceStore, Head
 from offload_sirius.weights.disk import Fill, Job, ReaderPool, tensor_jobs
+from offload_sirius.weights.embedding import Table
 from offload_sirius.weights.host import HostStore, allocate_bytes
 from offload_sirius.weights.layout import PARTS
 from offload_sirius.weights.pieces import Piece, head_role, largest_matrix_nbytes, pieces_of
-from offload_sirius.weights.plan import NUM_QUANTISING, ROWS_QUANTISING_NBYTES
+from offload_sirius.weights.plan import NUM_QUANTISING, ROWS_QUANTISING_NBYTES, table_nbytes
 from offload_sirius.weights.quant import quantise_rows
 from offload_sirius_loaders.checkpoint import Checkpoint, TensorInfo
 from offload_sirius_loaders.spec import Role
@@ -65,12 +68,16 @@ class Loader:
 
     def load_device(self, device: AnyDeviceStore, staging: list[LayerBuffer]) -> None:
         """Fill head, final norm and residents. staging: host buffers to pass through; none where the device is the host."""
-        tensors: dict[Role, Matrix] = {"final_norm": device.final_norm, head_role(self._checkpoint): device.head}
-        for role, place in tensors.items():
-            if isinstance(place, QuantizedRows):
-                self._quantise_rows(self.info(None, role), place, device.final_norm.dtype)
-            elif staging:
-                self._upload_tensor(self.info(None, role), place, staging[0].storage)
+        tensors: dict[Role, Head] = {"final_norm": device.final_norm, head_role(self._checkpoint): device.head}
+        for role, table in tensors.items():
+            info = self.info(None, role)
+            if isinstance(table, QuantizedRows) and info.element != "U8":
+                for first, rows in self.quantised_batches(info, device.final_norm.dtype, table.form):
+                    table.rows[first : first + len(rows)].copy_(rows)
+                continue
+            place = table if isinstance(table, Tensor) else table.rows  # stored as they are held
+            if staging:
+                self._upload_tensor(info, place, staging[0].storage)
             else:
                 self.load_tensor(None, role, place)
         if staging:
@@ -90,13 +97,14 @@ class Loader:
         """Where a tensor is stored."""
         return self._checkpoint.tensors[layer, role]
 
-    def load_embedding(self, dtype: torch.dtype) -> Tensor:
-        """The embedding table in host memory, [V, D]."""
+    def load_embedding(self, dtype: torch.dtype, form: BlockFormat | None = None) -> Table:
+        """The embedding table in host memory, in that type or in blocks."""
         spec = self._checkpoint.spec
-        nbytes = spec.vocab_size * spec.width * dtype.itemsize
-        table = allocate_bytes(nbytes, torch.device("cpu"), "host").view(dtype).view(spec.vocab_size, spec.width)
-        self.load_tensor(None, "embedding", table)
-        return table
+        nbytes = table_nbytes(spec, dtype.itemsize, form)
+        rows = allocate_bytes(nbytes, torch.device("cpu"), "host")
+        held = rows.view(dtype if form is None else torch.uint8).view(spec.vocab_size, -1)
+        self.load_tensor(None, "embedding", held)
+        return held if form is None else BlockRows(held, spec.width, form)
 
     def _fill(self, layer: int, buffer: LayerBuffer) -> list[Fill]:
         return [self._readers.submit(layer_jobs(self._checkpoint, layer, part, buffer), self._on_bytes) for part in PARTS]
@@ -116,14 +124,14 @@ class Loader:
                 resident.storage.copy_(staging[0].storage)
             return
         layers = list(residents)
-        fills = {layer: self._fill(layer, buffer) for layer, buffer in zip(layers, staging, strict=False)}
+        fills = {layer: self._fill(layer, buffer.of_layer(layer)) for layer, buffer in zip(layers, staging, strict=False)}
         for index, layer in enumerate(layers):
             for fill in fills.pop(layer):
                 fill.wait()
             buffer = staging[index % len(staging)]
-            residents[layer].storage.copy_(buffer.storage)
+            residents[layer].storage.copy_(buffer.of_layer(layer).storage)
             if (following := index + len(staging)) < len(layers):
-                fills[layers[following]] = self._fill(layers[following], buffer)
+                fills[layers[following]] = self._fill(layers[following], buffer.of_layer(layers[following]))
 
     def _upload_tensor(self, info: TensorInfo, place: Tensor, staging: Tensor) -> None:
         """Fill a tensor on a device, as many rows at a time as the staging buffer, uint8 [n], has room for."""
@@ -131,13 +139,14 @@ class Loader:
         for first, host in self.row_batches(info, place.dtype, staging):
             rows[first : first + len(host)].copy_(host)
 
-    def _quantise_rows(self, info: TensorInfo, place: QuantizedRows, dtype: torch.dtype) -> None:
-        """Fill quantised rows on any device from a tensor that is read in a type, some rows at a time."""
-        row_nbytes = place.width * dtype.itemsize
-        num_rows = max(1, ROWS_QUANTISING_NBYTES // (row_nbytes + place.rows.shape[1]))
+    def quantised_batches(self, info: TensorInfo, dtype: torch.dtype, form: WeightFormat) -> Iterator[tuple[int, Tensor]]:
+        """A matrix that is read in a type, quantised some rows at a time: first row, uint8 [r, row_nbytes] in host memory."""
+        width = info.shape[-1]
+        row_nbytes = width * dtype.itemsize
+        num_rows = max(1, ROWS_QUANTISING_NBYTES // (row_nbytes + form.row_nbytes(width)))
         staging = allocate_bytes(num_rows * row_nbytes, torch.device("cpu"), "host")
         for first, host in self.row_batches(info, dtype, staging):
-            place.rows[first : first + len(host)].copy_(quantise_rows(host, place.form))
+            yield first, quantise_rows(host, form)
 
     def row_batches(self, info: TensorInfo, dtype: torch.dtype, staging: Tensor) -> Iterator[tuple[int, Tensor]]:
         """A tensor in host memory, as many rows at a time as the staging buffer, uint8 [n], has room for: first row, [r, C]."""
@@ -183,6 +192,7 @@ class _Quantiser:
                 if isinstance(place, Tensor):
                     plain.append(self._loader.begin_tensor(layer, role, place))
                 else:
+                    assert isinstance(place, QuantizedRows), role
                     self._begin(layer, role, place)
         while self._waiting:
             self._finish_first()

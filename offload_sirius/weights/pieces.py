@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import get_args
 
+from offload_sirius.blocks import BLOCK_FORMATS, BlockFormat
 from offload_sirius.weights.layout import PARTS, Part, align, part_of
 from offload_sirius.weights.mapping import HUGE_PAGE_NBYTES
 from offload_sirius.weights.plan import NUM_QUANTISING, Plan
@@ -70,13 +71,16 @@ def decoding_nbytes(info: TensorInfo) -> int:
     """Host memory that decoding a piece takes at most.
 
     plain and packed = nothing, its numbers are its bytes
-    GGUF blocks = about three float32 arrays beside the result, in the gguf library
+    GGUF blocks = about three float32 arrays beside the result, in the gguf library; where they are kept, rows in another order,
+        or codes of a down projection a few times over, some at a time
     companions = numbers, and a quarter of that for their codes, with some room; stored by rows of the matrix also scales spread
         over them, or places in a table of 8-bit floats; each companion once more in a type of its own
     """
     if info.companions:
         halves = 3 if info.transposed else 6
         return max(halves * piece.decoded_nbytes // 2 + 2 * piece.nbytes for piece in pieces_of(info))
+    if info.element == "U8":
+        return 0 if info.dtype == "U8" else PIECE_NBYTES
     return 0 if info.dtype in get_args(Decoded) else 3 * PIECE_NBYTES
 
 
@@ -99,6 +103,20 @@ def largest_matrix_nbytes(spec: ModelSpec, element_nbytes: int) -> int:
 def quantising_nbytes(spec: ModelSpec, element_nbytes: int) -> int:
     """Host memory of matrices that are read before they are quantised."""
     return NUM_QUANTISING * largest_matrix_nbytes(spec, element_nbytes)
+
+
+def blocks_of(checkpoint: Checkpoint, layer: int | None) -> dict[Role, BlockFormat]:
+    """Matrices of a layer, or outside of layers, that are kept in their blocks."""
+    if checkpoint.packed is not None and layer is not None:
+        kinds = checkpoint.packed.blocks[layer] if checkpoint.packed.blocks else {}
+        return {role: BLOCK_FORMATS[kinds[role]] for role in checkpoint.spec.layer_roles() if role in kinds}
+    infos = {role: info for (owner, role), info in checkpoint.tensors.items() if owner == layer}
+    return {role: BLOCK_FORMATS[info.dtype] for role, info in infos.items() if info.element == "U8"}
+
+
+def blocks_by_layer(checkpoint: Checkpoint) -> list[dict[Role, BlockFormat]]:
+    """The same of every layer."""
+    return [blocks_of(checkpoint, layer) for layer in range(checkpoint.spec.num_layers)]
 
 
 def read_nbytes(info: TensorInfo) -> int:
@@ -136,5 +154,7 @@ def packed_part(packed: PackedLayers, layer: int, part: Part) -> TensorInfo:
 
 
 def head_role(checkpoint: Checkpoint) -> Role:
-    """The tensor that is the head: its own, or the embedding table where the two are tied."""
+    """The tensor that is the head: its own, or the embedding table where the two are tied and the head is not packed apart."""
+    if checkpoint.packed is not None and checkpoint.packed.quantize_head != "none":
+        return "head"
     return "embedding" if checkpoint.spec.tied_head else "head"

@@ -14,10 +14,11 @@ and nothing in a correction, a resident one about 0.7 of itself in the one and a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from offload_sirius.blocks import BlockFormat
 from offload_sirius.errors import BudgetError
 from offload_sirius.quantization import WeightFormat
 from offload_sirius.units import format_size
@@ -60,6 +61,9 @@ CHUNK_NBYTES, NUM_CHUNKS = 8 << 20, 4
 EmbeddingPlace = Literal["device", "host", "disk"]
 """device: the head's own matrix, where the two are tied. disk: rows are read as they are needed."""
 
+HeadFormat = WeightFormat | BlockFormat | None
+"""How the head is held; None: as plain numbers."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Demand:
@@ -77,8 +81,11 @@ class Demand:
     """The device has its own memory: what is read from disk passes through host buffers of a layer's size."""
     quantising_nbytes: int = 0
     """Host memory of the matrices that are read before they are quantised; 0 where none are."""
-    head_format: WeightFormat | None = None
-    """How the head is held; None: in the type that it is computed in."""
+    rows_quantising_nbytes: int = 0
+    """The same of rows that are quantised some at a time: of the head, or for a copy."""
+    head_format: HeadFormat = None
+    embedding_format: BlockFormat | None = None
+    """The same of the embedding table."""
     num_shared_buffers: int | None = None
     """All streamed layers are in host memory and share that many buffers there: for timing shapes that exceed it."""
     sparsity_nbytes: int = 0
@@ -112,7 +119,7 @@ class HotPlan:
     num_cold_slots: int
     """Slots for the F - N others of a layer, in the memory of those for all of them."""
     cold_nbytes: int
-    """Bytes of the others."""
+    """Bytes of the others; where layers differ, the mean."""
     draft_format: WeightFormat | None = None
     """How a copy is held on which drafts compute, and which is what is on the device: then a correction brings all of a layer,
     and its slots are those of whole layers. None: hot neurons are the layer's own."""
@@ -135,6 +142,9 @@ class Plan:
     num_readers: int
     embedding_place: EmbeddingPlace
     layer_nbytes: int
+    """A layer, or room for any where they differ."""
+    pass_nbytes: int
+    """Bytes that cross the link in one pass of the full model."""
     device_bill: Mapping[str, int]
     """Device bytes by purpose; they add up to device_nbytes."""
     host_bill: Mapping[str, int]
@@ -158,14 +168,6 @@ class Plan:
         return tuple(sorted(self.host_layers + self.disk_layers))
 
     @property
-    def pass_nbytes(self) -> int:
-        """Bytes that cross the link in one pass of the full model."""
-        if self.hot is None:
-            return len(self.streamed_layers) * self.layer_nbytes
-        num_hot = len(self.hot.layers)
-        return num_hot * self.hot.cold_nbytes + (len(self.streamed_layers) - num_hot) * self.layer_nbytes
-
-    @property
     def sliceable_layers(self) -> tuple[int, ...]:
         """Streamed layers of which slices can cross the link alone."""
         return tuple(sorted({*self.host_layers, *self.kept_layers}))
@@ -181,7 +183,7 @@ def make_plan(spec: ModelSpec, layout: LayerLayout, demand: Demand, budgets: Bud
 def _make_plan(spec: ModelSpec, layout: LayerLayout, demand: Demand, budgets: Budgets, max_cached_neurons: int) -> Plan:
     fixed = fixed_device_bill(spec, layout, demand)
     fixed_nbytes = sum(fixed.values())
-    room = _layer_room(spec.num_layers, layout.nbytes, fixed_nbytes, budgets.device_nbytes)
+    room = _layer_room(spec.num_layers, layout, fixed_nbytes, budgets.device_nbytes)
     left_nbytes = budgets.device_nbytes - fixed_nbytes
     head_ahead = int(fixed["head"] * LINK_SHARE_OF_DEVICE_RATE)
     device = _split_room(spec.num_layers, room, layout, left_nbytes, head_ahead, max_cached_neurons)
@@ -198,27 +200,44 @@ def _make_plan(spec: ModelSpec, layout: LayerLayout, demand: Demand, budgets: Bu
             f"{as_flag(needed)}, more --device-memory, or as --model a copy that `offload-sirius pack --quantize` has made"
         )
     streamed = spread(spec.num_layers, spec.num_layers - device.num_resident)
-    disk = [streamed[index] for index in spread(len(streamed), host.num_disk_layers)]
-    on_host = [layer for layer in streamed if layer not in disk]
+    disk, on_host = split_streamed(streamed, host.num_disk_layers)
+    resident = tuple(layer for layer in range(spec.num_layers) if layer not in set(streamed))
     return Plan(
-        resident_layers=tuple(layer for layer in range(spec.num_layers) if layer not in set(streamed)),
+        resident_layers=resident,
         host_layers=tuple(on_host),
         disk_layers=tuple(disk),
         num_slots=device.num_slots,
         num_host_buffers=host.num_buffers,
-        kept_layers=tuple(sorted([*disk, *on_host][: host.num_kept])),
+        kept_layers=kept_of(disk, on_host, host.num_kept),
         num_cached_neurons=device.num_cached_neurons,
         num_readers=host.num_readers,
         embedding_place=host.embedding_place,
         layer_nbytes=layout.nbytes,
+        pass_nbytes=layout.total(whole_nbytes, streamed),
         device_bill=fixed
         | {
-            "resident_layers": device.num_resident * layout.nbytes,
+            "resident_layers": layout.total(whole_nbytes, resident),
             "slots": device.num_slots * layout.nbytes,
-            "neuron_cache": len(streamed) * neuron_cache_nbytes(layout, device.num_cached_neurons),
+            "neuron_cache": layout.total(lambda each: neuron_cache_nbytes(each, device.num_cached_neurons), streamed),
         },
         host_bill=host.bill,
     )
+
+
+def whole_nbytes(layout: LayerLayout) -> int:
+    """Of a layer."""
+    return layout.nbytes
+
+
+def split_streamed(streamed: Sequence[int], num_disk: int) -> tuple[list[int], list[int]]:
+    """Streamed layers on disk, evenly between those in host memory; and those."""
+    disk = [streamed[index] for index in spread(len(streamed), num_disk)]
+    return disk, [layer for layer in streamed if layer not in disk]
+
+
+def kept_of(disk: Sequence[int], on_host: Sequence[int], num_kept: int) -> tuple[int, ...]:
+    """Layers whose kept neurons have room in host memory: those on disk first."""
+    return tuple(sorted([*disk, *on_host][:num_kept]))
 
 
 def spread(num_all: int, num_chosen: int) -> tuple[int, ...]:
@@ -229,11 +248,11 @@ def spread(num_all: int, num_chosen: int) -> tuple[int, ...]:
 def fixed_device_bill(spec: ModelSpec, layout: LayerLayout, demand: Demand) -> dict[str, int]:
     """Device bytes that every plan has.
 
-    head       = V * D * element, or V quantised rows
+    head       = V * D * element, or V rows that are quantised or blocks
     final_norm = D * element
     """
     return {
-        "head": head_nbytes(spec, layout.element_nbytes, demand.head_format),
+        "head": table_nbytes(spec, layout.element_nbytes, demand.head_format),
         "final_norm": spec.width * layout.element_nbytes,
         "kv_cache": demand.kv_cache_nbytes,
         "position_tables": demand.position_tables_nbytes,
@@ -242,18 +261,25 @@ def fixed_device_bill(spec: ModelSpec, layout: LayerLayout, demand: Demand) -> d
     }
 
 
-def head_nbytes(spec: ModelSpec, element_nbytes: int, head_format: WeightFormat | None) -> int:
-    """Bytes of the head."""
-    return spec.vocab_size * (spec.width * element_nbytes if head_format is None else head_format.row_nbytes(spec.width))
+def table_nbytes(spec: ModelSpec, element_nbytes: int, form: HeadFormat) -> int:
+    """Bytes of the head, or of the embedding table."""
+    return spec.vocab_size * (spec.width * element_nbytes if form is None else form.row_nbytes(spec.width))
 
 
 def least_device_nbytes(spec: ModelSpec, layout: LayerLayout, demand: Demand) -> int:
     """Device bytes that a plan takes at least."""
-    return sum(fixed_device_bill(spec, layout, demand).values()) + min(MIN_SLOTS, spec.num_layers) * layout.nbytes
+    layers_nbytes = min(layout.total(whole_nbytes, range(spec.num_layers)), MIN_SLOTS * layout.nbytes)
+    return sum(fixed_device_bill(spec, layout, demand).values()) + layers_nbytes
 
 
-def _layer_room(num_layers: int, layer_nbytes: int, fixed_nbytes: int, budget_nbytes: int) -> int:
-    """Layers, resident ones and slots together, that the device has room for; num_layers at most."""
+def _layer_room(num_layers: int, layout: LayerLayout, fixed_nbytes: int, budget_nbytes: int) -> int:
+    """Layers, resident ones and slots together, that the device has room for; num_layers at most.
+
+    Where layers differ and do not all fit, each is counted as the largest.
+    """
+    layer_nbytes = layout.nbytes
+    if fixed_nbytes + layout.total(whole_nbytes, range(num_layers)) <= budget_nbytes:
+        return num_layers
     room = min((budget_nbytes - fixed_nbytes) // layer_nbytes, num_layers)
     needed = fixed_nbytes + min(MIN_SLOTS, num_layers) * layer_nbytes
     if budget_nbytes < needed:
@@ -295,7 +321,7 @@ def _split_room(
     if num_cached < max_cached_neurons * LEAST_CACHED_SHARE:
         num_cached = 0
     cache_nbytes = neuron_cache_nbytes(layout, num_cached)
-    num_resident = (left_nbytes - num_layers * cache_nbytes) // (layout.nbytes - cache_nbytes)
+    num_resident = (left_nbytes - num_layers * cache_nbytes) // (layout.nbytes - cache_nbytes) if num_slots else num_layers
     return _DeviceSplit(
         num_slots=num_slots,
         num_cached_neurons=num_cached,
@@ -335,12 +361,11 @@ def place_on_host(spec: ModelSpec, layout: LayerLayout, demand: Demand, budgets:
     readers   = readers * (one read buffer + one decoded piece)
     staging   = what `_staging_nbytes` says, on a device with its own memory
     quantising = matrices that are read before they are quantised, and rows of the head or for a copy
-    embedding = V * D * element, unless the device has it or its rows are read from disk
+    embedding = V * D * element, or V rows of blocks, unless the device has it or its rows are read from disk
     layers    = layers in host memory * layer in whole pages
     kept      = layers whose kept neurons are gathered there * their bytes in whole pages
     """
-    some_at_a_time = demand.head_format is not None or demand.draft_format is not None
-    quantising_nbytes = demand.quantising_nbytes + (ROWS_QUANTISING_NBYTES if some_at_a_time else 0)
+    quantising_nbytes = demand.quantising_nbytes + demand.rows_quantising_nbytes
     most_staging_nbytes = quantising_nbytes + (_staging_nbytes(layout, 0) if demand.staged else 0)
     needed = MIN_READERS * demand.reader_nbytes + most_staging_nbytes
     if budgets.host_nbytes < needed:
@@ -351,11 +376,13 @@ def place_on_host(spec: ModelSpec, layout: LayerLayout, demand: Demand, budgets:
     readers_room = min(budgets.host_nbytes * 3 // 4, budgets.host_nbytes - most_staging_nbytes)
     num_readers = max(MIN_READERS, min(MAX_READERS, readers_room // demand.reader_nbytes))
     room = budgets.host_nbytes - num_readers * demand.reader_nbytes
-    embedding_nbytes = spec.vocab_size * spec.width * layout.element_nbytes
+    embedding_nbytes = table_nbytes(spec, layout.element_nbytes, demand.embedding_format)
     fits = embedding_nbytes <= room - most_staging_nbytes
     place: EmbeddingPlace = "device" if demand.embedding_on_device else "host" if fits else "disk"
     embedding_nbytes = embedding_nbytes if place == "host" else 0
-    host = _host_layers(layout, demand, num_streamed, room - embedding_nbytes - quantising_nbytes)
+    streamed = spread(spec.num_layers, num_streamed)
+    host = _host_layers(layout, demand, streamed, room - embedding_nbytes - quantising_nbytes)
+    disk, on_host = split_streamed(streamed, num_streamed - host.num_layers)
     return HostPlacement(
         num_disk_layers=num_streamed - host.num_layers,
         num_buffers=host.num_buffers,
@@ -367,8 +394,8 @@ def place_on_host(spec: ModelSpec, layout: LayerLayout, demand: Demand, budgets:
             "staging": host.staging_nbytes,
             "quantising": quantising_nbytes,
             "embedding": embedding_nbytes,
-            "layers": host.num_buffers * layout.host_nbytes,
-            "kept_neurons": host.num_kept * layout.kept_host_nbytes,
+            "layers": layout.total(lambda each: each.host_nbytes, on_host[: host.num_buffers]),
+            "kept_neurons": layout.total(lambda each: each.kept_host_nbytes, kept_of(disk, on_host, host.num_kept)),
         },
     )
 
@@ -391,16 +418,20 @@ class _HostLayers:
     """What filling a device with its own memory takes beside them."""
 
 
-def _host_layers(layout: LayerLayout, demand: Demand, num_streamed: int, room_nbytes: int) -> _HostLayers:
-    """Layers that host memory holds."""
+def _host_layers(layout: LayerLayout, demand: Demand, streamed: Sequence[int], room_nbytes: int) -> _HostLayers:
+    """Layers that host memory holds. Where they differ and do not all fit, each is counted as the largest."""
+    num_streamed = len(streamed)
     wanted = num_streamed if demand.num_shared_buffers is None else min(num_streamed, demand.num_shared_buffers)
+    all_nbytes = layout.total(lambda each: each.host_nbytes, streamed)
     for num_all_on_host in (wanted, 0):  # where some are left on disk, staging takes more
         staging_nbytes = _staging_nbytes(layout, num_all_on_host) if demand.staged else 0
         num_buffers = max(0, min(wanted, (room_nbytes - staging_nbytes) // layout.host_nbytes))
+        if demand.num_shared_buffers is None and all_nbytes <= room_nbytes - staging_nbytes:
+            num_buffers = wanted
         if num_buffers == wanted:
             break
     if demand.num_shared_buffers is None:
-        return _beside_kept(layout, num_streamed, num_buffers, staging_nbytes, room_nbytes - staging_nbytes)
+        return _beside_kept(layout, num_streamed, num_buffers, staging_nbytes, room_nbytes - staging_nbytes, all_nbytes)
     if num_buffers < wanted:
         raise BudgetError(
             f"host memory has room for {num_buffers} shared buffers of {format_size(layout.host_nbytes)}, {wanted} are asked "
@@ -409,8 +440,12 @@ def _host_layers(layout: LayerLayout, demand: Demand, num_streamed: int, room_nb
     return _HostLayers(num_layers=num_streamed, num_buffers=wanted, num_kept=0, staging_nbytes=staging_nbytes)
 
 
-def _beside_kept(layout: LayerLayout, num_streamed: int, num_fitting: int, staging_nbytes: int, room_nbytes: int) -> _HostLayers:
+def _beside_kept(
+    layout: LayerLayout, num_streamed: int, num_fitting: int, staging_nbytes: int, room_nbytes: int, all_nbytes: int
+) -> _HostLayers:
     """Layers in host memory and kept neurons beside each other. num_fitting: layers that fit where nothing else is there.
+
+    all_nbytes: of all that are streamed.
 
     Where all layers fit, their kept neurons take what is left. Where some stay on disk, the kept neurons of those come first:
 
@@ -421,7 +456,8 @@ def _beside_kept(layout: LayerLayout, num_streamed: int, num_fitting: int, stagi
         return _HostLayers(num_layers=num_layers, num_buffers=num_layers, num_kept=0, staging_nbytes=staging_nbytes)
     if num_layers < num_streamed:
         num_layers = max(0, (room_nbytes - num_streamed * kept_nbytes) // (layout.host_nbytes - kept_nbytes))
-    num_kept = min(num_streamed, max(0, room_nbytes - num_layers * layout.host_nbytes) // kept_nbytes)
+    layers_nbytes = all_nbytes if num_layers == num_streamed else num_layers * layout.host_nbytes
+    num_kept = min(num_streamed, max(0, room_nbytes - layers_nbytes) // kept_nbytes)
     return _HostLayers(num_layers=num_layers, num_buffers=num_layers, num_kept=num_kept, staging_nbytes=staging_nbytes)
 
 
@@ -429,9 +465,10 @@ def _staging_nbytes(layout: LayerLayout, num_host: int) -> int:
     """Host bytes through which a device with its own memory is filled, where that many layers and no others are streamed.
 
     chunks = for layers that the driver refuses to pin
-    layers = for what is read from disk; two of the arena serve while it is being filled, where it has as many
+    layers = for what is read from disk; two of the arena serve while it is being filled, where it has as many and they are alike
     """
-    return NUM_CHUNKS * CHUNK_NBYTES + (0 if num_host >= NUM_STAGING else NUM_STAGING * layout.host_nbytes)
+    has_own = num_host < NUM_STAGING or layout.by_layer
+    return NUM_CHUNKS * CHUNK_NBYTES + (NUM_STAGING * layout.host_nbytes if has_own else 0)
 
 
 def as_flag(nbytes: int) -> str:

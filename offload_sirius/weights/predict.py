@@ -31,7 +31,7 @@ from typing import Literal, get_args
 from offload_sirius.quantization import FEW_TOKENS, WeightFormat
 from offload_sirius.rates import Rates
 from offload_sirius.weights.layout import PARTS, Cargo, LayerLayout, Part, slice_of
-from offload_sirius.weights.plan import NUM_STAGING, Plan
+from offload_sirius.weights.plan import NUM_STAGING, HeadFormat, Plan
 
 Bound = Literal["link", "disk", "compute"]
 
@@ -83,7 +83,7 @@ class Setting:
     paced_bytes_per_second: float | None
     """The rate of an emulated link, which paces real copies."""
     rates: Rates
-    head_format: WeightFormat | None = None
+    head_format: HeadFormat = None
     """How the head is held; None: as plain numbers."""
     overlap: bool = True
     """Where layers are partly resident: the link fetches for a pass before it begins."""
@@ -220,8 +220,8 @@ def predict(setting: Setting, token: Work, prompt: Work) -> Prediction:
 def _sources(setting: Setting) -> dict[str, str]:
     """Where the rates come from, those of quantised weights included where there are any."""
     copied = None if setting.plan.hot is None else setting.plan.hot.draft_format
-    forms = (setting.layout.format, copied, setting.head_format)
-    quantized = {f"{form.kind}_weights": setting.rates.of_quantized(form.kind).source for form in forms if form is not None}
+    forms = [form for form in (setting.layout.format, copied, setting.head_format) if isinstance(form, WeightFormat)]
+    quantized = {f"{form.kind}_weights": setting.rates.of_quantized(form.kind).source for form in forms}
     return {**setting.rates.sources, **quantized}
 
 
@@ -266,13 +266,16 @@ def load_seconds(setting: Setting) -> float | None:
     uploaded.
 
     read   = stored bytes / disk rate
-    upload = (head + final norm + residents, or of layers that are partly resident their attention blocks) / link rate
+    upload = (head + final norm + residents, or of layers that are partly resident their attention blocks, or the copy for
+             drafts) / link rate
     """
     if setting.load_nbytes is None:
         return None
     bill, rates = setting.plan.device_bill, setting.rates
     read_seconds = setting.load_nbytes / rates.disk_bytes_per_second
     uploaded = bill["head"] + bill["final_norm"] + bill["resident_layers"] + bill.get("attention", 0)
+    if setting.plan.hot is not None and setting.plan.hot.draft_format is not None:
+        uploaded += bill["hot_neurons"]
     return max(read_seconds, uploaded / rates.link_bytes_per_second) if setting.own_memory else read_seconds
 
 
@@ -343,13 +346,13 @@ def _step_nbytes(setting: Setting, work: Work, *, sliced: bool) -> dict[Step, in
     if work.cargo == "hot" or (sliced and setting.plan.hot is not None):
         return _partly_resident_nbytes(setting.plan, layout, work)
     if not sliced:
-        return {part: layout.part_nbytes(part) for part in PARTS}
+        return {part: _part_nbytes(layout, part) for part in PARTS}
     part = slice_of(work.cargo)
-    steps: dict[Step, int] = {"attention": layout.part_nbytes("attention"), part: layout.part_nbytes(part)}
+    steps: dict[Step, int] = {"attention": _part_nbytes(layout, "attention"), part: _part_nbytes(layout, part)}
     if work.cargo == "gate":
         # All records in a cache are computed on, and those that the tokens do not need are silenced.
-        steps["held"] = setting.plan.num_cached_neurons * layout.record_nbytes
-        steps["fetched"] = work.num_fetched * layout.record_nbytes
+        steps["held"] = setting.plan.num_cached_neurons * _record_nbytes(layout)
+        steps["fetched"] = work.num_fetched * _record_nbytes(layout)
     return steps
 
 
@@ -363,11 +366,20 @@ def _partly_resident_nbytes(plan: Plan, layout: LayerLayout, work: Work) -> dict
     cargo = work.cargo
     if plan.hot.draft_format is not None and cargo == "hot":
         return {"attention": plan.device_bill["attention"] // len(plan.hot.layers), "hot": _hot_nbytes(plan)}
-    steps: dict[Step, int] = {"attention": layout.part_nbytes("attention")}
+    steps: dict[Step, int] = {"attention": _part_nbytes(layout, "attention")}
     if cargo == "records":
-        return steps | {"records": layout.part_nbytes("records")}
+        return steps | {"records": _part_nbytes(layout, "records")}
     steps["hot"] = _hot_nbytes(plan) * (work.num_drafted or plan.hot.num_hot) // plan.hot.num_hot
     return steps | {"cold": plan.hot.cold_nbytes} if cargo == "cold" else steps
+
+
+def _part_nbytes(layout: LayerLayout, part: Part) -> int:
+    """Of a layer, or their mean."""
+    return layout.mean(lambda each: each.part_nbytes(part))
+
+
+def _record_nbytes(layout: LayerLayout) -> int:
+    return layout.mean(lambda each: each.record_nbytes)
 
 
 def _hot_nbytes(plan: Plan) -> int:
@@ -391,9 +403,9 @@ def _copy_nbytes(setting: Setting, work: Work) -> int:
     if setting.own_memory or plan.hot is not None:
         return pass_nbytes(setting, work)
     if not sliced:
-        return len(plan.host_layers) * plan.layer_nbytes
+        return len(plan.host_layers) * setting.layout.mean_nbytes
     num_gathered = len(sliced.intersection(plan.disk_layers))
-    return len(plan.host_layers) * _slice_nbytes(setting, work) + num_gathered * setting.layout.part_nbytes("kept")
+    return len(plan.host_layers) * _slice_nbytes(setting, work) + num_gathered * _part_nbytes(setting.layout, "kept")
 
 
 def _disk_nbytes(setting: Setting, work: Work) -> int:
@@ -412,10 +424,10 @@ def drags(computing: float, copying: float, rates: Rates) -> tuple[float, float]
 
 def _step_seconds(setting: Setting, work: Work, *, sliced: bool, decoding: bool) -> dict[Step, float]:
     """Computing the steps of a layer, but for attention over the cache."""
-    form, element_nbytes = _format_of(setting, work), setting.layout.element_nbytes
+    form, weight_nbytes = _format_of(setting, work), setting.layout.nbytes_per_weight
 
     def seconds(nbytes: int) -> float:
-        return _weights_seconds(setting, nbytes, form, element_nbytes, work.num_rows, work.num_chunks, decoding=decoding)
+        return _weights_seconds(setting, nbytes, form, weight_nbytes, work.num_rows, work.num_chunks, decoding=decoding)
 
     return {step: seconds(nbytes) for step, nbytes in _step_nbytes(setting, work, sliced=sliced).items()}
 
@@ -427,26 +439,31 @@ def _format_of(setting: Setting, work: Work) -> WeightFormat | None:
 
 
 def _head_seconds(setting: Setting, work: Work, *, decoding: bool) -> float:
-    nbytes, element_nbytes = setting.plan.device_bill["head"], setting.layout.element_nbytes
-    return _weights_seconds(setting, nbytes, setting.head_format, element_nbytes, work.num_head_rows, 1, decoding=decoding)
+    nbytes, form = setting.plan.device_bill["head"], setting.head_format
+    weight_nbytes = setting.layout.element_nbytes if form is None else form.bits_per_weight / 8
+    quantized = form if isinstance(form, WeightFormat) else None
+    return _weights_seconds(setting, nbytes, quantized, weight_nbytes, work.num_head_rows, 1, decoding=decoding)
 
 
 def _weights_seconds(
     setting: Setting,
     nbytes: int,
     form: WeightFormat | None,
-    element_nbytes: int,
+    weight_nbytes: float,
     num_rows: int,
     num_chunks: int,
     *,
     decoding: bool,
 ) -> float:
-    """Products of tokens with weights of so many bytes, quantised or of elements of so many bytes, read once a chunk."""
+    """Products of tokens with so many bytes of weights, read once a chunk.
+
+    Weights are quantised, or of weight_nbytes each, plain or in blocks: blocks are taken to be as fast as as many plain bytes.
+    """
     rates, share = setting.rates, _share_of_cores(setting, decoding=decoding)
     if form is not None:
         return _quantized_seconds(rates, nbytes, form, num_rows, num_chunks) / share
     reading = num_chunks * nbytes / rates.device_bytes_per_second
-    return max(reading, 2 * num_rows * nbytes / element_nbytes / rates.device_flops_per_second) / share
+    return max(reading, 2 * num_rows * nbytes / weight_nbytes / rates.device_flops_per_second) / share
 
 
 def _quantized_seconds(rates: Rates, nbytes: int, form: WeightFormat, num_rows: int, num_chunks: int) -> float:
@@ -499,7 +516,7 @@ def _pass_seconds(setting: Setting, work: Work, *, decoding: bool) -> _PassSecon
     head = _head_seconds(setting, work, decoding=decoding)
     return _PassSeconds(
         cargo=work.cargo,
-        fetched_nbytes=work.num_fetched * setting.layout.record_nbytes,
+        fetched_nbytes=work.num_fetched * _record_nbytes(setting.layout),
         whole=steps(sliced=False),
         sliced=steps(sliced=True),
         behind_layers=head + setting.rates.step_overhead_seconds,
@@ -633,7 +650,8 @@ class _Replay:
 
     def _fetch(self, nbytes: int) -> None:
         self._ring[0]["fetched"] = self._bring_from_host(nbytes)
-        self._early = self._early or self._bring(self._streamed[self._next], "attention")
+        if self._setting.layout.frees_attention:
+            self._early = self._early or self._bring(self._streamed[self._next], "attention")
 
     def _start(self) -> None:
         """A slot is free: bring the next layer of the cycle into it, attention first."""
@@ -647,7 +665,7 @@ class _Replay:
         self._ring.append({"attention": attention, part: self._bring(layer, part)})
 
     def _bring(self, layer: int, part: Part) -> Arrival:
-        nbytes = self._setting.layout.part_nbytes(part)
+        nbytes = _part_nbytes(self._setting.layout, part)
         if layer not in self._disk_layers or part == "kept":
             return self._bring_from_host(nbytes)
         return self._paced(nbytes, self._from_disk(part))
@@ -670,7 +688,7 @@ class _Replay:
             return self._disk.carry(self._now, seconds)
         staged = self._staged[part]
         ready = max(self._now, staged.popleft()()) if len(staged) == NUM_STAGING else self._now
-        upload_seconds = self._setting.layout.part_nbytes(part) / self._setting.rates.link_bytes_per_second
+        upload_seconds = _part_nbytes(self._setting.layout, part) / self._setting.rates.link_bytes_per_second
         staged.append(self._link.carry(self._disk.carry(ready, seconds)(), upload_seconds))
         return staged[-1]
 
@@ -730,14 +748,14 @@ class _HotReplay(_Replay):
         assert hot is not None
         if cargo == "cold":
             return {"cold": self._bring_from_host(hot.cold_nbytes)}
-        return {"records": self._bring_from_host(self._setting.layout.part_nbytes("records"))}
+        return {"records": self._bring_from_host(_part_nbytes(self._setting.layout, "records"))}
 
     def _bring_streamed(self, cargo: Cargo) -> dict[Step, Arrival]:
         layout, plan = self._setting.layout, self._setting.plan
-        attention = self._bring_from_host(layout.part_nbytes("attention"))
+        attention = self._bring_from_host(_part_nbytes(layout, "attention"))
         if cargo == "hot":
             return {"attention": attention, "hot": self._bring_from_host(_hot_nbytes(plan))}
-        return {"attention": attention, "records": self._bring_from_host(layout.part_nbytes("records"))}
+        return {"attention": attention, "records": self._bring_from_host(_part_nbytes(layout, "records"))}
 
 
 class _CopyReplay(_HotReplay):

@@ -227,12 +227,13 @@ class WeightStreamer(Streamer):
         assert self._copier is not None
         flight = self._front_of(layer)
         assert flight.part == "gate", flight.part
-        place = flight.slot.up_down[: len(neuron_ids)]
+        slot = flight.slot.of_layer(layer)
+        place = slot.up_down[: len(neuron_ids)]
         self._let_fetched_arrive()
         with interrupts_held():
             self.pass_nbytes[self._phase] += place.nbytes
-            self._fetching = transfer = self._copier.fetch(layer, neuron_ids, flight.slot)
-            if self._early is None:
+            self._fetching = transfer = self._copier.fetch(layer, neuron_ids, slot)
+            if self._early is None and flight.slot.frees_attention:
                 # While the records are computed on, nobody asks for anything, and the link would idle in every layer. Of the slot
                 # the attention block has been used already.
                 self._early = self._copier.start(self._ring.next_layer, "attention", flight.slot)
@@ -243,7 +244,7 @@ class WeightStreamer(Streamer):
         if layer in self._residents:
             return
         assert self._kept is not None
-        self._kept.choose(layer, neuron_ids, self._arena.get(layer, self._front_of(layer).slot))
+        self._kept.choose(layer, neuron_ids, self._arena.get(layer, self._front_of(layer).slot.of_layer(layer)))
 
     def release(self, layer: int) -> None:
         """The layer has been computed on: its slot goes to the next one that is not under way."""
@@ -287,11 +288,12 @@ class WeightStreamer(Streamer):
     def _send(self, layer: int, cargo: Cargo, slot: LayerBuffer) -> Flight[LayerBuffer]:
         assert self._copier is not None
         part = slice_of(cargo) if layer in self._sliceable else "records"
+        own = slot.of_layer(layer)
         # Attention first: it is computed on while the records, which are most of a layer, still arrive.
-        attention = self._early or self._copier.start(layer, "attention", slot)
+        attention = self._early or self._copier.start(layer, "attention", own)
         self._early = None
-        neurons = self._copier.start(layer, part, slot)
-        nbytes = slot.parts["attention"].numel() + slot.parts[part].numel()
+        neurons = self._copier.start(layer, part, own)
+        nbytes = own.parts["attention"].numel() + own.parts[part].numel()
         return Flight(layer, cargo, part, slot, attention, neurons, nbytes)
 
     def _arrived(self, flight: Flight[LayerBuffer], part: Part) -> LayerBuffer:
@@ -299,4 +301,4 @@ class WeightStreamer(Streamer):
         transfer = flight.attention if part == "attention" else flight.neurons
         assert transfer is not None
         self._wait(self._ring, flight.layer, part, transfer)
-        return flight.slot
+        return flight.slot.of_layer(flight.layer)

@@ -349,10 +349,11 @@ class DiskRoute:
 
     def _carry(self, layer: int, part: Part, slot: LayerBuffer, last_use: Event, transfer: QueuedTransfer) -> None:
         staging = self._free[part].get()
+        own = staging.of_layer(layer)
         try:
-            self._readers.submit(layer_jobs(self._checkpoint, layer, part, staging)).wait()
+            self._readers.submit(layer_jobs(self._checkpoint, layer, part, own)).wait()
             name = f"layer {layer} {part}"
-            done = self._way.upload(staging.parts[part], slot.parts[part], last_use=last_use, name=name)
+            done = self._way.upload(own.parts[part], slot.parts[part], last_use=last_use, name=name)
             transfer.queued.set_result(done)
             done.synchronize()  # the buffer may be read into again only when the device has read it
         except BaseException as error:

@@ -106,6 +106,17 @@ def test_rows_say_whether_tokens_are_looked_up_where_that_was_asked_for() -> Non
     ]
 
 
+def test_rows_say_of_which_copy_drafts_are_made_where_they_can_be() -> None:
+    assert names(
+        SHARED, modes=["sirius"], sparsities=["griffin", "cats"], drafts=["auto", "streamed"], draft_quantize="int4"
+    ) == [
+        "griffin 0.5 int4 copy sirius exact w4",
+        "griffin 0.5 streamed sirius exact w4",
+        "cats 0.5 sirius exact w4",
+        "cats 0.5 streamed sirius exact w4",
+    ]
+
+
 def test_forced_answers_are_whole_windows_behind_a_first_token() -> None:
     forced = bench(variants_of(SHARED, **PLAIN), forced_aal=Fraction("3.5"), max_new_tokens=14)
     assert (forced.num_tokens, forced.num_ahead) == (1 + 10, 4)

@@ -24,7 +24,7 @@ DOCUMENTED = {
         "--model --mode --sparsity --keep --cats-threshold --window --accept --threshold --draft --draft-quantize "
         "--resident-first --refresh "
         "--refresh-decay --overlap --prior --draft-keep --tree-width --lookup --device --device-memory --host-memory "
-        "--link-gbps --dtype --quantize --quantize-group --quantize-head "
+        "--link-gbps --dtype --quantize --quantize-group --quantize-head --keep-blocks "
         "--max-context --kv-dtype --auto --threads --temperature --top-k --top-p --min-p --repetition-penalty --seed "
         "--stop --max-new-tokens --prompt --prompt-file --chat --ignore-eos "
         "--cuda-graphs --shared-host-buffers --trace --json --verbose"
@@ -32,25 +32,25 @@ DOCUMENTED = {
     "plan": (
         "--model --mode --sparsity --keep --window --draft --draft-quantize "
         "--resident-first --prior --draft-keep --tree-width --lookup "
-        "--device --device-memory --host-memory --link-gbps --dtype --quantize --quantize-group --quantize-head "
+        "--device --device-memory --host-memory --link-gbps --dtype --quantize --quantize-group --quantize-head --keep-blocks "
         "--max-context --kv-dtype --auto --cuda-graphs --device-tflops "
         "--device-gbps --disk-gbps --prompt-tokens --parallel --json --verbose"
-    ),
-    "chat": (
-        "--system --history --model --mode --sparsity --keep --cats-threshold --window --accept --threshold --draft "
-        "--draft-quantize --resident-first --refresh --refresh-decay --overlap --prior --draft-keep --tree-width --lookup "
-        "--device --device-memory --host-memory --link-gbps --dtype --quantize --quantize-group --quantize-head --max-context "
-        "--kv-dtype --auto --threads --cuda-graphs --max-new-tokens --stop --temperature --top-k --top-p --min-p "
-        "--repetition-penalty --seed --verbose"
     ),
     "serve": (
         "--host --port --api-key --served-name --max-queue --max-request-size --grace "
         "--model --mode --sparsity --keep --cats-threshold --window --accept --threshold --draft --draft-quantize "
         "--resident-first --refresh --refresh-decay --overlap --prior --draft-keep --tree-width --lookup --device "
-        "--device-memory --host-memory --link-gbps --dtype --quantize --quantize-group --quantize-head --max-context --kv-dtype "
-        "--parallel --auto --threads --cuda-graphs --shared-host-buffers --verbose"
+        "--device-memory --host-memory --link-gbps --dtype --quantize --quantize-group --quantize-head --keep-blocks "
+        "--max-context --kv-dtype --parallel --auto --threads --cuda-graphs --shared-host-buffers --verbose"
     ),
-    "pack": "--model --out --quantize --quantize-group --dtype --report --verify --json --verbose",
+    "pack": "--model --out --quantize --quantize-group --quantize-head --keep-blocks --dtype --report --verify --json --verbose",
+    "chat": (
+        "--system --history --model --mode --sparsity --keep --cats-threshold --window --accept --threshold --draft "
+        "--draft-quantize --resident-first --refresh --refresh-decay --overlap --prior --draft-keep --tree-width --lookup "
+        "--device --device-memory --host-memory --link-gbps --dtype --quantize --quantize-group --quantize-head --keep-blocks "
+        "--max-context --kv-dtype --auto --threads --cuda-graphs --max-new-tokens --stop --temperature --top-k --top-p --min-p "
+        "--repetition-penalty --seed --verbose"
+    ),
     "doctor": "--path --measure --json",
     "models": "--json",
     "bench link": "--device --sizes --path --repeats --plot --json",
@@ -59,13 +59,13 @@ DOCUMENTED = {
         "--draft --draft-quantize --resident-first --refresh "
         "--refresh-decay --overlap --prior --draft-keep --tree-width --lookup --force-aal "
         "--max-new-tokens --ignore-eos --temperature --top-k --top-p --min-p --repetition-penalty --seed "
-        "--device --device-memory --host-memory --link-gbps --dtype --quantize --quantize-group --quantize-head "
+        "--device --device-memory --host-memory --link-gbps --dtype --quantize --quantize-group --quantize-head --keep-blocks "
         "--kv-dtype --threads --cuda-graphs --shared-host-buffers "
         "--plot --trace --json --verbose"
     ),
     "bench stream": (
         "--model --device --device-memory --host-memory --link-gbps --dtype --quantize --quantize-group --quantize-head "
-        "--threads --passes "
+        "--keep-blocks --threads --passes "
         "--shared-host-buffers --plot --trace --json --verbose"
     ),
 }
@@ -74,8 +74,8 @@ SETTINGS = [
     for config, names in (
         (
             EngineConfig,
-            "model device device_memory host_memory link_gbps dtype quantize quantize_group quantize_head max_context kv_dtype "
-            "auto threads shared_host_buffers cuda_graphs",
+            "model device device_memory host_memory link_gbps dtype quantize quantize_group quantize_head keep_blocks "
+            "max_context kv_dtype auto threads shared_host_buffers cuda_graphs",
         ),
         (DecodingConfig, "mode sparsity keep cats_threshold window accept threshold draft refresh refresh_decay tree_width"),
         (DecodingConfig, "resident_first overlap prior draft_keep draft_quantize lookup"),

@@ -53,7 +53,7 @@ def test_the_report_has_a_line_for_each_layer(run: Run, out: Path) -> None:
 
 
 def test_the_json_is_one_object_with_every_figure(run: Run, out: Path) -> None:
-    ran = packed(run, out, "--quantize", "int4", "--quantize-group", "32", "--verify", "--json")
+    ran = packed(run, out, "--quantize", "int4", "--quantize-group", "32", "--quantize-head", "int8", "--verify", "--json")
     found: dict[str, Any] = json.loads(ran.out)
     opened = open_packed(out, "m")
     assert ran.out.count("\n") == 1
@@ -65,6 +65,7 @@ def test_the_json_is_one_object_with_every_figure(run: Run, out: Path) -> None:
         "dtype": "float32",
         "quantize": "int4",
         "quantize_group": 32,
+        "quantize_head": "int8",
         "layers": 4,
         "bytes": sum(seal.nbytes for seal in opened.index.seals.values()),
         "verified_bytes": sum(file.data_nbytes for file in opened.files.values()),

@@ -326,3 +326,15 @@ def test_a_plan_that_does_not_fit_this_machine_is_refused(run: Run, monkeypatch:
     ran = run("plan", "--model", "synthetic:llama-3-8b", "--device", "cpu", "--device-memory", "20GiB")
     assert ran.code == 2
     assert "1.00 GiB" in ran.err or "MiB are free" in ran.err
+
+
+def test_copies_for_drafts_are_among_the_candidates_and_what_is_assumed_of_their_rate_is_said(run: Run) -> None:
+    asked = ["--model", "llama-3-70b", "--draft-quantize", "auto", "--device-memory", "24GiB", "--host-memory", "200GiB"]
+    report = planned(run, *asked, "--link-gbps", "25", "--device-gbps", "1008")
+    found = [(each["draft"], each["draft_quantize"]) for each in report["candidates"]]
+    assert found == [("resident", "int4"), ("resident", "int8"), ("resident", "none"), ("streamed", "none")]
+    assert report["plan"]["hot"]["draft_format"] == {"kind": "int4", "group": 32}
+    assert report["plan"]["predicted"]["draft"]["nbytes"] == 0
+    assert report["plan"]["predicted"]["correction"]["nbytes"] == 80 * report["plan"]["layer_nbytes"]
+    assert report["quantized_rates"]["int4"]["bytes_per_second"] == 0.75 * 1008e9
+    assert report["quantized_rates"]["int4"]["source"] == "assumed"

@@ -18,6 +18,7 @@ from offload_sirius.errors import BudgetError, ConfigError
 from offload_sirius.kernels.packed import QuantizedRows
 from offload_sirius.quantization import WeightFormat
 from offload_sirius.sparsity.copied import CopiedSet
+from offload_sirius.weights.buffers import LayerBuffer
 from offload_sirius.weights.draft_copy import CopyStreamer
 from offload_sirius.weights.quant import dequantise_rows, quantise_rows
 from offload_sirius_loaders import open_checkpoint
@@ -266,3 +267,26 @@ def test_a_device_that_is_too_small_is_one_line_with_what_would_do(load: Load) -
     given = settings()
     with pytest.raises(BudgetError, match=r"too small for --draft-quantize int4: .*, or --draft-quantize none"):
         load(**given | {"device_memory": str(int(given["device_memory"]) // 2)})
+
+
+def test_a_correction_that_is_given_up_half_way_leaves_the_next_answer_as_it_is(
+    load: Load, monkeypatch: pytest.MonkeyPatch, expected: dict[str, list[tuple[int, ...]]]
+) -> None:
+    engine = load_copied(load, num_copied=HALF)
+    streamer = engine._streamer
+    assert isinstance(streamer, CopyStreamer)
+    neurons = streamer.neurons
+
+    def interrupted(layer: int) -> LayerBuffer:
+        if streamer._phase == "correction" and layer == 2:
+            raise KeyboardInterrupt
+        return neurons(layer)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(streamer, "neurons", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            engine.generate("hello", **ASKED)
+    for _ in range(2):
+        found = engine.generate("hello", **ASKED)
+        assert found.token_ids == expected["float32"][0]
+        assert_bytes(engine, found)

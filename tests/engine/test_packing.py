@@ -19,6 +19,8 @@ from offload_sirius.engine.packing import pack, report_of, source_fingerprint, v
 from offload_sirius.engine.placement import DTYPES, place
 from offload_sirius.engine.planning import ELEMENT_NBYTES, as_packed, dtype_of
 from offload_sirius.errors import BudgetError, CheckpointError, ConfigError
+from offload_sirius.kernels.packed import QuantizedRows
+from offload_sirius.quantization import WeightFormat
 from offload_sirius.weights.buffers import LayerBuffer
 from offload_sirius.weights.disk import ReaderPool
 from offload_sirius.weights.layout import LayerLayout, layer_layout
@@ -41,8 +43,9 @@ KINDS: list[dict[str, Any]] = [
     {"quantize": "int8"},
     {"quantize": "int4"},
     {"quantize": "int4", "quantize_group": 32},
-    {"quantize": "int4", "dtype": "bfloat16"},
+    {"quantize": "int4", "dtype": "bfloat16", "quantize_head": "int8"},
 ]
+TIED = "synthetic:llama-3.2-1b?layers=2&width=64&heads=4&kv_heads=2&ffn=128&vocab=384&positions=256&dtype=F32"
 PLACES = ["resident", "host", "host and disk", "disk"]
 
 
@@ -67,6 +70,28 @@ def at_load(kind: dict[str, Any]) -> Iterator[Engine]:
 def packed_as(kind: dict[str, Any], directory: Path, model: str = TINY) -> str:
     pack(EngineConfig(model=model, **kind), directory, NoProgress())
     return str(directory)
+
+
+@pytest.mark.parametrize("model", [TINY, TIED])
+def test_a_head_that_is_packed_in_8_bits_is_read_as_it_is_and_gives_the_same_bits(model: str, load: Load, tmp_path: Path) -> None:
+    kind = {"quantize": "int8", "quantize_head": "int8"}
+    copy = open_checkpoint(packed_as(kind, tmp_path / "m", model))
+    spec = copy.spec
+    assert copy.tensors[None, "head"].element == "U8"
+    assert copy.tensors[None, "head"].shape == (spec.vocab_size, WeightFormat(kind="int8", group=64).row_nbytes(spec.width))
+    packed, at_load = load(str(tmp_path / "m")), load(model, **kind)
+    heads = [engine._streamer.head for engine in (packed, at_load)]
+    assert all(isinstance(head, QuantizedRows) for head in heads)
+    assert torch.equal(heads[0].rows, heads[1].rows)  # type: ignore[union-attr]
+    assert packed.generate("hello", **ASKED).token_ids == at_load.generate("hello", **ASKED).token_ids
+    verify_copy(str(tmp_path / "m"), NoProgress())
+
+
+def test_a_plain_head_of_a_packed_model_is_quantised_while_loading_where_that_is_asked_for(load: Load, tmp_path: Path) -> None:
+    copy = packed_as({"quantize": "int4"}, tmp_path / "m")
+    packed, at_load = load(copy, quantize_head="int8"), load(quantize="int4", quantize_head="int8")
+    assert packed.generate("hello", **ASKED).token_ids == at_load.generate("hello", **ASKED).token_ids
+    assert packed.plan.device_bill["head"] == at_load.plan.device_bill["head"] < load(copy).plan.device_bill["head"]
 
 
 def layers_of(model: str, kind: dict[str, Any]) -> list[bytes]:
@@ -158,6 +183,7 @@ def test_a_packed_model_s_own_types_are_those_it_runs_in(kind: dict[str, Any], p
     config = load(packed).config
     asked = EngineConfig(**kind)
     assert (config.dtype, config.quantize) == (kind.get("dtype", "float32"), asked.quantize)
+    assert config.quantize_head == asked.quantize_head
     assert config.weight_format == asked.weight_format
     assert load(packed, **kind).config == load(packed).config
 

@@ -75,7 +75,7 @@ def test_a_read_error_while_loading_or_running_is_one_line(
     folder: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     count, whole = reads_of_a_whole_run(folder, capsys, monkeypatch)
-    for moment, error, said in ((2, errno.EIO, "Input/output error"), (count - 3, errno.ESTALE, "Stale file handle")):
+    for moment, error, said in ((2, errno.EIO, "Input/output error"), (count // 2, errno.ESTALE, "Stale file handle")):
         with monkeypatch.context() as patched:
             Reads(patched, failing_from(moment, error))
             code, text, line = generate(folder, capsys)

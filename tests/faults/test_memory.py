@@ -1,10 +1,8 @@
-"""Memory that runs out though there was enough when the plan was made."""
+"""Memory of a device that runs out though there was enough when the plan was made. That of the host: engine/test_building.py."""
 
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -32,44 +30,6 @@ ASKED = (
 )
 RAN_OUT = r"memory ran out; the plan takes .* on the device and .* on the host: give smaller --device-memory or --host-memory\n"
 Capture = pytest.CaptureFixture[str]
-
-IN_A_LIMIT = """
-import resource, sys
-import numpy.random
-from pathlib import Path
-from offload_sirius.cli import main
-from offload_sirius.engine import engine, building
-
-def limit(*arguments, **named):
-    size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (size + room_nbytes,) * 2)
-    return call(*arguments, **named)
-
-where = {"loading": (building, "make_arenas", 16 << 20), "running": (engine, "decode_full", 1 << 20)}
-room, name, room_nbytes = where[sys.argv[1]]
-call = getattr(room, name)
-setattr(room, name, limit)
-sys.exit(main(sys.argv[2:]))
-"""
-
-
-@pytest.mark.parametrize("moment", ["loading", "running"])
-def test_memory_that_runs_out_is_one_line(moment: str) -> None:
-    """A limit on the process's addresses, not far above what it has; the model then takes more."""
-    model, prompt = (TINY + "&ffn=16384", "hi") if moment == "loading" else (TINY + "&positions=4096", "a" * 3000)
-    given = ["generate", "--model", model, "--prompt", prompt, "--max-new-tokens", "4", "--mode", "full", "--device", "cpu"]
-    done = subprocess.run(
-        [sys.executable, "-c", IN_A_LIMIT, moment, *given, "--threads", "1"],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-    )
-    assert (done.returncode, done.stdout) == (2, "")
-    assert re.fullmatch(
-        "error: " + RAN_OUT,
-        done.stderr,
-    )
 
 
 class Shrunk(DeviceStore):

@@ -121,11 +121,15 @@ def test_threads_change_no_bit(way: str) -> None:
         assert all(torch.equal(ours, first) for ours, first in zip(other, results[0], strict=True))
 
 
+@both_units
+@pytest.mark.parametrize("way", ["float32", "bfloat16", "int8/64"])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_gate_up_is_the_activation_of_one_product_times_the_other(activation: cpu.Activation) -> None:
-    gate, up, x = normal(37, 200), normal(37, 200) + 1, normal(3, 200) * 3
-    expected = activated((x.double() @ gate.t().double()), activation) * (x.double() @ up.t().double())
+def test_gate_up_is_the_activation_of_one_product_times_the_other(way: str, activation: cpu.Activation) -> None:
+    gate, up, x = WAYS[way](normal(37, 200)), WAYS[way](normal(37, 200) + 1), normal(21, 200) * 3
+    expected = activated(x.double() @ exact(gate).t(), activation) * (x.double() @ exact(up).t())
     assert_near(cpu.gate_up(x, gate, up, activation), expected)
+    rounded = cpu.gate_up(x, gate, up, activation, dtype=torch.bfloat16)
+    assert torch.equal(rounded, cpu.gate_up(x, gate, up, activation).bfloat16())
     # Large on both sides: nothing overflows to what is no number.
     assert torch.isfinite(cpu.gate_up(x * 1000, gate, up, activation)).all()
 

@@ -227,6 +227,23 @@ def test_plain_types_decode_to_views_of_the_bytes(path: Path, dtype: str, numpy_
     np.testing.assert_array_equal(found, values.view(numpy_type))
 
 
+@pytest.mark.parametrize("dtype", BLOCK_TYPES)
+def test_in_blocks_rows_are_the_file_s_bytes_in_the_order_of_the_decoded_ones(path: Path, dtype: str) -> None:
+    names = {"attn_q": (WIDTH, WIDTH), "ffn_down": (WIDTH, FFN)}
+    tensors = {f"blk.0.{name}.weight": (random_blocks(dtype, shape), dtype) for name, shape in names.items()}
+    plain = open_gguf(write_gguf(path, tensors=tensors), "small")
+    blocks = plain.in_blocks()
+    for role in ("q", "down"):
+        info = blocks.tensors[0, role]
+        assert (info.element, info.dtype, info.nbytes) == ("U8", dtype, plain.tensors[0, role].nbytes)
+        rows = blocks.read(0, role)
+        assert rows.shape == info.shape == (WIDTH, info.nbytes // WIDTH)
+        np.testing.assert_array_equal(quants.dequantize(rows, GGMLQuantizationType[dtype]), plain.read(0, role))
+    assert blocks.tensors[0, "down"].row_multiple == 32
+    assert blocks.tensors[0, "k"] == plain.tensors[0, "k"]
+    assert blocks.spec == plain.spec
+
+
 def test_bytes_at_any_alignment_decode(path: Path) -> None:
     checkpoint = open_gguf(write_gguf(path), "small")
     info = checkpoint.tensors[0, "up"]

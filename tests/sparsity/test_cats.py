@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from offload_sirius.sparsity.cats import CALIBRATION_ROWS, Cats, FetchCounts, reached_by
-from offload_sirius.weights.buffers import KeptNeurons, as_they_are
+from offload_sirius.weights.buffers import KeptNeurons
 from offload_sirius.weights.neuron_cache import NeuronCache
 from offload_sirius_loaders import open_checkpoint
 
@@ -66,7 +66,7 @@ def masked(source: Source, layer: int, x: Tensor, num_kept: int) -> Tensor:
 
 def cats_of(source: Source, num_kept: int = 7, *, num_cached: int = 0, **more: object) -> Cats:
     caches = {layer: NeuronCache(torch.zeros(num_cached, 2, D), F) for layer in range(SPEC.num_layers) if num_cached}
-    return Cats(SPEC, source, num_kept, caches=caches, rows=as_they_are, **more)  # type: ignore[arg-type]
+    return Cats(SPEC, source, num_kept, caches=caches, **more)  # type: ignore[arg-type]
 
 
 def test_the_largest_gates_are_kept_whatever_their_sign() -> None:

@@ -30,6 +30,7 @@ DEMAND = Demand(
     reader_nbytes=8 * MIB,
     embedding_on_device=False,
     staged=False,
+    rows_quantising_nbytes=ROWS_QUANTISING_NBYTES,
     num_hot=F,
     draft_format=INT4,
 )

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from offload_sirius.blocks import BLOCK_FORMATS
+from offload_sirius.kernels.blocks import BlockRows
 from offload_sirius.weights.disk import ReaderPool
 from offload_sirius.weights.embedding import DiskEmbedding, Embedding, TableEmbedding
 from offload_sirius_loaders.checkpoint import Checkpoint
@@ -23,7 +25,7 @@ def table(tiny: Checkpoint) -> torch.Tensor:
 def embedding(request: pytest.FixtureRequest, tiny: Checkpoint, table: torch.Tensor) -> Iterator[Embedding]:
     readers = ReaderPool(tiny, 3)
     disk = DiskEmbedding(tiny.tensors[None, "embedding"], readers, torch.float32, CPU)
-    yield TableEmbedding(table, CPU) if request.param == "memory" else disk
+    yield TableEmbedding(table, table.dtype, CPU) if request.param == "memory" else disk
     readers.close()
 
 
@@ -33,3 +35,10 @@ def test_each_token_gets_its_row(embedding: Embedding, table: torch.Tensor, toke
     with torch.inference_mode(inference):
         rows = embedding.rows(torch.tensor(token_ids))
         assert torch.equal(rows, table[token_ids])
+
+
+def test_rows_of_blocks_become_numbers_as_they_are_gathered() -> None:
+    form = BLOCK_FORMATS["Q8_0"]
+    table = BlockRows(torch.randint(0, 60, (9, form.row_nbytes(64)), dtype=torch.uint8), 64, form)
+    rows = TableEmbedding(table, torch.bfloat16, CPU).rows(torch.tensor([8, 0, 8]))
+    assert torch.equal(rows, table.dequantised()[[8, 0, 8]].bfloat16())

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
-from offload_sirius.weights.layout import ALIGNMENT, layer_layout, part_of, qkv_rows
+from offload_sirius.blocks import BLOCK_FORMATS
+from offload_sirius.weights.layout import ALIGNMENT, layer_layout, model_layout, part_of, qkv_rows
 from offload_sirius_loaders import open_checkpoint
 
 LLAMA_70B = open_checkpoint("synthetic:llama-3-70b").spec
@@ -100,3 +103,44 @@ def test_kept_neurons_change_nothing_else_and_end_within_the_layer() -> None:
         assert layout.nbytes == plain.nbytes
         assert 0 < layout.kept_nbytes <= layout.records_nbytes
     assert layer_layout(TINY, 4, 13).kept_nbytes == plain.records_nbytes
+
+
+MIXES = [
+    dict.fromkeys(("q", "k", "v", "o", "gate", "up", "down"), BLOCK_FORMATS["Q4_K"]),
+    dict.fromkeys(("q", "k", "o", "gate", "up"), BLOCK_FORMATS["Q4_K"]) | dict.fromkeys(("v", "down"), BLOCK_FORMATS["Q6_K"]),
+    dict.fromkeys(("q", "k", "v", "o", "gate", "up"), BLOCK_FORMATS["Q5_K"]),
+]
+
+
+def test_a_70b_in_blocks_has_the_bytes_of_the_file_and_a_number_for_each_neuron() -> None:
+    layout = layer_layout(LLAMA_70B, 2, blocks=MIXES[1])
+    width, ffn, attention = 8192, 28672, 150_994_944
+    values = 1024 * width
+    stored = (attention - values + 2 * ffn * width) * 144 // 256 + (values + ffn * width) * 210 // 256
+    assert layout.nbytes == stored + 2 * width * 2 + 4 * ffn
+    assert layout.gate_nbytes == width * 144 // 256
+    assert layout.record_nbytes == 4 + width * 6 // 8 + layout.gate_nbytes
+    assert layout.fields["down_table"].shape == (ffn // 256, 18 * width)
+
+
+def test_where_layers_differ_no_layer_has_more_of_anything_than_a_slot_has_room_for() -> None:
+    spec = replace(TINY, width=256, head_dim=64, ffn_width=512, num_layers=4)
+    layout = model_layout(spec, 4, 100, None, [MIXES[0], MIXES[1], MIXES[2], MIXES[0]])
+    assert layout.layer(0) is layout.layer(3)
+    assert [layout.layer(layer).blocks for layer in range(3)] == MIXES
+    for layer in range(4):
+        own = layout.layer(layer)
+        assert own.nbytes <= layout.nbytes
+        assert own.record_nbytes <= layout.record_nbytes
+        assert all(own.part_nbytes(part) <= layout.part_nbytes(part) for part in ("attention", "records", "gate", "kept"))
+    assert layout.total(lambda each: each.nbytes, (1, 2)) == layout.layer(1).nbytes + layout.layer(2).nbytes
+    fewer = layout.of(replace(spec, ffn_width=100))
+    assert fewer.layer(1).attention_nbytes == layout.layer(1).attention_nbytes, "its table is for all neurons"
+    assert fewer.layer(1).records_nbytes < layout.layer(1).records_nbytes // 5 + ALIGNMENT * 2
+
+
+def test_layers_that_are_alike_have_one_layout() -> None:
+    spec = replace(TINY, width=256, head_dim=64, ffn_width=512)
+    layout = model_layout(spec, 4, 0, None, [MIXES[1]] * spec.num_layers)
+    assert layout.by_layer == ()
+    assert layout == layer_layout(spec, 4, blocks=MIXES[1])
