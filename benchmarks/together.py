@@ -29,7 +29,7 @@ from offload_sirius.engine import Engine, open_model
 from offload_sirius.engine.placement import place
 
 PROMPTS = Path(__file__).parents[1] / "data" / "prompts.jsonl"
-CONTEXT = 256
+CONTEXT = 512
 WAYS = {
     "full": DecodingConfig(mode="full"),
     "sirius": DecodingConfig(mode="sirius", draft="resident", keep=0.5, window=8, prior=False),

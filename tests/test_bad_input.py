@@ -568,7 +568,7 @@ def test_memory_that_runs_out_while_loading_is_one_line(
 
 
 def test_memory_that_runs_out_in_the_middle_of_an_answer_is_one_line(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("offload_sirius.model.transformer.Transformer.prefill", refuse(RuntimeError, CANNOT_ALLOCATE))
+    monkeypatch.setattr("offload_sirius.model.transformer.Transformer.prefill_all", refuse(RuntimeError, CANNOT_ALLOCATE))
     assert re.fullmatch(RAN_OUT, line_of(capsys, "--model", TINY))
 
 

@@ -33,6 +33,7 @@ CONTRACT: dict[str, Any] = {
     "token_ids": list,
     "finish_reason": str,
     "prompt_tokens": int,
+    "cached_tokens": int,
     "new_tokens": int,
     "ttft_seconds": float,
     "decode_seconds": float,

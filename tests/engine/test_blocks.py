@@ -87,6 +87,7 @@ def logits_of(engine: Engine) -> torch.Tensor:
     """Of a prompt, and of a step of three tokens behind it."""
     model = engine._streamed
     model.prepare(engine.config.decoding)
+    model.slots[0].begin(0)
     (first,) = model.run([Ask(slot=model.slots[0], kind="prefill", token_ids=PROMPT, following="full")])  # [1, V]
     (behind,) = model.run([Ask(slot=model.slots[0], kind="full", token_ids=[1, 2, 3], following="full")])  # [3, V]
     return torch.cat((first, behind))
