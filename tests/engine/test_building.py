@@ -63,8 +63,8 @@ def test_a_setting_that_does_not_exist_is_refused_with_those_that_do() -> None:
         offload_sirius.load(TINY, device_ram="20GiB")
     assert str(caught.value) == (
         "unknown setting device_ram; known are accept, auto, cats_threshold, cuda_graphs, device, device_memory, draft, "
-        "draft_keep, draft_quantize, dtype, host_memory, keep, keep_blocks, kv_dtype, link_gbps, lookup, max_context, mode, model, "
-        "overlap, parallel, prior, quantize, quantize_group, quantize_head, refresh, refresh_decay, resident_first, "
+        "draft_keep, draft_quantize, dtype, host_memory, keep, keep_blocks, kv_dtype, link_gbps, lookup, max_context, mode, "
+        "model, overlap, parallel, prior, quantize, quantize_group, quantize_head, refresh, refresh_decay, resident_first, "
         "shared_host_buffers, sparsity, threads, threshold, tree_width, window"
     )
 
