@@ -56,8 +56,8 @@ DOCUMENTED = {
         "--plot --trace --json --verbose"
     ),
     "bench stream": (
-        "--model --device --device-memory --host-memory --link-gbps --dtype --quantize --quantize-group --quantize-head --keep-blocks "
-        "--threads --passes "
+        "--model --device --device-memory --host-memory --link-gbps --dtype --quantize --quantize-group --quantize-head "
+        "--keep-blocks --threads --passes "
         "--shared-host-buffers --plot --trace --json --verbose"
     ),
 }
