@@ -94,7 +94,8 @@ struct outlier {
 
 INLINE struct outlier outlier_of(const struct matrix *m, const char *row) {
     const uint16_t *at = (const uint16_t *)(row + outlier_place(m->kind, m->width, m->group_log2));
-    return (struct outlier){at[0], from_half(at[1])};
+    /* Bytes from a file may say anything: a place behind the end is nowhere. */
+    return at[0] < m->width ? (struct outlier){at[0], from_half(at[1])} : (struct outlier){0, 0};
 }
 
 INLINE int has_outliers(const struct matrix *m) { return m->kind == INT8 || m->kind == INT4; }

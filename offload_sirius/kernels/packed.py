@@ -72,7 +72,10 @@ class QuantizedRows:
 
     def dequantised(self) -> Tensor:
         """The weights that they stand for, float32 [N, D]."""
-        return self.without_outliers().scatter_add_(1, self.outlier_places.long() % MAX_WIDTH, self.outlier_rests.float())
+        places, rests = self.outlier_places.long() % MAX_WIDTH, self.outlier_rests.float()
+        is_nowhere = places >= self.width  # bytes from a file may say anything
+        places, rests = places.masked_fill(is_nowhere, 0), rests.masked_fill(is_nowhere, 0.0)
+        return self.without_outliers().scatter_add_(1, places, rests)
 
     def without_outliers(self) -> Tensor:
         """What integers, scales and zeros say, float32 [N, D], exactly."""

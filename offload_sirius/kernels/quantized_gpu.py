@@ -171,12 +171,13 @@ def _group_products(  # type: ignore[no-untyped-def]
         return tl.dot(values, numbers.to(values.dtype), input_precision="ieee") * scale
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _outlier_products(x, x_inside, places, rests, at, inside):  # type: ignore[no-untyped-def]
+@triton.jit
+def _outlier_products(x, x_inside, width, places, rests, at, inside):  # type: ignore[no-untyped-def]
     # x: pointers to rows, [S, 1]; at: of each row [N]. -> float32 [S, N]
     column = tl.load(places + at, mask=inside, other=0).to(tl.int32) & 0xFFFF
     rest = tl.load(rests + at, mask=inside, other=0).to(tl.float32)
-    values = tl.load(x + column[None, :], mask=x_inside & inside[None, :], other=0).to(tl.float32)
+    # Bytes from a file may say anything: a place behind the end is nowhere.
+    values = tl.load(x + column[None, :], mask=x_inside & (inside & (column < width))[None, :], other=0).to(tl.float32)
     return values * rest[None, :]
 
 
@@ -249,7 +250,7 @@ def _linear_rows(  # type: ignore[no-untyped-def]
             INT4,
             GROUP,
         )
-    gates += _outlier_products(x_rows, x_inside, gate_places, gate_rests, row * gate_scales_stride, place < num_rows)
+    gates += _outlier_products(x_rows, x_inside, width, gate_places, gate_rests, row * gate_scales_stride, place < num_rows)
     if ACTIVATION != "none":
         ups = tl.zeros((BLOCK_TOKENS, BLOCK_ROWS), dtype=tl.float32)
         for group in range(tl.cdiv(width, GROUP)):
@@ -266,7 +267,7 @@ def _linear_rows(  # type: ignore[no-untyped-def]
                 INT4,
                 GROUP,
             )
-        ups += _outlier_products(x_rows, x_inside, up_places, up_rests, row * up_scales_stride, place < num_rows)
+        ups += _outlier_products(x_rows, x_inside, width, up_places, up_rests, row * up_scales_stride, place < num_rows)
         gates = _activated(gates, ACTIVATION) * ups
     tl.store(out + token.to(tl.int64)[:, None] * num_rows + place[None, :], gates, mask=x_inside & rows_inside)
 

@@ -319,7 +319,7 @@ def test_damage_is_named_in_one_line_and_packing_again_repairs_it(tmp_path: Path
 def test_layers_of_another_size_are_refused_though_every_seal_is_right(
     part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    right = packing.layer_layout
+    right = packing.held_layout
 
     def wrong(*arguments: Any) -> LayerLayout:
         """Where tensors lie is as it must be, and the part has a row of bytes behind them."""
@@ -327,7 +327,7 @@ def test_layers_of_another_size_are_refused_though_every_seal_is_right(
         return replace(layout, **{f"{part}_nbytes": layout.part_nbytes(part) + PACKED_ROW_NBYTES})  # type: ignore[arg-type]
 
     with monkeypatch.context() as patched:
-        patched.setattr(packing, "layer_layout", wrong)
+        patched.setattr(packing, "held_layout", wrong)
         model = packed_as({}, tmp_path / "m")
     checkpoint = open_packed(tmp_path / "m", "m")
     with pytest.raises(CheckpointError, match="m: its layers are laid out in another way than by this version of the program"):
