@@ -219,4 +219,4 @@ def test_a_70b_in_four_bits_has_the_bytes_of_its_arithmetic() -> None:
     assert layout.attention_nbytes == norms + (8192 + 2 * 1024 + 8192) * row
     assert layout.records_nbytes == 3 * 28672 * row
     assert layout.neuron_nbytes == 3 * row
-    assert 80 * layout.nbytes == pytest.approx(35.6e9, rel=0.01)
+    assert 80 * layout.nbytes == pytest.approx(35.6e9, rel=0.015)
