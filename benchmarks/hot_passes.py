@@ -16,7 +16,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,7 +28,7 @@ from torch.nn import functional
 
 from offload_sirius.bench.link import pinned_upload_bytes_per_second
 from offload_sirius.config import DecodingConfig, EngineConfig
-from offload_sirius.decode.model import Pass
+from offload_sirius.decode.model import Ask, Pass
 from offload_sirius.engine import Engine, NoProgress, build, open_model
 from offload_sirius.engine.placement import find_device
 from offload_sirius.engine.streamed import StreamedModel
@@ -132,15 +132,16 @@ def measure(engine: Engine, link_bytes_per_second: float) -> Passes:
     """Windows whose drafts are launched, then as they are, then corrections alone."""
     plan, streamed = engine.plan, engine._streamed  # single passes are no part of an engine's surface
     assert plan.hot is not None
-    streamed.keep(0)
-    streamed.prefill(torch.arange(1, NUM_PROMPT + 1), following="draft")
+    streamed.prepare(engine.config.decoding)
+    streamed.slots[0].begin(0)
+    run(streamed, "prefill", range(1, NUM_PROMPT + 1), following="draft")
     with plain_drafts(streamed):
         launched = [window(streamed) for _ in range(NUM_WINDOWS + 1)][1:]
     before = free_nbytes(engine)
     window(streamed)  # records
     recorded_nbytes = None if before is None else before - (free_nbytes(engine) or 0)
     recorded = [window(streamed) for _ in range(NUM_WINDOWS)]
-    window_ids = torch.arange(1, WINDOW + 1)
+    window_ids = range(1, WINDOW + 1)
     corrections = [seconds_of(lambda: correct(streamed, window_ids, following="correction")) for _ in range(NUM_WINDOWS + 1)]
     return Passes(
         resident_nbytes=sum(plan.device_bill[what] for what in ("attention", "hot_neurons", "head")),
@@ -171,17 +172,22 @@ def window(streamed: StreamedModel) -> tuple[list[float], float]:
 
     def draft() -> None:
         following: Pass = "draft" if len(token_ids) < WINDOW - 1 else "correction"
-        token_ids.append(int(streamed.draft(torch.tensor(token_ids[-1:]), following=following).argmax()))
+        token_ids.append(int(run(streamed, "draft", token_ids[-1:], following=following).argmax()))
 
     while len(token_ids) < WINDOW:
         seconds.append(seconds_of(draft))
-    streamed.keep(NUM_PROMPT)
-    return seconds, seconds_of(lambda: correct(streamed, torch.tensor(token_ids), following="draft"))
+    streamed.slots[0].keep(NUM_PROMPT)
+    return seconds, seconds_of(lambda: correct(streamed, token_ids, following="draft"))
 
 
-def correct(streamed: StreamedModel, token_ids: torch.Tensor, *, following: Pass) -> None:
-    streamed.correct(token_ids, following=following)[-1].argmax().item()  # waits for the device
-    streamed.keep(NUM_PROMPT)
+def correct(streamed: StreamedModel, token_ids: Sequence[int], *, following: Pass) -> None:
+    run(streamed, "correction", token_ids, following=following)[-1].argmax().item()  # waits for the device
+    streamed.slots[0].keep(NUM_PROMPT)
+
+
+def run(streamed: StreamedModel, kind: Pass, token_ids: Sequence[int], *, following: Pass) -> torch.Tensor:
+    """Logits of a pass."""
+    return streamed.run([Ask(slot=streamed.slots[0], kind=kind, token_ids=list(token_ids), following=following)])[0]
 
 
 def device_bytes_per_second(engine: Engine) -> float:

@@ -38,6 +38,12 @@ MAX_TREE_NODES = 512
 MAX_LOOKUP_NODES = 16
 """Of them tokens at most that were looked up and not drafted."""
 
+MAX_LOGPROBS = 20
+"""Likeliest tokens beside each token of an answer at most."""
+
+MAX_PARALLEL = 64
+"""Answers that are written together at most: of a correction's tokens each has eight then."""
+
 Dtype = Literal["auto", "bfloat16", "float32"]
 DTYPES: tuple[Dtype, ...] = get_args(Dtype)
 
@@ -331,6 +337,9 @@ class EngineConfig:
         "auto: keys and values are held in the type that is computed in. int8: in 8 bits, each row of a head with a scale of its "
         "own; half the bytes of bfloat16, nearly the same text.",
     )
+    parallel: int = _setting(
+        1, "Answers that may be written together: each has a KV cache of its own, and all share every pass of the weights."
+    )
     auto: bool = _setting(False, "Choose by predicted speed what is left to choose: bfloat16 or float32, where --dtype is auto.")
     threads: int | None = _setting(
         None, "CPU threads to compute with. Default: the physical cores, less one while layers come from disk."
@@ -372,12 +381,18 @@ class EngineConfig:
             _require(1e-6 <= self.link_gbps <= 1e6, "link-gbps", self.link_gbps, "between 0.000001 and 1,000,000 GB/s")
         if self.max_context is not None:
             _require(self.max_context >= 1, "max-context", self.max_context, "at least 1")
+        _require(1 <= self.parallel <= MAX_PARALLEL, "parallel", self.parallel, f"between 1 and {MAX_PARALLEL}")
         if self.threads is not None:
             _require(1 <= self.threads <= 1024, "threads", self.threads, "between 1 and 1024")
         if self.shared_host_buffers is not None:
             _require(self.shared_host_buffers >= 1, "shared-host-buffers", self.shared_host_buffers, "at least 1")
             _require(self.model.startswith("synthetic:"), "model", self.model, "synthetic:SHAPE with --shared-host-buffers")
         self.device_size, self.host_size  # noqa: B018  raises where a size cannot be read
+
+    @property
+    def step_rows(self) -> int:
+        """Most tokens of one pass behind the prompts, of all answers together."""
+        return max(self.parallel, min(self.parallel * self.decoding.max_nodes, max(self.decoding.max_nodes, MAX_TREE_NODES)))
 
     @property
     def weight_format(self) -> WeightFormat | None:
@@ -418,7 +433,6 @@ class PlanConfig:
         None, "Rate of the disk in GB/s (1e9 bytes). Default: measured by doctor --measure, or assumed."
     )
     prompt_tokens: int = _setting(512, "Tokens of the prompt.")
-    batch: int = _setting(1, "Sequences that would be decoded together in every pass; generate decodes one.")
 
     def __post_init__(self) -> None:
         for name in ("device_tflops", "device_gbps", "disk_gbps"):
@@ -426,7 +440,6 @@ class PlanConfig:
             if found is not None:
                 _require(1e-6 <= found <= 1e6, name.replace("_", "-"), found, "between 0.000001 and 1,000,000")
         _require(1 <= self.prompt_tokens <= 10**7, "prompt-tokens", self.prompt_tokens, "between 1 and 10,000,000")
-        _require(1 <= self.batch <= 10**4, "batch", self.batch, "between 1 and 10,000")
 
     @property
     def describes_device(self) -> bool:
@@ -475,7 +488,13 @@ class GenerationConfig:
         "every token: modes full, and sirius with exact acceptance.",
     )
 
+    logprobs: int | None = _setting(
+        None, "Give each token's log-probability by the full model, before temperature, and that of so many of the likeliest."
+    )
+
     def __post_init__(self) -> None:
+        if self.logprobs is not None:
+            _require(0 <= self.logprobs <= MAX_LOGPROBS, "logprobs", self.logprobs, f"between 0 and {MAX_LOGPROBS}")
         _require(1 <= self.max_new_tokens <= 10**7, "max-new-tokens", self.max_new_tokens, "between 1 and 10,000,000")
         _require(all(self.stop), "stop", repr(""), "a text that is not empty")
         if self.decoding is not None:
@@ -489,3 +508,40 @@ def require_greedy_threshold(decoding: DecodingConfig, sampling: SamplingConfig)
             f"--accept threshold is greedy, and --temperature is {sampling.temperature}; "
             "use --temperature 0, or --accept exact, which samples"
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeConfig:
+    """How the server meets its clients."""
+
+    host: str = _setting("127.0.0.1", "Address to listen on; 0.0.0.0 lets other machines in.")
+    port: int = _setting(8080, "Port to listen on; 0 takes a free one.")
+    api_key: str | None = field(
+        default=None,
+        repr=False,
+        metadata={"help": "What clients must send as bearer token. Default: OFFLOAD_SIRIUS_API_KEY, where it is set, else none."},
+    )
+    served_name: tuple[str, ...] = _setting(
+        (), "Name of the model in requests; may be given several times, the first is listed. Default: its alias or own name."
+    )
+    max_queue: int = _setting(64, "Requests that may wait for their turn; one more is told to come again (429).")
+    max_request_size: str = _setting("4MiB", "Largest body of a request; a larger one is refused while it is read (413).")
+    grace: float = _setting(30.0, "Seconds in which a stopping server finishes the answers that are being written.")
+
+    def __post_init__(self) -> None:
+        _require(bool(self.host.strip()), "host", repr(self.host), "an address such as 127.0.0.1")
+        _require(0 <= self.port <= 65535, "port", self.port, "between 0 and 65535")
+        if self.api_key is not None:
+            _require(self.api_key.isascii() and self.api_key.strip() == self.api_key != "", "api-key", "not usable", "ASCII text")
+        _require(all(name.strip() for name in self.served_name), "served-name", repr(""), "a name that is not empty")
+        _require(0 <= self.max_queue <= 10**6, "max-queue", self.max_queue, "between 0 and 1,000,000")
+        nbytes = parse_size(self.max_request_size).nbytes
+        _require(nbytes is not None, "max-request-size", self.max_request_size, "a number of bytes such as 4MiB")
+        _require(math.isfinite(self.grace) and self.grace >= 0, "grace", self.grace, "0 or more seconds")
+
+    @property
+    def max_request_nbytes(self) -> int:
+        """The largest body in bytes."""
+        nbytes = parse_size(self.max_request_size).nbytes
+        assert nbytes is not None
+        return nbytes

@@ -121,6 +121,17 @@ def peak_resident_nbytes(root: Path = _ROOT) -> int:
     return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss if peak_kib is None else peak_kib) * KIB
 
 
+def resident_nbytes(root: Path = _ROOT) -> int:
+    """Memory that is resident in this process now, file mappings included."""
+    return _fields(root / "proc/self/status").get("VmRSS:", 0) * KIB
+
+
+def total_host_nbytes(root: Path = _ROOT) -> int:
+    """The machine's memory, or what a cgroup allows this process where that is less."""
+    total = int(psutil.virtual_memory().total)
+    return min(total, cgroup_limit_nbytes(root) or total)
+
+
 def file_system_of(path: Path) -> FileSystem:
     """The file system of a path, or of the first folder above it that exists."""
     resolved = path.resolve()

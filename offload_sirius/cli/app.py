@@ -12,7 +12,7 @@ from typing import Any
 import typer
 
 from offload_sirius import __version__
-from offload_sirius.cli import bench, chat, doctor, generate, models, pack, plan
+from offload_sirius.cli import bench, chat, doctor, generate, models, pack, plan, serve
 from offload_sirius.cli.termination import Termination
 from offload_sirius.errors import USER_ERRORS
 
@@ -32,6 +32,7 @@ app = typer.Typer(
 )
 app.command(epilog=generate.EXAMPLES)(generate.generate)
 app.command(epilog=chat.EXAMPLES)(chat.chat)
+app.command(epilog=serve.EXAMPLES)(serve.serve)
 app.command(epilog=plan.EXAMPLES)(plan.plan)
 app.command(epilog=pack.EXAMPLES)(pack.pack)
 app.add_typer(bench.app, name="bench")

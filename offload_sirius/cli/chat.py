@@ -169,13 +169,13 @@ def _talk(session: ChatSession, *, history: bool) -> int:
     interactive = sys.stdin is not None and sys.stdin.isatty() and sys.stderr.isatty()
     source: ChatInput = _terminal(session, history=history) if interactive else PlainInput()
     code = EXIT_DONE
-    while (went_well := _turn(session, source)) is not None:
+    while (went_well := _turn(session, source, interactive=interactive)) is not None:
         if not went_well and not interactive:
             code = EXIT_WRONG_USE
     return code
 
 
-def _turn(session: ChatSession, source: ChatInput) -> bool | None:
+def _turn(session: ChatSession, source: ChatInput, *, interactive: bool) -> bool | None:
     """Do what the next line says: whether that went well; None where it is to leave."""
     from offload_sirius.cli.console import say
 
@@ -185,6 +185,11 @@ def _turn(session: ChatSession, source: ChatInput) -> bool | None:
     except USER_ERRORS as error:
         say("error: " + " ".join(str(error).split()))
         return False
+    except KeyboardInterrupt:
+        # In the moment before or behind an answer. Where nobody is there to write the next line it ends the program.
+        if not interactive:
+            raise
+        return True
 
 
 def _obey(session: ChatSession, line: str) -> bool:

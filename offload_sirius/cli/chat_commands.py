@@ -99,8 +99,8 @@ def _stats(session: ChatSession, _: str) -> None:
         f"window {result.window or 'none'}"
     )
     say(
-        f"all {totals.answers} answers: {totals.prompt_tokens} tokens of prompts, {totals.cached_tokens} of them in the KV cache "
-        f"already, {totals.new_tokens} written, "
+        f"answers so far: {totals.answers}, {totals.prompt_tokens} tokens of prompts, {totals.cached_tokens} of them in the KV "
+        f"cache already, {totals.new_tokens} written, "
         f"{format_size(totals.copied_bytes)} over the link"
     )
     memory = result.memory
@@ -108,7 +108,7 @@ def _stats(session: ChatSession, _: str) -> None:
         f"memory: device {format_size(memory.device_peak_bytes)} of {format_size(memory.device_plan_bytes)} planned, "
         f"host {format_size(memory.host_peak_bytes)}"
     )
-    say(f"context: {session.positions} of {session.engine.context} positions, {len(session.conversation.turns)} turns")
+    say(f"context: {session.positions} of {session.engine.context} positions, turns: {len(session.conversation.turns)}")
 
 
 def _save(session: ChatSession, name: str) -> None:
@@ -135,7 +135,7 @@ def _load(session: ChatSession, name: str) -> None:
         say(f"warning: {path}: {error}; going on with {_shown(session, 'mode')}, {_shown(session, 'window')}")
     session.reset()
     session.conversation.turns[:] = saved.turns
-    say(f"loaded {len(saved.turns)} turns from {path}")
+    say(f"loaded from {path}, turns: {len(saved.turns)}")
 
 
 def _checked(path: Path, name: str, value: Any) -> Any:

@@ -42,6 +42,7 @@ MaxContext = Annotated[int | None, _option(EngineConfig, "max_context", PLACE, m
 KvDtype = Annotated[str, _option(EngineConfig, "kv_dtype", PLACE, metavar="DTYPE")]
 Auto = Annotated[bool, typer.Option("--auto", help=help_of(EngineConfig, "auto"), rich_help_panel=PLACE)]
 Threads = Annotated[int | None, _option(EngineConfig, "threads", PLACE, metavar="N")]
+Parallel = Annotated[int, _option(EngineConfig, "parallel", DECODING, metavar="N")]
 CudaGraphs = Annotated[
     bool, typer.Option("--cuda-graphs/--no-cuda-graphs", help=help_of(EngineConfig, "cuda_graphs"), rich_help_panel=PLACE)
 ]
@@ -90,7 +91,6 @@ DeviceTflops = Annotated[float | None, _option(PlanConfig, "device_tflops", DESC
 DeviceGbps = Annotated[float | None, _option(PlanConfig, "device_gbps", DESCRIBED, metavar="GB/S")]
 DiskGbps = Annotated[float | None, _option(PlanConfig, "disk_gbps", DESCRIBED, metavar="GB/S")]
 PromptTokens = Annotated[int, _option(PlanConfig, "prompt_tokens", DECODING, metavar="N")]
-Batch = Annotated[int, _option(PlanConfig, "batch", DECODING, metavar="B")]
 
 Temperature = Annotated[float, _option(SamplingConfig, "temperature", SAMPLING, metavar="T")]
 TopK = Annotated[int, _option(SamplingConfig, "top_k", SAMPLING, metavar="K")]

@@ -56,13 +56,13 @@ def plan(
     keep_blocks: flags.KeepBlocks = _ENGINE.keep_blocks,
     max_context: flags.MaxContext = _ENGINE.max_context,
     kv_dtype: flags.KvDtype = _ENGINE.kv_dtype,
+    parallel: flags.Parallel = _ENGINE.parallel,
     auto: flags.Auto = _ENGINE.auto,
     cuda_graphs: flags.CudaGraphs = _ENGINE.cuda_graphs,
     device_tflops: flags.DeviceTflops = _PLAN.device_tflops,
     device_gbps: flags.DeviceGbps = _PLAN.device_gbps,
     disk_gbps: flags.DiskGbps = _PLAN.disk_gbps,
     prompt_tokens: flags.PromptTokens = _PLAN.prompt_tokens,
-    batch: flags.Batch = _PLAN.batch,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object instead of tables.", rich_help_panel=flags.OUTPUT)
     ] = False,
@@ -103,13 +103,12 @@ def plan(
         keep_blocks=keep_blocks,
         max_context=max_context,
         kv_dtype=kv_dtype,  # type: ignore[arg-type]
+        parallel=parallel,
         auto=auto,
         cuda_graphs=cuda_graphs,
         decoding=decoding,
     )
-    asked = PlanConfig(
-        device_tflops=device_tflops, device_gbps=device_gbps, disk_gbps=disk_gbps, prompt_tokens=prompt_tokens, batch=batch
-    )
+    asked = PlanConfig(device_tflops=device_tflops, device_gbps=device_gbps, disk_gbps=disk_gbps, prompt_tokens=prompt_tokens)
     report = _report(config, asked)
     if as_json:
         typer.echo(json.dumps(report.as_json()))
@@ -155,7 +154,7 @@ class Report:
         return {
             "model": self.planned.spec.name,
             "shape": self.shape.found or None,
-            "batch": self.planned.batch,
+            "parallel": self.planned.batch,
             "prompt_tokens": self.asked.prompt_tokens,
             "plan": plan_figures(self.planned) | {"predicted": prediction_figures(self.prediction)},
             "token_bill": asdict(self.prediction.token),
@@ -206,7 +205,7 @@ def _report(config: EngineConfig, asked: PlanConfig) -> Report:
     hardware = hardware_asked_for(config, asked, stored)
 
     def consider(config: EngineConfig) -> Candidate:
-        planned = plan_model(shape.checkpoint, config, hardware, batch=asked.batch, computed=shape.computed)
+        planned = plan_model(shape.checkpoint, config, hardware, computed=shape.computed)
         rates = rates_asked_for(hardware, planned.dtype, stored, config, asked)
         return Candidate(planned=planned, prediction=planned.predict(rates, asked.prompt_tokens))
 

@@ -12,8 +12,8 @@ from offload_sirius.errors import ConfigError
 
 NONE = "none"
 SWITCHES = {"on": True, "true": True, "yes": True, "off": False, "false": False, "no": False}
-UNSETTABLE = frozenset(("chat", "decoding", "sampling"))
-"""Fields that are no setting of a chat."""
+UNSETTABLE = frozenset(("chat", "decoding", "logprobs", "sampling"))
+"""Fields that are no setting of a chat, or have no effect there."""
 
 
 def settable() -> dict[str, Any]:

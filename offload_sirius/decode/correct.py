@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 
 import torch
 from torch import Tensor
 
 from offload_sirius.config import DecodingConfig
 from offload_sirius.decode.accept import Acceptance, AcceptanceRule, accept_exact, accept_threshold, near_ties
-from offload_sirius.decode.model import Model, Pass
+from offload_sirius.decode.emitted import Emitted
+from offload_sirius.decode.logprobs import emitted
+from offload_sirius.decode.model import Ask, Pass, Slot
 from offload_sirius.decode.sampling import Sampler
 from offload_sirius.decode.stats import DecodeStats
+from offload_sirius.decode.steps import Event, Reply, logits_of
 from offload_sirius.decode.tree import DraftTree
 from offload_sirius.trace import Tracer, during
 
@@ -21,7 +24,7 @@ class Corrector:
 
     def __init__(
         self,
-        model: Model,
+        slot: Slot,
         sampler: Sampler,
         *,
         decoding: DecodingConfig,
@@ -31,12 +34,13 @@ class Corrector:
         clock: Callable[[], float],
         eps: float | None,
         rule: AcceptanceRule | None = None,
+        num_alternatives: int | None = None,
     ) -> None:
         """eps: of the compute dtype, to count near ties by; None does not count them. Counted are greedy exact tokens only.
 
-        rule: decides what stands, whatever the settings say; near ties are not counted then.
+        rule: decides what stands, whatever the settings say; near ties are not counted then. num_alternatives: see `emitted`.
         """
-        self._model = model
+        self._slot = slot
         self._sampler = sampler
         self._decoding = decoding
         self._end_token_ids = end_token_ids
@@ -44,27 +48,38 @@ class Corrector:
         self._tracer = tracer
         self._clock = clock
         self._rule = rule
+        self._num_alternatives = num_alternatives
         self._eps = eps if rule is None and sampler.is_greedy and decoding.accept == "exact" else None
         if self._eps is not None:
             stats.count_flips(0)
 
-    def correct(self, tree: DraftTree, sequence: Sequence[int], *, following: Pass) -> Acceptance:
-        """What stands of a tree that was drafted below the last token of the sequence.
+    def correct(
+        self, tree: DraftTree, sequence: Sequence[int], *, following: Pass
+    ) -> Generator[Event, Reply, tuple[Acceptance, list[Emitted]]]:
+        """What stands of a tree that was drafted below the last token of the sequence, and the tokens as they are emitted.
 
         The cache then holds all tokens but the last emitted one. Raises WeightReadError where logits that count are no numbers.
         """
         began, start = self._clock(), len(sequence) - 1
         # What the draft has put there is sparse: the full model's keys and values take its place.
-        self._model.keep(start)
-        layout = None if tree.is_line else tree.layout(range(len(tree)), start=start, device=self._model.device)
-        num_grafted = len(tree) - tree.num_drafted
-        logits = self._model.correct(torch.tensor(tree.token_ids), layout, following=following, num_grafted=num_grafted)
+        self._slot.keep(start)
+        logits = yield from logits_of(
+            Ask(
+                slot=self._slot,
+                kind="correction",
+                token_ids=tree.token_ids,
+                tree=None if tree.is_line else tree.layout(range(len(tree)), start=start, device=self._slot.device),
+                following=following,
+                num_grafted=len(tree) - tree.num_drafted,
+            )
+        )
         self._stats.num_passes["correction"] += 1
         with during(self._tracer, "sample", "accept drafted tokens"):
             acceptance = self._accept(tree, logits, sequence)
-        self._model.keep(start, acceptance.nodes)
+        self._slot.keep(start, acceptance.nodes)
         self._stats.correction_seconds.append(self._clock() - began)
-        return acceptance
+        rows = zip(acceptance.nodes, acceptance.token_ids, strict=True)
+        return acceptance, [emitted(token_id, logits[node], self._num_alternatives) for node, token_id in rows]
 
     def _accept(self, tree: DraftTree, logits: Tensor, sequence: Sequence[int]) -> Acceptance:
         if self._rule is not None:

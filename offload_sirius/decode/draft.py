@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 
 import torch
 from torch import Tensor
 
-from offload_sirius.decode.model import Model, Pass
+from offload_sirius.decode.model import Ask, Pass, Slot
 from offload_sirius.decode.sampling import Sampler, no_numbers
 from offload_sirius.decode.stats import DecodeStats
+from offload_sirius.decode.steps import Event, Reply, logits_of
 from offload_sirius.decode.tree import Branch, DraftTree
 from offload_sirius.decode.window import WindowShape
 from offload_sirius.model.transformer import TokenTree
@@ -21,7 +22,7 @@ class Drafter:
 
     def __init__(
         self,
-        model: Model,
+        slot: Slot,
         sampler: Sampler,
         *,
         end_token_ids: frozenset[int],
@@ -29,19 +30,19 @@ class Drafter:
         tracer: Tracer | None,
         clock: Callable[[], float],
     ) -> None:
-        self._model = model
+        self._slot = slot
         self._sampler = sampler
         self._end_token_ids = end_token_ids
         self._stats = stats
         self._tracer = tracer
         self._clock = clock
 
-    def draft(self, sequence: Sequence[int], shape: WindowShape) -> DraftTree:
+    def draft(self, sequence: Sequence[int], shape: WindowShape) -> Generator[Event, Reply, DraftTree]:
         """A tree below the last token of the sequence, which has no keys and values yet.
 
         It has fewer levels than the shape where all branches end. Raises WeightReadError where logits are no numbers.
         """
-        assert self._model.length == len(sequence) - 1, (self._model.length, len(sequence))
+        assert self._slot.length == len(sequence) - 1, (self._slot.length, len(sequence))
         tree, cached = DraftTree(sequence[-1]), list[int]()
         for level in range(1, shape.num_levels + 1):
             leaves = [node for node in tree.last_level if node == 0 or tree.token_ids[node] not in self._end_token_ids]
@@ -49,22 +50,23 @@ class Drafter:
                 break
             following: Pass = "draft" if level < shape.num_levels else "correction"
             began = self._clock()
-            logits = self._step(tree, leaves, cached, following)
+            logits = yield from logits_of(self._step(tree, leaves, cached, following))
+            self._stats.num_passes["draft"] += 1
             with during(self._tracer, "sample", "choose drafted tokens"):
                 tree.grow(self._branches(tree, leaves, logits, sequence, shape.width))
             self._stats.draft_seconds.append(self._clock() - began)
             cached += leaves
+            del logits  # not needed any more while the next ones are computed
         return tree
 
-    def _step(self, tree: DraftTree, leaves: list[int], cached: list[int], following: Pass) -> Tensor:
-        """One sparse pass over the leaves -> logits float32 [leaves, V]. cached: nodes that passes before have computed."""
+    def _step(self, tree: DraftTree, leaves: list[int], cached: list[int], following: Pass) -> Ask:
+        """One sparse pass over the leaves. cached: nodes that passes before have computed."""
         layout: TokenTree | None = None
         if not tree.is_line:
-            start = self._model.length - len(cached)
-            layout = tree.layout(leaves, start=start, cached=cached, device=self._model.device)
-        logits = self._model.draft(torch.tensor([tree.token_ids[node] for node in leaves]), layout, following=following)
-        self._stats.num_passes["draft"] += 1
-        return logits
+            start = self._slot.length - len(cached)
+            layout = tree.layout(leaves, start=start, cached=cached, device=self._slot.device)
+        token_ids = [tree.token_ids[node] for node in leaves]
+        return Ask(slot=self._slot, kind="draft", token_ids=token_ids, tree=layout, following=following)
 
     def _branches(self, tree: DraftTree, leaves: list[int], logits: Tensor, sequence: Sequence[int], width: int) -> list[Branch]:
         """The next level: of a line what the sampler draws from the sparse logits, of a tree what is likeliest.

@@ -4,51 +4,84 @@
     sparse   the same with sparse steps
     sirius   prefill, choose, emit; then windows: draft, look up, correct, emit
 
-The KV cache may hold a beginning of the prompt: of that nothing is computed again. All are lazy: a token is yielded before the
-pass that would follow it is begun, so that nothing is computed for a token nobody wants.
+The KV cache may hold a beginning of the prompt: of that nothing is computed again. All are lazy: a token is emitted before the
+pass that would follow it is asked for, so that nothing is computed for a token nobody wants. `alone` carries out what one of them
+asks for; where several are written together, somebody else does.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
-from functools import partial
+from contextlib import closing
 from typing import Literal
 
-import torch
 from torch import Tensor
 
-from offload_sirius.config import MIN_WINDOW, DecodingConfig
+from offload_sirius.config import MAX_TREE_NODES, MIN_WINDOW, DecodingConfig
 from offload_sirius.decode.accept import Acceptance, AcceptanceRule
 from offload_sirius.decode.correct import Corrector
 from offload_sirius.decode.draft import Drafter
+from offload_sirius.decode.emitted import Emitted
+from offload_sirius.decode.logprobs import emitted
 from offload_sirius.decode.lookup import Lookup
-from offload_sirius.decode.model import Model, Pass
+from offload_sirius.decode.model import Ask, Model, Pass, Slot
 from offload_sirius.decode.sampling import Sampler
 from offload_sirius.decode.stats import DecodeStats, Origin
+from offload_sirius.decode.steps import Event, Reply, Steps, WindowGiven, WindowWanted, logits_of, next_window
 from offload_sirius.decode.tree import DraftTree
 from offload_sirius.decode.window import WindowChooser, fit_window
 from offload_sirius.trace import Tracer, during
 
-Tokens = Generator[int, None, None]
+Tokens = Generator[Emitted, None, None]
+
+
+def alone(model: Model, steps: Steps) -> Tokens:
+    """The tokens of one answer that is written by itself."""
+    with closing(steps):
+        reply: Reply = None
+        while (event := next_event(steps, reply)) is not None:
+            reply = None
+            if isinstance(event, Emitted):
+                yield event
+            elif isinstance(event, WindowWanted):
+                reply = WindowGiven(window=event.chooser.choose(), num_nodes=MAX_TREE_NODES)
+            else:
+                reply = model.run([event])[0]
+
+
+def next_event(steps: Steps, reply: Reply) -> Event | None:
+    """What follows the reply; None at the end."""
+    try:
+        return steps.send(reply)
+    except StopIteration:
+        return None
 
 
 def decode_full(
-    model: Model, sampler: Sampler, prompt_ids: Sequence[int], stats: DecodeStats, tracer: Tracer | None = None
-) -> Tokens:
-    """The tokens that follow the prompt, by the full model, one pass each, without end: the caller stops."""
-    return _one_by_one(model, partial(model.full, following="full"), "full", sampler, prompt_ids, stats, tracer)
+    slot: Slot,
+    sampler: Sampler,
+    prompt_ids: Sequence[int],
+    stats: DecodeStats,
+    tracer: Tracer | None = None,
+    num_alternatives: int | None = None,
+) -> Steps:
+    """The tokens that follow the prompt, by the full model, one pass each, without end: the caller stops.
+
+    num_alternatives: see `emitted`.
+    """
+    return _one_by_one(slot, "full", sampler, prompt_ids, stats, tracer, num_alternatives)
 
 
 def decode_sparse(
-    model: Model, sampler: Sampler, prompt_ids: Sequence[int], stats: DecodeStats, tracer: Tracer | None = None
-) -> Tokens:
+    slot: Slot, sampler: Sampler, prompt_ids: Sequence[int], stats: DecodeStats, tracer: Tracer | None = None
+) -> Steps:
     """The same by sparse steps, which nobody corrects; only the first token is the full model's, which computes the prompt."""
-    return _one_by_one(model, partial(model.draft, following="draft"), "draft", sampler, prompt_ids, stats, tracer)
+    return _one_by_one(slot, "draft", sampler, prompt_ids, stats, tracer, None)
 
 
 def decode_sirius(
-    model: Model,
+    slot: Slot,
     sampler: Sampler,
     prompt_ids: Sequence[int],
     *,
@@ -60,19 +93,20 @@ def decode_sirius(
     clock: Callable[[], float] = time.perf_counter,
     eps: float | None = None,
     rule: AcceptanceRule | None = None,
-) -> Tokens:
+    num_alternatives: int | None = None,
+) -> Steps:
     """The tokens that follow the prompt, drafted by the sparse model and corrected by the full one, a window at once.
 
-    Ends by itself: with max_new_tokens, or with an end token, which is yielded. Only corrected tokens are. The KV cache needs
+    Ends by itself: with max_new_tokens, or with an end token, which is emitted. Only corrected tokens are. The KV cache needs
     room for the prompt and all new tokens but the last; trees are made smaller where it has no more.
     clock: seconds; times passes for the choice of the window. eps: of the compute dtype, to count near ties by; None does not.
     rule: decides what stands of a draft, instead of the one that the settings name; nothing is looked up then.
-    Raises WeightReadError where logits are no numbers.
+    num_alternatives: see `emitted`. Raises WeightReadError where logits are no numbers.
     """
     sequence, limit = list(prompt_ids), len(prompt_ids) + max_new_tokens
-    drafter = Drafter(model, sampler, end_token_ids=end_token_ids, stats=stats, tracer=tracer, clock=clock)
+    drafter = Drafter(slot, sampler, end_token_ids=end_token_ids, stats=stats, tracer=tracer, clock=clock)
     corrector = Corrector(
-        model,
+        slot,
         sampler,
         decoding=decoding,
         end_token_ids=end_token_ids,
@@ -81,15 +115,19 @@ def decode_sirius(
         clock=clock,
         eps=eps,
         rule=rule,
+        num_alternatives=num_alternatives,
     )
     chooser, lookup = WindowChooser(decoding), Lookup(end_token_ids)
     num_grafts = decoding.num_lookup_nodes if rule is None else 0
 
-    logits = _prefill(model, sequence, stats, following=_after(max_new_tokens))
-    yield _emit(_choose(sampler, logits, sequence, tracer), "full", sequence, stats)
+    logits = yield from _prefill(slot, sequence, stats, following=_after(max_new_tokens))
+    first = emitted(_choose(sampler, logits, sequence, tracer), logits, num_alternatives)
+    del logits
+    yield _emit(first, "full", sequence, stats)
     while len(sequence) < limit and sequence[-1] not in end_token_ids:
-        window, left, room = chooser.choose(), limit - len(sequence), model.room
-        tree = drafter.draft(sequence, fit_window(window, decoding.tree_width, left=left, room=room))
+        given = yield from next_window(chooser)
+        left, room = limit - len(sequence), min(slot.room, given.num_nodes)
+        tree = yield from drafter.draft(sequence, fit_window(given.window, decoding.tree_width, left=left, room=room))
         if num_grafts:
             lookup.graft(
                 tree,
@@ -100,37 +138,42 @@ def decode_sirius(
                 acceptance=chooser.acceptance,
                 price=chooser.node_price,
             )
-        acceptance = corrector.correct(tree, sequence, following=_after(left))
-        stats.count_window(window, acceptance)
+        acceptance, tokens = yield from corrector.correct(tree, sequence, following=_after(left))
+        stats.count_window(given.window, acceptance)
         lookup.learn(tree, acceptance)
         _teach(chooser, tree, acceptance, stats)
-        for token_id, origin in _with_origins(acceptance):
-            yield _emit(token_id, origin, sequence, stats)
+        for token, origin in zip(tokens, _origins(acceptance), strict=True):
+            yield _emit(token, origin, sequence, stats)
 
 
 def _one_by_one(
-    model: Model,
-    step: Callable[[Tensor], Tensor],
+    slot: Slot,
     kind: Literal["full", "draft"],
     sampler: Sampler,
     prompt_ids: Sequence[int],
     stats: DecodeStats,
     tracer: Tracer | None,
-) -> Tokens:
-    """One token a step, each chosen by the sampler. step: int64 [1] -> logits float32 [1, V]."""
+    num_alternatives: int | None,
+) -> Steps:
+    """One token a step, each chosen by the sampler."""
     sequence = list(prompt_ids)
     origin: Origin = "full"
-    logits = _prefill(model, sequence, stats, following=kind)
+    logits = yield from _prefill(slot, sequence, stats, following=kind)
     while True:
-        yield _emit(_choose(sampler, logits, sequence, tracer), origin, sequence, stats)
-        logits, origin = step(torch.tensor(sequence[-1:]))[0], kind
+        token = emitted(_choose(sampler, logits, sequence, tracer), logits, num_alternatives)
+        del logits  # not needed any more while the next ones are computed
+        yield _emit(token, origin, sequence, stats)
+        ask = Ask(slot=slot, kind=kind, token_ids=sequence[-1:], following=kind)
+        logits, origin = (yield from logits_of(ask))[0], kind
         stats.num_passes[kind] += 1
 
 
-def _prefill(model: Model, prompt_ids: Sequence[int], stats: DecodeStats, *, following: Pass) -> Tensor:
-    logits = model.prefill(torch.tensor(prompt_ids[model.length :]), following=following)
+def _prefill(slot: Slot, prompt_ids: Sequence[int], stats: DecodeStats, *, following: Pass) -> Generator[Event, Reply, Tensor]:
+    """-> logits float32 [V] behind the prompt."""
+    ask = Ask(slot=slot, kind="prefill", token_ids=prompt_ids[slot.length :], following=following)
+    logits = yield from logits_of(ask)
     stats.num_passes["prefill"] += 1
-    return logits
+    return logits[0]
 
 
 def _choose(sampler: Sampler, logits: Tensor, sequence: Sequence[int], tracer: Tracer | None) -> int:
@@ -138,10 +181,10 @@ def _choose(sampler: Sampler, logits: Tensor, sequence: Sequence[int], tracer: T
         return sampler.choose(logits, len(sequence), sequence)
 
 
-def _emit(token_id: int, origin: Origin, sequence: list[int], stats: DecodeStats) -> int:
-    sequence.append(token_id)
+def _emit(token: Emitted, origin: Origin, sequence: list[int], stats: DecodeStats) -> Emitted:
+    sequence.append(token.token_id)
     stats.num_tokens[origin] += 1
-    return token_id
+    return token
 
 
 def _after(left: int) -> Pass:
@@ -153,10 +196,10 @@ def _after(left: int) -> Pass:
     return "draft" if left - 1 >= MIN_WINDOW else "correction"
 
 
-def _with_origins(acceptance: Acceptance) -> Iterator[tuple[int, Origin]]:
+def _origins(acceptance: Acceptance) -> Iterator[Origin]:
     num_drafted, num_verified = acceptance.num_drafted, acceptance.num_drafted + acceptance.num_looked_up
-    for index, token_id in enumerate(acceptance.token_ids):
-        yield token_id, "draft" if index < num_drafted else "lookup" if index < num_verified else "full"
+    for index in range(len(acceptance.token_ids)):
+        yield "draft" if index < num_drafted else "lookup" if index < num_verified else "full"
 
 
 def _teach(chooser: WindowChooser, tree: DraftTree, acceptance: Acceptance, stats: DecodeStats) -> None:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
 
+from offload_sirius.decode.emitted import Emitted
 from offload_sirius.decode.result import FinishReason, Generation
 from offload_sirius.decode.text import Detokenizer, StopMatcher
 
@@ -21,6 +22,10 @@ class TextPiece:
     """Tokens so far."""
     seconds: float
     """Since the prompt was given."""
+    logprob: float | None = None
+    """The token's log-probability by the full model; None where nobody wants it, and of the rest at the end."""
+    top_logprobs: tuple[tuple[int, float], ...] = ()
+    """The likeliest tokens in its place, and theirs."""
 
 
 @dataclass(kw_only=True)
@@ -35,6 +40,56 @@ class Outcome:
     last_token_at: float | None = None
 
 
+class Writer:
+    """Turns the tokens of an answer into pieces of text, and finds where it ends."""
+
+    def __init__(
+        self, *, detokenizer: Detokenizer, stops: StopMatcher, end_token_ids: frozenset[int], max_new_tokens: int
+    ) -> None:
+        self.outcome = Outcome()
+        self.ended: FinishReason | None = None
+        """Why no further token is wanted; None while one is."""
+        self._detokenizer = detokenizer
+        self._stops = stops
+        self._end_token_ids = end_token_ids
+        self._max_new_tokens = max_new_tokens
+
+    def push(self, token: Emitted) -> Iterator[TextPiece]:
+        """What a token adds: one piece, and at the end perhaps another of the text that was held back."""
+        self._count(token.token_id)
+        if token.token_id in self._end_token_ids:
+            yield from self._rest("stop", token)
+            return
+        text, stopped = self._stops.push(self._detokenizer.push(token.token_id))
+        yield self._piece(text, token)
+        if stopped:
+            self.ended = "stop"
+        elif len(self.outcome.token_ids) >= self._max_new_tokens:
+            yield from self._rest("length")
+
+    def _count(self, token_id: int) -> None:
+        self.outcome.token_ids.append(token_id)
+        self.outcome.last_token_at = time.perf_counter()
+        self.outcome.first_token_at = self.outcome.first_token_at or self.outcome.last_token_at
+
+    def _rest(self, reason: FinishReason, token: Emitted | None = None) -> Iterator[TextPiece]:
+        """What was held back for want of more text."""
+        text, _ = self._stops.push(self._detokenizer.finish())
+        yield self._piece(text + self._stops.flush(), token)
+        self.ended = "stop" if self._stops.stopped else reason
+
+    def _piece(self, text: str, token: Emitted | None) -> TextPiece:
+        self.outcome.text += text
+        return TextPiece(
+            text=text,
+            token_id=None if token is None else token.token_id,
+            new_tokens=len(self.outcome.token_ids),
+            seconds=time.perf_counter() - self.outcome.began,
+            logprob=None if token is None else token.logprob,
+            top_logprobs=() if token is None else token.top_logprobs,
+        )
+
+
 class TextStream:
     """Iterate over the pieces of an answer; `result` has the figures when it has ended or was interrupted.
 
@@ -42,26 +97,15 @@ class TextStream:
     """
 
     def __init__(
-        self,
-        *,
-        tokens: Generator[int, None, None],
-        detokenizer: Detokenizer,
-        stops: StopMatcher,
-        end_token_ids: frozenset[int],
-        max_new_tokens: int,
-        finish: Callable[[Outcome], Generation],
+        self, *, tokens: Generator[Emitted, None, None], writer: Writer, finish: Callable[[Outcome], Generation]
     ) -> None:
         """tokens: taken one by one and closed at the end, so that no pass is begun for tokens that nobody wants.
 
         finish: makes the result of an outcome; called once, when the tokens are closed.
         """
         self._tokens = tokens
-        self._detokenizer = detokenizer
-        self._stops = stops
-        self._end_token_ids = end_token_ids
-        self._max_new_tokens = max_new_tokens
+        self._writer = writer
         self._finish = finish
-        self._outcome = Outcome()
         self._result: Generation | None = None
         self._pieces: Generator[TextPiece, None, None] = self._run()
 
@@ -86,37 +130,13 @@ class TextStream:
         return self.result
 
     def _run(self) -> Generator[TextPiece, None, None]:
-        for token_id in self._tokens:
-            self._count(token_id)
-            if token_id in self._end_token_ids:
-                yield from self._rest("stop", token_id)
+        for token in self._tokens:
+            yield from self._writer.push(token)
+            if self._writer.ended is not None:
+                self._end(self._writer.ended)
                 return
-            text, stopped = self._stops.push(self._detokenizer.push(token_id))
-            yield self._piece(text, token_id)
-            if stopped:
-                self._end("stop")
-                return
-            if len(self._outcome.token_ids) >= self._max_new_tokens:
-                yield from self._rest("length")
-                return
-
-    def _count(self, token_id: int) -> None:
-        self._outcome.token_ids.append(token_id)
-        self._outcome.last_token_at = time.perf_counter()
-        self._outcome.first_token_at = self._outcome.first_token_at or self._outcome.last_token_at
-
-    def _rest(self, reason: FinishReason, token_id: int | None = None) -> Iterator[TextPiece]:
-        """What was held back for want of more text."""
-        text, _ = self._stops.push(self._detokenizer.finish())
-        yield self._piece(text + self._stops.flush(), token_id)
-        self._end("stop" if self._stops.stopped else reason)
-
-    def _piece(self, text: str, token_id: int | None) -> TextPiece:
-        self._outcome.text += text
-        seconds = time.perf_counter() - self._outcome.began
-        return TextPiece(text=text, token_id=token_id, new_tokens=len(self._outcome.token_ids), seconds=seconds)
 
     def _end(self, reason: FinishReason) -> None:
         self._tokens.close()
-        self._outcome.finish_reason = reason
-        self._result = self._finish(self._outcome)
+        self._writer.outcome.finish_reason = reason
+        self._result = self._finish(self._writer.outcome)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from statistics import median
+from statistics import mean, median
 
 from offload_sirius.config import MIN_WINDOW, DecodingConfig, tree_nodes
 
@@ -82,19 +82,45 @@ class WindowChooser:
         self._windows.append((num_tokens, sum(draft_seconds) + correction_seconds))
 
     def choose(self) -> int:
-        """Tokens of the next window, at least 2."""
-        if self._fixed is not None:
-            return self._fixed
+        """Tokens of the next window of an answer that is written by itself, at least 2."""
+        return choose_together([self])[0]
+
+    @property
+    def fixed(self) -> int | None:
+        """What was asked for; None where it is to be chosen."""
+        return self._fixed
+
+    @property
+    def max_window(self) -> int:
+        """The longest window there may be."""
+        return self._max_window
+
+    def costs(self) -> Callable[[int], float] | None:
+        """Window -> seconds that its drafts and its correction take; None until any were seen."""
         if not self._draft_seconds:
-            return min(FIRST_WINDOW, self._max_window)
+            return None
         draft = median(self._draft_seconds)
         fixed, each = fit_line(self._corrections)
+        return lambda window: (window - 1) * draft + fixed + each * tree_nodes(window, self._width)
 
-        def tokens_per_second(window: int) -> float:
-            correction = fixed + each * tree_nodes(window, self._width)
-            return expected_tokens(self.acceptance, window) / ((window - 1) * draft + correction)
 
-        return max(range(MIN_WINDOW, self._max_window + 1), key=tokens_per_second)
+def choose_together(choosers: Sequence[WindowChooser]) -> list[int]:
+    """Tokens of the next window of each of several answers whose windows share their passes, at least 2.
+
+    Windows that are asked for are as long as they are. All others are the same, the one with most tokens a second of all answers:
+    what passes take hardly depends on how many take part, so whoever drafts less than another waits for it for nothing. Each has
+    seen what the passes took that it shared; by their mean the seconds are told.
+    """
+    choosing = [chooser for chooser in choosers if chooser.fixed is None]
+    costs = [cost for chooser in choosing if (cost := chooser.costs()) is not None]
+
+    def tokens_per_second(window: int) -> float:
+        num_tokens = sum(expected_tokens(chooser.acceptance, min(window, chooser.max_window)) for chooser in choosing)
+        return num_tokens / mean(cost(window) for cost in costs)
+
+    longest = max((chooser.max_window for chooser in choosing), default=MIN_WINDOW)
+    common = max(range(MIN_WINDOW, longest + 1), key=tokens_per_second) if costs else FIRST_WINDOW
+    return [min(common, chooser.max_window) if chooser.fixed is None else chooser.fixed for chooser in choosers]
 
 
 def expected_tokens(acceptance: float, window: int) -> float:

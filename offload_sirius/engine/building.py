@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -152,12 +153,12 @@ def _join(
     streamer = _streamer(device, placement, arenas, copier, embedding, tracer)
     stores.callback(streamer.close)
     kind = QuantizedKVCache if config.kv_dtype == "int8" else KVCache
-    cache = kind(spec, capacity=placement.context, dtype=dtype, device=placement.device)
-    transformer = Transformer(spec, streamer, cache, tracer=tracer)
+    caches = [kind(spec, capacity=placement.context, dtype=dtype, device=placement.device) for _ in range(config.parallel)]
+    transformer = Transformer(spec, streamer, caches[0], tracer=tracer, more_caches=caches[1:])
     captured = _captured(device, placement, transformer, streamer, progress, tracer)
     prior = _prior(checkpoint, placement, progress)
-    streamed = _decoded(device, placement, transformer, streamer, captured, prior)
-    nbytes = device.nbytes + cache.nbytes + transformer.nbytes + plan.device_bill["sparsity"]
+    streamed = _decoded(device, placement, transformer, streamer, captured, prior, caches[1:])
+    nbytes = device.nbytes + sum(cache.nbytes for cache in caches) + transformer.nbytes + plan.device_bill["sparsity"]
     return streamer, transformer, streamed, readers, nbytes, arenas.report()
 
 
@@ -266,17 +267,18 @@ def _decoded(
     streamer: AnyStreamer,
     captured: CapturedStep | None,
     prior: NeuronPrior | None,
+    more_caches: Sequence[KVCache],
 ) -> StreamedModel:
     """The model as decoding sees it."""
     decoding = placement.planned.config.decoding
     if isinstance(streamer, HotStreamer):
         assert placement.plan.hot is not None
-        return hot_model(transformer, streamer, placement.plan.hot.num_hot, decoding, captured, prior)
+        return hot_model(transformer, streamer, placement.plan.hot.num_hot, decoding, captured, prior, more_caches)
     if isinstance(streamer, CopyStreamer):
         assert placement.plan.hot is not None
-        return copied_model(transformer, streamer, placement.plan.hot.num_hot, decoding, captured, prior)
+        return copied_model(transformer, streamer, placement.plan.hot.num_hot, decoding, captured, prior, more_caches)
     assert isinstance(device, DeviceStore)
-    return streamed_model(transformer, streamer, device.caches, decoding)
+    return streamed_model(transformer, streamer, device.caches, decoding, more_caches)
 
 
 def _embedding(placement: Placement, loader: Loader, readers: ReaderPool, device: AnyDeviceStore) -> Embedding:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
-from contextlib import ExitStack, closing
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
@@ -21,22 +21,24 @@ from offload_sirius.config import (
     require_greedy_threshold,
 )
 from offload_sirius.decode.accept import AcceptanceRule
-from offload_sirius.decode.loop import Tokens, decode_full, decode_sirius, decode_sparse
-from offload_sirius.decode.result import Generation, LinkBytes, LinkFigures, MemoryFigures
+from offload_sirius.decode.loop import Tokens, alone, decode_full, decode_sirius, decode_sparse
+from offload_sirius.decode.result import Generation, MemoryFigures
 from offload_sirius.decode.sampling import Sampler
-from offload_sirius.decode.scoring import Scorer, TokenScore
-from offload_sirius.decode.stats import DecodeStats
-from offload_sirius.decode.stream import Outcome, TextStream
+from offload_sirius.decode.scoring import TokenScore
+from offload_sirius.decode.steps import Steps
+from offload_sirius.decode.stream import Outcome, TextStream, Writer
 from offload_sirius.decode.text import Detokenizer, StopMatcher
+from offload_sirius.engine.batch import Batch
+from offload_sirius.engine.kv_slot import KVSlot
 from offload_sirius.engine.opened import Model, Prompt
 from offload_sirius.engine.placement import Placement, memory_errors
 from offload_sirius.engine.planning import computing_nbytes, plan_figures, prediction_figures, scored_rows_of
+from offload_sirius.engine.request import Counters, Request, settings_of
+from offload_sirius.engine.scoring import score
 from offload_sirius.engine.streamed import StreamedModel
 from offload_sirius.errors import ConfigError
 from offload_sirius.model.transformer import Transformer
-from offload_sirius.sparsity.cats import Cats, FetchCounts
 from offload_sirius.sparsity.costs import draft_density
-from offload_sirius.sparsity.hot import HotStatistic
 from offload_sirius.trace import Tracer
 from offload_sirius.weights.pinning import PinReport
 from offload_sirius.weights.plan import Plan
@@ -87,8 +89,8 @@ class Engine:
         self._loaded_nbytes = loaded_nbytes
         self._tracer = tracer
         self._closed = False
-        self._answering: _Request | None = None
-        """The answer that the KV cache holds."""
+        self._answering: object = None
+        """The request or batch that was begun last."""
 
     @property
     def spec(self) -> ModelSpec:
@@ -109,6 +111,11 @@ class Engine:
     def context(self) -> int:
         """Positions that there are for prompt and answer together."""
         return self._placement.context
+
+    @property
+    def streamer(self) -> Streamer:
+        """Where the weights come from; its counters are those of the link."""
+        return self._streamer
 
     @property
     def rates_problem(self) -> str:
@@ -134,28 +141,17 @@ class Engine:
 
         rule: for measurements; decides in mode sirius what stands of a draft, whatever the models say.
         """
-        if self._closed:
-            raise RuntimeError("the engine is closed: load the model again")
-        config = with_settings(config or GenerationConfig(), settings, self.config.decoding)
-        decoding = self._planned_for(config)
-        prompt_ids = self.model.encode(prompt, chat=config.chat)
-        request = _Request(
-            prompt_ids=prompt_ids,
-            config=config,
-            decoding=decoding,
-            max_new_tokens=self.model.room_for(len(prompt_ids), config.max_new_tokens, self._placement.context),
-            end_token_ids=frozenset() if config.ignore_eos else self.model.end_token_ids,
-            rule=rule,
-        )
-        counters = _Counters(self._streamer, self._streamed)
+        request = self.request(prompt, config or GenerationConfig(), settings, rule)
+        counters = self.counters()
         return TextStream(
             tokens=self._tokens(request),
-            detokenizer=Detokenizer(self.model.tokenizer),
-            stops=StopMatcher(config.stop),
-            end_token_ids=request.end_token_ids,
-            max_new_tokens=request.max_new_tokens,
-            finish=lambda outcome: self._finish(outcome, counters, request),
+            writer=self.writer(request),
+            finish=lambda outcome: self.result_of(outcome, counters, request),
         )
+
+    def batch(self) -> Batch:
+        """Answers that are written together, as many as `parallel` says. No stream may be begun while any is active."""
+        return Batch(self)
 
     def score(self, context: Sequence[int], continuations: Sequence[Sequence[int]]) -> list[list[TokenScore]]:
         """What the full model says of each token of each continuation behind the same context, none of them empty.
@@ -165,43 +161,90 @@ class Engine:
         """
         if self._closed:
             raise RuntimeError("the engine is closed: load the model again")
-        # Raises for what is no token, and for too many: the last one is only looked at.
-        self.model.encode([each[-1] for each in continuations])
-        for continuation in continuations:
-            computed = self.model.encode([*context, *continuation[:-1]])
-            self.model.room_for(len(computed), 1, self._placement.context)
-        alike: dict[tuple[int, ...], list[int]] = {}
-        for index, continuation in enumerate(continuations):
-            alike.setdefault(tuple(continuation[:-1]), []).append(index)
-        scores: list[list[TokenScore]] = [[] for _ in continuations]
-        for beginning, indices in alike.items():
-            wanted = [*([token_id] for token_id in beginning), [continuations[index][-1] for index in indices]]
-            *shared, last = self._scored([*context, *beginning], wanted)
-            for index, own in zip(indices, last, strict=True):
-                scores[index] = [*(each for (each,) in shared), own]
-        return scores
-
-    def _scored(self, prompt_ids: list[int], wanted: list[list[int]]) -> list[list[TokenScore]]:
-        """One pass. wanted: ids behind each of the prompt's last tokens."""
-        torch.set_num_threads(self.config.threads or machine.physical_cores())
-        decoding = replace(self.config.decoding, mode="full")
-        # Logits are wanted from the last token of the context on: so much of it at least has to be computed.
-        context = prompt_ids[: len(prompt_ids) - len(wanted) + 1]
-        self._answering = None
-        num_cached = self._streamed.begin_answer(decoding, context, reuse=True)
-        num_rows = scored_rows_of(self.config, self.spec, self._placement.context, self._placement.dtype.itemsize)
-        scorer = Scorer(wanted, len(context))
-        try:
-            with memory_errors(self.plan):
-                self._streamed.score(torch.tensor(prompt_ids[num_cached:]), len(wanted), scorer.read, num_rows=num_rows)
-        except Exception:
-            self._streamed.forget()
-            raise
-        return scorer.scores
+        num_rows = scored_rows_of(self.config, self.spec, self.context, self._placement.dtype.itemsize)
+        return score(self, context, continuations, num_rows=num_rows)
 
     def require_planned(self, config: GenerationConfig) -> None:
         """Raises ConfigError, as answering would, for settings that the model was not loaded for."""
         self._planned_for(config)
+
+    def request(
+        self, prompt: Prompt, config: GenerationConfig, settings: dict[str, Any], rule: AcceptanceRule | None = None
+    ) -> Request:
+        """What is asked for. Raises ConfigError and PromptError for what the model was not loaded for."""
+        if self._closed:
+            raise RuntimeError("the engine is closed: load the model again")
+        config = with_settings(config, settings, self.config.decoding)
+        decoding = self._planned_for(config)
+        prompt_ids = self.model.encode(prompt, chat=config.chat)
+        return Request(
+            prompt_ids=prompt_ids,
+            config=config,
+            decoding=decoding,
+            max_new_tokens=self.model.room_for(len(prompt_ids), config.max_new_tokens, self._placement.context),
+            end_token_ids=frozenset() if config.ignore_eos else self.model.end_token_ids,
+            rule=rule,
+        )
+
+    def counters(self) -> Counters:
+        """Of the link, as they are now."""
+        return Counters(self._streamer, self._streamed)
+
+    def writer(self, request: Request) -> Writer:
+        """Turns the answer's tokens into text."""
+        return Writer(
+            detokenizer=Detokenizer(self.model.tokenizer),
+            stops=StopMatcher(request.config.stop),
+            end_token_ids=request.end_token_ids,
+            max_new_tokens=request.max_new_tokens,
+        )
+
+    def steps(self, request: Request, slot: KVSlot) -> Steps:
+        """The passes and tokens of an answer, of whose prompt the slot may hold a beginning."""
+        sampler, decoding = Sampler(request.config.sampling), request.decoding
+        prompt_ids, stats, num_alternatives = request.prompt_ids, request.stats, request.config.logprobs
+        if decoding.mode == "full":
+            return decode_full(slot, sampler, prompt_ids, stats, self._tracer, num_alternatives)
+        if decoding.mode == "sparse":
+            return decode_sparse(slot, sampler, prompt_ids, stats, self._tracer)
+        dtype = self._placement.dtype
+        return decode_sirius(
+            slot,
+            sampler,
+            prompt_ids,
+            decoding=decoding,
+            end_token_ids=request.end_token_ids,
+            max_new_tokens=request.max_new_tokens,
+            stats=stats,
+            tracer=self._tracer,
+            # In float32 the full model's choice at a near-tie is as good as any; in shorter types it may be another one.
+            eps=None if dtype == torch.float32 else torch.finfo(dtype).eps,
+            rule=request.rule,
+            num_alternatives=num_alternatives,
+        )
+
+    @contextmanager
+    def answering(self, owner: object) -> Iterator[StreamedModel]:
+        """The model, for whoever answers from now on. Memory that runs out becomes a BudgetError; after an error nothing that was
+        computed is reused."""
+        self._answering = owner
+        try:
+            with memory_errors(self.plan):
+                yield self._streamed
+        except Exception:  # not an interruption, which breaks nothing
+            if self._answering is owner:
+                self._streamed.forget()
+            raise
+
+    def use_threads(self, *, prompt: bool) -> None:
+        """Compute with as many threads as pay: torch keeps the number per thread, so whoever computes says so.
+
+        One core is left to the readers while layers come from disk: a matmul's threads wait for the one that shares its core.
+        Not during the prompt, whose matmuls are worth more than the reading they slow down.
+        """
+        cores = machine.physical_cores()
+        default = max(cores - 1, 1) if self.plan.disk_layers and not prompt else cores
+        torch.set_num_threads(self.config.threads or default)
 
     def close(self) -> None:
         """End threads, give memory back."""
@@ -218,6 +261,8 @@ class Engine:
         """How to decode: as asked for, where memory was planned for it. Raises ConfigError."""
         planned, asked = self.config.decoding, config.decoding or self.config.decoding
         require_greedy_threshold(asked, config.sampling)
+        if asked.mode == "sparse" and config.logprobs is not None:
+            raise ConfigError("logprobs are the full model's, and mode sparse does not ask it; use mode full or sirius")
         if asked.drafts:
             if not planned.drafts:
                 raise ConfigError(
@@ -253,55 +298,26 @@ class Engine:
                 return replace(asked, lookup=False)
         return asked
 
-    def _tokens(self, request: _Request) -> Tokens:
-        # The reader threads compute with one thread each; torch keeps that number per thread, so ours is set here.
-        torch.set_num_threads(self.config.threads or machine.physical_cores())
-        request.num_cached = self._streamed.begin_answer(request.decoding, request.prompt_ids, reuse=request.reuses)
-        self._answering = request
-        try:
-            with memory_errors(self.plan), closing(self._decode(request)) as tokens:
-                for token_id in tokens:
-                    yield token_id
+    def _tokens(self, request: Request) -> Tokens:
+        self.use_threads(prompt=True)
+        with self.answering(request) as streamed:
+            slot = streamed.slots[0]
+            if slot.is_busy:
+                raise RuntimeError("answers of a batch are being written: end them before another one is begun")
+            request.num_cached = slot.shared(request.prompt_ids) if request.reuses and streamed.reuses else 0
+            slot.begin(request.num_cached)
+            streamed.prepare(request.decoding)
+            with closing(alone(streamed, self.steps(request, slot))) as tokens:
+                for token in tokens:
+                    yield token
                     if self._answering is not request:
                         raise RuntimeError(
                             "another answer was begun in place of this one: end an answer before the next is begun"
                         )
-                    torch.set_num_threads(self.config.threads or self._decode_threads())
-        except Exception:  # not an interruption, which breaks nothing
-            if self._answering is request:
-                self._streamed.forget()
-            raise
+                    self.use_threads(prompt=False)
 
-    def _decode(self, request: _Request) -> Tokens:
-        model, sampler, decoding = self._streamed, Sampler(request.config.sampling), request.decoding
-        if decoding.mode == "full":
-            return decode_full(model, sampler, request.prompt_ids, request.stats, self._tracer)
-        if decoding.mode == "sparse":
-            return decode_sparse(model, sampler, request.prompt_ids, request.stats, self._tracer)
-        dtype = self._placement.dtype
-        return decode_sirius(
-            model,
-            sampler,
-            request.prompt_ids,
-            decoding=decoding,
-            end_token_ids=request.end_token_ids,
-            max_new_tokens=request.max_new_tokens,
-            stats=request.stats,
-            tracer=self._tracer,
-            # In float32 the full model's choice at a near-tie is as good as any; in shorter types it may be another one.
-            eps=None if dtype == torch.float32 else torch.finfo(dtype).eps,
-            rule=request.rule,
-        )
-
-    def _decode_threads(self) -> int:
-        """One core is left to the readers while layers come from disk: a matmul's threads wait for the one that shares its core.
-
-        Not during the prompt, whose matmuls are worth more than the reading they slow down.
-        """
-        cores = machine.physical_cores()
-        return max(cores - 1, 1) if self.plan.disk_layers else cores
-
-    def _finish(self, outcome: Outcome, counters: _Counters, request: _Request) -> Generation:
+    def result_of(self, outcome: Outcome, counters: Counters, request: Request) -> Generation:
+        """The figures of an answer that has ended. counters: from where it began."""
         assert outcome.finish_reason is not None
         self._streamed.end_answer()
         last = outcome.last_token_at or outcome.began
@@ -322,7 +338,7 @@ class Engine:
             link=counters.figures(last - outcome.began, self._loaded_nbytes),
             memory=self._memory(num_prompt),
             plan=self._plan_figures(num_prompt, request.decoding),
-            settings=_settings(self.config, request),
+            settings=settings_of(self.config, request),
             aal=stats.aal,
             acceptance=stats.acceptance,
             effective_density=stats.effective_density(
@@ -358,79 +374,6 @@ class Engine:
             pinned_bytes=self._pinned.pinned_nbytes,
             pageable_bytes=self._pinned.pageable_nbytes,
         )
-
-
-@dataclass(kw_only=True)
-class _Request:
-    """One answer while it is written."""
-
-    prompt_ids: list[int]
-    config: GenerationConfig
-    decoding: DecodingConfig
-    max_new_tokens: int
-    end_token_ids: frozenset[int]
-    rule: AcceptanceRule | None
-    stats: DecodeStats = field(default_factory=DecodeStats)
-    num_cached: int = 0
-    """Tokens of the prompt that the KV cache held already."""
-
-    @property
-    def reuses(self) -> bool:
-        """Whether what the KV cache holds of earlier answers may be used: where drafts decide, their neurons would depend on what
-        was asked before, and the text on them."""
-        decided = self.decoding.mode == "full" or (self.decoding.mode == "sirius" and self.decoding.accept == "exact")
-        return self.config.reuse and decided and self.rule is None
-
-
-def _settings(config: EngineConfig, request: _Request) -> dict[str, Any]:
-    """Every setting of an answer by its name; those of decoding, as they were for this answer, also together."""
-    decoding = asdict(request.decoding)
-    return asdict(config) | asdict(request.config) | decoding | {"decoding": decoding}
-
-
-class _Counters:
-    """The streamer's and the link's counters, from where an answer began."""
-
-    def __init__(self, streamer: Streamer, streamed: StreamedModel) -> None:
-        self._streamer = streamer
-        self._fetches = streamed.sparsity.counts if isinstance(streamed.sparsity, Cats) else None
-        self._hot_set = streamed.sparsity if isinstance(streamed.sparsity, HotStatistic) else None
-        self._num_exchanged = self._hot_set.num_exchanged if self._hot_set else 0
-        self._pass_nbytes = dict(streamer.pass_nbytes)
-        self._discarded_nbytes = streamer.discarded_nbytes
-        self._copied_nbytes = streamer.copied_nbytes
-        self._busy_seconds = streamer.busy_seconds
-        self._num_needed, self._num_missing = (self._fetches.needed, self._fetches.missing) if self._fetches else (0, 0)
-
-    def figures(self, seconds: float, loaded_nbytes: int) -> LinkFigures:
-        """What has happened since. seconds: how long it took."""
-        streamer = self._streamer
-        by_phase = {phase: nbytes - self._pass_nbytes[phase] for phase, nbytes in streamer.pass_nbytes.items()}
-        copied = streamer.copied_nbytes - self._copied_nbytes
-        peak = streamer.peak_bytes_per_second
-        streams = copied > 0 and seconds > 0
-        return LinkFigures(
-            bytes=LinkBytes(load=loaded_nbytes, discarded=streamer.discarded_nbytes - self._discarded_nbytes, **by_phase),
-            copied_bytes=copied,
-            gbytes_per_second=copied / seconds / 1e9 if streams else None,
-            measured_peak_gbytes_per_second=peak / 1e9 if peak else None,
-            busy_share=min((streamer.busy_seconds - self._busy_seconds) / seconds, 1.0) if streams else None,
-            cache_hit_share=self._hit_share,
-        )
-
-    def churn(self, num_windows: int) -> float | None:
-        """Share of the hot set that a window exchanged."""
-        hot_set = self._hot_set
-        if hot_set is None or hot_set.decay is None or num_windows == 0:
-            return None
-        return (hot_set.num_exchanged - self._num_exchanged) / (num_windows * hot_set.ids.shape[0] * hot_set.num_hot)
-
-    @property
-    def _hit_share(self) -> float | None:
-        if self._fetches is None:
-            return None
-        counts = FetchCounts(needed=self._fetches.needed - self._num_needed, missing=self._fetches.missing - self._num_missing)
-        return counts.hit_share
 
 
 def with_settings(config: GenerationConfig, settings: dict[str, Any], planned: DecodingConfig) -> GenerationConfig:

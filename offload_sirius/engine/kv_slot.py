@@ -6,6 +6,7 @@ that is kept has been moved together: neither counts. Knows no weights and no pa
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 
 import torch
@@ -25,6 +26,14 @@ class KVSlot:
         """Positions at the beginning that hold the full model's keys and values, in a line."""
         self._corrected = False
         """Whether the last pass was a correction, of which nobody has said yet what stands."""
+        self.is_busy = False
+        """Whether an answer is being written here beside others."""
+        self.left_at = 0.0
+        """When the last of these has left, by time.perf_counter."""
+        self.is_heard = False
+        """Whether the statistic by which neurons are chosen rests on this text."""
+        self.num_heard_before = 0
+        """Tokens of the text before the answer began on which it rested."""
 
     @property
     def length(self) -> int:
@@ -46,6 +55,11 @@ class KVSlot:
         """Of which it holds the full model's keys and values, from the first position on."""
         return self._token_ids[: self._num_sure]
 
+    @property
+    def num_heard(self) -> int:
+        """Tokens on which the statistic of neurons rests."""
+        return len(self.token_ids) if self.is_heard else 0
+
     def shared(self, prompt_ids: Sequence[int]) -> int:
         """Tokens at the beginning of a prompt that need not be computed: all but one at most, as its logits are wanted."""
         most = min(len(self.token_ids), len(prompt_ids) - 1)
@@ -54,7 +68,19 @@ class KVSlot:
     def begin(self, num_cached: int) -> None:
         """An answer begins, of whose prompt so many tokens are here already."""
         assert num_cached <= self._num_sure, (num_cached, self._num_sure)
+        self.num_heard_before = self.num_heard
         self.keep(num_cached)
+
+    def leave(self) -> None:
+        """The answer that was written here beside others has ended."""
+        self.is_busy, self.left_at = False, time.perf_counter()
+
+    def take(self, other: KVSlot, num_tokens: int) -> None:
+        """Copy the beginning of another text in place of this one."""
+        assert num_tokens <= len(other.token_ids), (num_tokens, len(other.token_ids))
+        self.cache.take(other.cache, num_tokens)
+        self._token_ids, self._num_sure, self._corrected = other.token_ids[:num_tokens], num_tokens, False
+        self.is_heard = False
 
     def appended(self, kind: Pass, token_ids: Sequence[int]) -> None:
         """A pass has computed so many tokens more."""

@@ -6,8 +6,10 @@ nothing. A device may also be described: then nothing of it is looked for on thi
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 from offload_sirius import machine
@@ -42,8 +44,8 @@ from offload_sirius.quantization import KINDS, Kind, WeightFormat
 from offload_sirius.rates import DtypeName, Rates, Stored, assumed_cpu_rates, assumed_gpu_rates
 from offload_sirius.sparsity.costs import num_fetched, sparsity_nbytes
 from offload_sirius.units import MIB, Size, format_size
-from offload_sirius.weights.copy_plan import make_copy_plan
-from offload_sirius.weights.hot_plan import make_hot_plan
+from offload_sirius.weights.copy_plan import least_copy_device_nbytes, make_copy_plan
+from offload_sirius.weights.hot_plan import least_hot_device_nbytes, make_hot_plan
 from offload_sirius.weights.layout import PARTS, LayerLayout, Part, Slice, model_layout
 from offload_sirius.weights.pieces import (
     blocks_by_layer,
@@ -62,6 +64,7 @@ from offload_sirius.weights.plan import (
     HeadFormat,
     Plan,
     as_flag,
+    least_device_nbytes,
     make_plan,
 )
 from offload_sirius.weights.predict import (
@@ -198,7 +201,6 @@ class Planned:
     dtype: DtypeName
     context: int
     """Positions of the KV cache."""
-    batch: int
     computed: bool
     """Synthetic weights: nothing is read before the first token, but for those that are streamed from disk."""
     layout: LayerLayout
@@ -210,6 +212,11 @@ class Planned:
     def spec(self) -> ModelSpec:
         """The model's shape."""
         return self.checkpoint.spec
+
+    @property
+    def batch(self) -> int:
+        """Answers that share the passes."""
+        return self.config.parallel
 
     @property
     def quantized_kinds(self) -> list[Kind]:
@@ -344,42 +351,80 @@ class Planned:
         )
 
     def _layer_cache_nbytes(self, positions: int) -> int:
-        nbytes = cache_nbytes(self.config, self.spec, positions, ELEMENT_NBYTES[self.dtype], self.batch)
+        nbytes = cache_nbytes(self.config, self.spec, positions, ELEMENT_NBYTES[self.dtype])
         return nbytes // self.spec.num_layers
 
 
-def plan_model(
-    checkpoint: Checkpoint, config: EngineConfig, hardware: Hardware, *, batch: int = 1, computed: bool | None = None
-) -> Planned:
+def plan_model(checkpoint: Checkpoint, config: EngineConfig, hardware: Hardware, *, computed: bool | None = None) -> Planned:
     """Decide. config: of a packed model as `as_packed` gives it. computed: the weights are in no file; default: as the checkpoint
     says.
 
-    Raises BudgetError with the smallest budget that works, ConfigError.
+    Raises BudgetError with the smallest budget that works, and the longest context that does with what there is; ConfigError.
     """
     assert config == as_packed(config, checkpoint)
     checkpoint = as_held(checkpoint, config)
     spec, dtype, decoding = checkpoint.spec, dtype_of(config, checkpoint.spec), config.decoding
-    element_nbytes, context = ELEMENT_NBYTES[dtype], context_of(config, spec)
-    sparse = sparsity_of(decoding, spec)
-    num_kept = decoding.num_kept(spec.ffn_width)
-    resident_draft = sparse is not None and decoding.draft == "resident"
-    copied = decoding.draft_format is not None
-    recorded = resident_draft and hardware.own_memory and records_drafts(config)
-    num_gathered = num_kept if sparse == "griffin" and not resident_draft else 0
+    context, sparse = context_of(config, spec), sparsity_of(decoding, spec)
+    num_gathered = decoding.num_kept(spec.ffn_width) if sparse == "griffin" and decoding.draft != "resident" else 0
     layout = held_layout(checkpoint, config, num_gathered)
-    if copied and layout.blocks:
+    if decoding.draft_format is not None and layout.blocks:
         raise ConfigError(
             f"--draft-quantize is {decoding.draft_quantize}, and {spec.name} is held in the blocks of its file, which are not "
             "quantised once more; use --draft-quantize none, or --no-keep-blocks"
         )
+    # Looks at every tensor of the checkpoint, so only once.
+    readers = reader_nbytes(checkpoint)
+    demand_of = partial(_demand, checkpoint, config, hardware, layout, reader_nbytes=readers)
+    demand = demand_of(context)
+    try:
+        budgets = _budgets(spec, layout, demand, config, hardware)
+        plan = plan_for(spec, layout, demand, budgets)
+    except BudgetError as error:
+        device_nbytes = _device_budget(readers, config, hardware)
+        least = partial(_least_device_nbytes, spec, layout)
+        # The longer the context the more it takes: as many fit as there are in front of the first that takes too much.
+        fitting = bisect_right(range(1, context), device_nbytes, key=lambda shorter: least(demand_of(shorter)))
+        if not fitting or least(demand) <= device_nbytes:
+            raise
+        raise BudgetError(f"{error}, or --max-context {fitting} at most") from None
+    _require_free(plan, hardware)
+    return Planned(
+        checkpoint=checkpoint,
+        config=config,
+        hardware=hardware,
+        dtype=dtype,
+        context=context,
+        computed=checkpoint.path is None if computed is None else computed,
+        layout=layout,
+        demand=demand,
+        budgets=budgets,
+        plan=plan,
+    )
+
+
+def _demand(
+    checkpoint: Checkpoint,
+    config: EngineConfig,
+    hardware: Hardware,
+    layout: LayerLayout,
+    context: int,
+    *,
+    reader_nbytes: int,
+) -> Demand:
+    """What a plan has to make room for, with so many positions of each sequence."""
+    spec, decoding, element_nbytes = checkpoint.spec, config.decoding, layout.element_nbytes
+    sparse, num_kept = sparsity_of(decoding, spec), decoding.num_kept(spec.ffn_width)
+    resident_draft = sparse is not None and decoding.draft == "resident"
+    copied = decoding.draft_format is not None
+    recorded = resident_draft and hardware.own_memory and records_drafts(config)
     outside = blocks_of(checkpoint, None)
     unpacks = layout.unpacks or bool(outside) or config.head_format is not None or copied
-    demand = Demand(
-        kv_cache_nbytes=cache_nbytes(config, spec, context, element_nbytes, batch),
-        position_tables_nbytes=position_tables_nbytes(spec, context, element_nbytes),
-        activation_nbytes=computing_nbytes(config, spec, context, element_nbytes, batch, unpacks=unpacks)
+    return Demand(
+        kv_cache_nbytes=cache_nbytes(config, spec, context, element_nbytes),
+        position_tables_nbytes=position_tables_nbytes(spec, context, element_nbytes, config.parallel),
+        activation_nbytes=computing_nbytes(config, spec, context, element_nbytes, unpacks=unpacks)
         + (recorded_nbytes(config, spec, context, element_nbytes) if recorded else 0),
-        reader_nbytes=reader_nbytes(checkpoint),
+        reader_nbytes=reader_nbytes,
         embedding_on_device=spec.tied_head and config.head_format is None,
         rows_quantising_nbytes=ROWS_QUANTISING_NBYTES if copied or _quantises_head(config, checkpoint) else 0,
         head_format=head_format_of(checkpoint, config),
@@ -393,22 +438,12 @@ def plan_model(
         draft_format=decoding.draft_format,
         hot_layers_first=decoding.resident_first == "layers",
     )
-    budgets = _budgets(spec, layout, demand, config, hardware)
-    plan = plan_for(spec, layout, demand, budgets)
-    _require_free(plan, hardware)
-    return Planned(
-        checkpoint=checkpoint,
-        config=config,
-        hardware=hardware,
-        dtype=dtype,
-        context=context,
-        batch=batch,
-        computed=checkpoint.path is None if computed is None else computed,
-        layout=layout,
-        demand=demand,
-        budgets=budgets,
-        plan=plan,
-    )
+
+
+def _least_device_nbytes(spec: ModelSpec, layout: LayerLayout, demand: Demand) -> int:
+    if demand.draft_format is not None:
+        return least_copy_device_nbytes(spec, layout, demand)
+    return (least_hot_device_nbytes if demand.num_hot else least_device_nbytes)(spec, layout, demand)
 
 
 def as_held(checkpoint: Checkpoint, config: EngineConfig) -> Checkpoint:
@@ -433,26 +468,24 @@ def _quantises_head(config: EngineConfig, checkpoint: Checkpoint) -> bool:
     return config.head_format is not None and not packed
 
 
-def computing_nbytes(
-    config: EngineConfig, spec: ModelSpec, num_tokens: int, element_nbytes: int, batch: int = 1, *, unpacks: bool
-) -> int:
-    """Device bytes that passes over a prompt of that many tokens, and over windows behind it, take beside what stays there.
+def computing_nbytes(config: EngineConfig, spec: ModelSpec, num_tokens: int, element_nbytes: int, *, unpacks: bool) -> int:
+    """Device bytes that passes over prompts of that many tokens together, and over windows behind them, take beside what stays
+    there.
 
     unpacks: matrices are not plain numbers.
     """
-    decoding = config.decoding
-    observed, step_rows = sparsity_of(decoding, spec) is not None, decoding.max_nodes
-    nbytes = activation_nbytes(spec, num_tokens, element_nbytes, batch=batch, step_rows=step_rows, observed=observed)
+    observed, step_rows = sparsity_of(config.decoding, spec) is not None, config.step_rows
+    nbytes = activation_nbytes(spec, num_tokens, element_nbytes, step_rows=step_rows, observed=observed)
     if config.kv_dtype == "int8":
         nbytes += quantized_attention_nbytes(spec, max(min(CHUNK_SIZE, num_tokens), step_rows), num_tokens)
     return nbytes + (unpacking_nbytes(spec, element_nbytes, step_rows) if unpacks else 0)
 
 
-def cache_nbytes(config: EngineConfig, spec: ModelSpec, num_positions: int, element_nbytes: int, batch: int = 1) -> int:
-    """Device bytes of keys and values, of that many positions of each sequence."""
+def cache_nbytes(config: EngineConfig, spec: ModelSpec, num_positions: int, element_nbytes: int) -> int:
+    """Device bytes of keys and values, of that many positions of each answer."""
     if config.kv_dtype == "int8":
-        return quantized_kv_cache_nbytes(spec, batch, num_positions)
-    return kv_cache_nbytes(spec, batch, num_positions, element_nbytes)
+        return quantized_kv_cache_nbytes(spec, config.parallel, num_positions)
+    return kv_cache_nbytes(spec, config.parallel, num_positions, element_nbytes)
 
 
 def recorded_nbytes(config: EngineConfig, spec: ModelSpec, capacity: int, element_nbytes: int) -> int:
@@ -463,7 +496,7 @@ def recorded_nbytes(config: EngineConfig, spec: ModelSpec, capacity: int, elemen
 
 def scored_rows_of(config: EngineConfig, spec: ModelSpec, num_tokens: int, element_nbytes: int) -> int:
     """Tokens of a prompt whose logits there is room for at once, where computing_nbytes was planned for so many tokens."""
-    observed, step_rows = sparsity_of(config.decoding, spec) is not None, config.decoding.max_nodes
+    observed, step_rows = sparsity_of(config.decoding, spec) is not None, config.step_rows
     return scored_rows(spec, num_tokens, element_nbytes, step_rows=step_rows, observed=observed)
 
 
@@ -693,24 +726,33 @@ def _window_figures(speed: WindowSpeed) -> dict[str, Any]:
 def _budgets(spec: ModelSpec, layout: LayerLayout, demand: Demand, config: EngineConfig, hardware: Hardware) -> Budgets:
     """Without a GPU the device's budget and the host's are parts of one memory: the host's share is of what the device leaves,
     and the device's of what the readers leave, since a disk read by too few of them costs more than a few residents save."""
-    free_host = hardware.free_host_nbytes
+    device_nbytes, free_host = _device_budget(demand.reader_nbytes, config, hardware), hardware.free_host_nbytes
     if free_host is None:
-        return Budgets(
-            device_nbytes=_absolute("device-memory", config.device_memory, config.device_size),
-            host_nbytes=_absolute("host-memory", config.host_memory, config.host_size),
-        )
+        host_nbytes = _absolute("host-memory", config.host_memory, config.host_size)
+        return Budgets(device_nbytes=device_nbytes, host_nbytes=host_nbytes)
     if hardware.free_device_nbytes is not None:
-        return Budgets(
-            device_nbytes=config.device_size.resolve(hardware.free_device_nbytes), host_nbytes=config.host_size.resolve(free_host)
-        )
-    free_device = free_host - min(MAX_READERS * demand.reader_nbytes, free_host // 4)
-    device_nbytes = config.device_size.resolve(free_device)
+        return Budgets(device_nbytes=device_nbytes, host_nbytes=config.host_size.resolve(free_host))
     unlimited = Budgets(device_nbytes=device_nbytes, host_nbytes=1 << 62)
     # Where layers stay on disk there are no caches of neurons, and resident layers may take more than those would have.
     demands = (demand, replace(demand, num_cached_neurons=0))
     most_nbytes = max(plan_for(spec, layout, each, unlimited).device_nbytes for each in demands)
-    _require(("device",), most_nbytes, free_device)
+    _require(("device",), most_nbytes, free_host - _for_readers(demand.reader_nbytes, free_host))
     return Budgets(device_nbytes=device_nbytes, host_nbytes=config.host_size.resolve(free_host - most_nbytes))
+
+
+def _device_budget(reader_nbytes: int, config: EngineConfig, hardware: Hardware) -> int:
+    """reader_nbytes: of one of them."""
+    free_host, free_device = hardware.free_host_nbytes, hardware.free_device_nbytes
+    if free_host is None:
+        return _absolute("device-memory", config.device_memory, config.device_size)
+    if free_device is None:
+        free_device = free_host - _for_readers(reader_nbytes, free_host)
+    return config.device_size.resolve(free_device)
+
+
+def _for_readers(reader_nbytes: int, free_host_nbytes: int) -> int:
+    """Host memory that a device which computes in it leaves to the readers."""
+    return min(MAX_READERS * reader_nbytes, free_host_nbytes // 4)
 
 
 def _absolute(flag: str, text: str, size: Size) -> int:

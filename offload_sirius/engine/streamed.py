@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from offload_sirius.config import AUTO, DecodingConfig
-from offload_sirius.decode.model import Pass
+from offload_sirius.decode.model import Ask, Pass
 from offload_sirius.engine.captured import CapturedStep
 from offload_sirius.engine.kv_slot import KVSlot
 from offload_sirius.engine.planning import CARGO, sparsity_of
 from offload_sirius.model.feed_forward import FeedForward
-from offload_sirius.model.transformer import TokenTree, Transformer
+from offload_sirius.model.kv_cache import KVCache
+from offload_sirius.model.transformer import Tokens, Transformer
 from offload_sirius.sparsity.cats import Cats
 from offload_sirius.sparsity.copied import CopiedSet
 from offload_sirius.sparsity.griffin import Griffin
@@ -49,6 +50,9 @@ class Way:
     """What it does with their neurons; None computes all."""
 
 
+FOLLOWING: tuple[Pass, ...] = ("draft", "correction", "full")
+"""Passes that may follow one, the first before the others."""
+
 ALL = Way()
 FULL_WAYS: dict[Pass, Way] = {"prefill": ALL, "draft": ALL, "correction": ALL, "full": ALL}
 """Every pass computes all neurons."""
@@ -65,106 +69,93 @@ class StreamedModel:
         sparsity: Griffin | Cats | HotStatistic | None = None,
         captured: CapturedStep | None = None,
         prior: NeuronPrior | None = None,
+        more_caches: Sequence[KVCache] = (),
     ) -> None:
         """sparsity: whose feed-forwards are among the ways; None where they compute all neurons.
 
-        captured: takes draft steps of a single token that compute what `ways` says; None: there are none. prior: for answers with
-        a hot set that want it.
+        captured: takes draft steps of a single token in the first slot that compute what `ways` says; None: there are none.
+        prior: for answers with a hot set that want it. more_caches: the transformer's for further answers.
         """
         self.sparsity = sparsity
-        self.slot = KVSlot(transformer.cache)
+        self.slots = [KVSlot(cache) for cache in (transformer.cache, *more_caches)]
         self._transformer = transformer
         self._source = source
         self._ways = ways
         self._captured = captured
         self._plays = False
-        """Whether the answer's drafts are those that are recorded."""
+        """Whether drafts are those that are recorded."""
         self._prior = prior
 
-    def begin_answer(self, decoding: DecodingConfig, prompt_ids: Sequence[int], *, reuse: bool) -> int:
-        """An answer begins -> tokens of its prompt whose keys and values are those of the answer before, which are kept.
-
-        reuse: whether any shall be; else the answer before is forgotten.
-        """
-        num_known = len(self.slot.token_ids)
-        num_cached = self.slot.shared(prompt_ids) if reuse and self._reuses else 0
-        self.slot.begin(num_cached)
-        if self.sparsity is not None:
-            self.sparsity.remember(num_cached, num_known)
+    def prepare(self, decoding: DecodingConfig) -> None:
+        """Passes will be for answers that are decoded so."""
         if isinstance(self.sparsity, HotStatistic):
             num_drafted = decoding.num_drafted(self._transformer.spec.ffn_width, self.sparsity.num_hot)
             self.sparsity.begin(num_drafted, self._prior if decoding.with_prior else None)
             assert isinstance(self._source, HotStreamer | CopyStreamer)
             self._source.corrects = decoding.mode == "sirius"
             self._plays = self._captured is not None and self._captured.num_drafted == num_drafted
-        return num_cached
+
+    @property
+    def reuses(self) -> bool:
+        """Whether keys do not depend on what follows them: the rotations of `dynamic` do, on the length of the prompt."""
+        return self._transformer.spec.rope.kind != "dynamic"
 
     def forget(self) -> None:
-        """Something broke: what the cache holds is not to be trusted."""
-        self.slot.begin(0)
+        """Something broke: what the caches hold is not to be trusted."""
+        for slot in self.slots:
+            slot.begin(0)
+            slot.is_heard = False
 
     def end_answer(self) -> None:
         """Keep what an answer has shown, for others to come."""
         if isinstance(self.sparsity, HotStatistic) and self.sparsity.prior is not None:
             self.sparsity.prior.keep()
 
-    @property
-    def length(self) -> int:
+    def run(self, asks: Sequence[Ask]) -> list[Tensor]:
         """See Model."""
-        return self.slot.length
+        slots = [_kv_slot(ask) for ask in asks]
+        tokens = [
+            Tokens(cache=slot.cache, token_ids=torch.tensor(ask.token_ids), tree=ask.tree)
+            for slot, ask in zip(slots, asks, strict=True)
+        ]
+        kind: Pass = "correction" if any(ask.kind == "correction" for ask in asks) else asks[0].kind
+        feed_forward = self._begin(kind, _following(asks))
+        if kind == "prefill":
+            self._hear(slots)
+            logits = self._transformer.prefill_all(tokens, feed_forward)  # [asks, V]
+            lengths = [1] * len(asks)
+        else:
+            if isinstance(self.sparsity, HotStatistic):
+                self.sparsity.heard = _heard(asks, self._transformer.cache.device)
+            played = self._played(asks) if kind == "draft" else None
+            logits = self._transformer.step_all(tokens, feed_forward) if played is None else played  # [S, V]
+            lengths = [len(ask.token_ids) for ask in asks]
+        for slot, ask in zip(slots, asks, strict=True):
+            slot.appended(ask.kind, ask.token_ids)
+        return list(logits.split(lengths))
 
-    @property
-    def room(self) -> int:
-        """See Model."""
-        return self.slot.room
-
-    @property
-    def device(self) -> torch.device:
-        """See Model."""
-        return self.slot.device
-
-    def prefill(self, token_ids: Tensor, *, following: Pass) -> Tensor:
-        """See Model."""
-        logits = self._transformer.prefill(token_ids, self._begin("prefill", following))
-        self.slot.appended("prefill", token_ids.tolist())
-        return logits
-
-    def score(self, token_ids: Tensor, num_last: int, read: Callable[[Tensor], None], *, num_rows: int) -> None:
-        """A prompt that is scored and not answered. See Transformer.prefill_rows."""
+    def score(self, token_ids: Sequence[int], num_last: int, read: Callable[[Tensor], None], *, num_rows: int) -> None:
+        """A prompt in the first slot that is scored and not answered. See Transformer.prefill_rows."""
         feed_forward = self._begin("prefill", "prefill")
-        self._transformer.prefill_rows(token_ids, num_last, read, num_rows=num_rows, feed_forward=feed_forward)
-        self.slot.appended("prefill", token_ids.tolist())
+        self._hear(self.slots[:1])
+        self._transformer.prefill_rows(torch.tensor(token_ids), num_last, read, num_rows=num_rows, feed_forward=feed_forward)
+        self.slots[0].appended("prefill", token_ids)
 
-    def full(self, token_ids: Tensor, *, following: Pass) -> Tensor:
-        """See Model."""
-        logits = self._transformer.step(token_ids, feed_forward=self._begin("full", following))
-        self.slot.appended("full", token_ids.tolist())
-        return logits
+    def _played(self, asks: Sequence[Ask]) -> Tensor | None:
+        """Logits of a recorded step [1, V]; None where there is no recording of it."""
+        if self._captured is None or not self._plays or len(asks) > 1 or asks[0].tree is not None:
+            return None
+        return self._captured.step(torch.tensor(asks[0].token_ids)) if asks[0].slot is self.slots[0] else None
 
-    def draft(self, token_ids: Tensor, tree: TokenTree | None = None, *, following: Pass) -> Tensor:
-        """See Model."""
-        feed_forward = self._begin("draft", following)
-        played = self._captured.step(token_ids) if self._captured is not None and self._plays and tree is None else None
-        logits = self._transformer.step(token_ids, tree, feed_forward) if played is None else played
-        self.slot.appended("draft", token_ids.tolist())
-        return logits
-
-    def correct(self, token_ids: Tensor, tree: TokenTree | None = None, *, following: Pass, num_grafted: int = 0) -> Tensor:
-        """See Model."""
-        if isinstance(self.sparsity, HotStatistic):
-            self.sparsity.num_unheard = num_grafted
-        logits = self._transformer.step(token_ids, tree, self._begin("correction", following))
-        self.slot.appended("correction", token_ids.tolist())
-        return logits
-
-    def keep(self, length: int, offsets: Sequence[int] = ()) -> None:
-        """See Model."""
-        self.slot.keep(length, offsets)
-
-    @property
-    def _reuses(self) -> bool:
-        """Whether keys do not depend on what follows them: the rotations of `dynamic` do, on the length of the prompt."""
-        return self._transformer.spec.rope.kind != "dynamic"
+    def _hear(self, beginning: Sequence[KVSlot]) -> None:
+        """Prompts are going to choose neurons: what was said of texts that are still there counts as before."""
+        if self.sparsity is None:
+            return
+        num_heard = sum(slot.num_heard_before if slot in beginning else slot.num_heard for slot in self.slots)
+        staying = [slot for slot in self.slots if slot.is_busy or slot in beginning]
+        self.sparsity.remember(sum(slot.num_heard for slot in staying), num_heard)
+        for slot in self.slots:
+            slot.is_heard = slot in staying
 
     def _begin(self, this: Pass, following: Pass) -> FeedForward | None:
         way = self._ways[this]
@@ -172,13 +163,37 @@ class StreamedModel:
         return way.feed_forward
 
 
+def _kv_slot(ask: Ask) -> KVSlot:
+    assert isinstance(ask.slot, KVSlot), ask.slot
+    return ask.slot
+
+
+def _following(asks: Sequence[Ask]) -> Pass:
+    """What most probably comes next: the others wait while any drafts."""
+    wanted = {ask.following for ask in asks}
+    return next(kind for kind in FOLLOWING if kind in wanted)
+
+
+def _heard(asks: Sequence[Ask], device: torch.device) -> Tensor | None:
+    """1 for each token of a correction of which the statistic is to learn, 0 for others; float32 [S]. None: of all."""
+    if not any(ask.num_grafted for ask in asks):
+        return None
+    heard = [float(index < len(ask.token_ids) - ask.num_grafted) for ask in asks for index in range(len(ask.token_ids))]
+    return torch.tensor(heard, device=device)
+
+
 def streamed_model(
-    transformer: Transformer, streamer: WeightStreamer, caches: Mapping[int, NeuronCache], decoding: DecodingConfig
+    transformer: Transformer,
+    streamer: WeightStreamer,
+    caches: Mapping[int, NeuronCache],
+    decoding: DecodingConfig,
+    more_caches: Sequence[KVCache] = (),
 ) -> StreamedModel:
-    """The model whose drafts bring what they need. caches: layer -> records of its neurons on the device."""
+    """The model whose drafts bring what they need. caches: layer -> records of its neurons on the device. more_caches: as for
+    StreamedModel."""
     spec, kind = transformer.spec, sparsity_of(decoding, transformer.spec)
     if kind is None:
-        return StreamedModel(transformer, streamer, FULL_WAYS)
+        return StreamedModel(transformer, streamer, FULL_WAYS, more_caches=more_caches)
     num_kept, cache = decoding.num_kept(spec.ffn_width), transformer.cache
     sparsity: Griffin | Cats
     if kind == "griffin":
@@ -188,9 +203,8 @@ def streamed_model(
         calibrate = decoding.cats_threshold == AUTO
         sparsity = Cats(spec, streamer, num_kept, caches=caches, thresholds=thresholds, calibrate=calibrate)
     drafting = Way(cargo=CARGO[kind], feed_forward=sparsity.draft)
-    return StreamedModel(
-        transformer, streamer, FULL_WAYS | {"prefill": Way(feed_forward=sparsity.prefill), "draft": drafting}, sparsity
-    )
+    ways = FULL_WAYS | {"prefill": Way(feed_forward=sparsity.prefill), "draft": drafting}
+    return StreamedModel(transformer, streamer, ways, sparsity, more_caches=more_caches)
 
 
 def hot_model(
@@ -200,8 +214,10 @@ def hot_model(
     decoding: DecodingConfig,
     captured: CapturedStep | None = None,
     prior: NeuronPrior | None = None,
+    more_caches: Sequence[KVCache] = (),
 ) -> StreamedModel:
-    """The model whose drafts are on the device. captured: the draft step of a single token, recorded; None: it is not."""
+    """The model whose drafts are on the device. captured: the draft step of a single token, recorded; None: it is not.
+    more_caches: as for StreamedModel."""
     decay = _decay_of(decoding)
     hot_set = HotSet(transformer.spec, streamer, num_hot, decay=decay, device=transformer.cache.device)
     ways: dict[Pass, Way] = {
@@ -210,7 +226,7 @@ def hot_model(
         "correction": Way(cargo="cold", feed_forward=hot_set.correction),
         "full": Way(cargo="cold", feed_forward=hot_set.full),
     }
-    return StreamedModel(transformer, streamer, ways, hot_set, captured, prior)
+    return StreamedModel(transformer, streamer, ways, hot_set, captured, prior, more_caches)
 
 
 def copied_model(
@@ -220,8 +236,9 @@ def copied_model(
     decoding: DecodingConfig,
     captured: CapturedStep | None = None,
     prior: NeuronPrior | None = None,
+    more_caches: Sequence[KVCache] = (),
 ) -> StreamedModel:
-    """The model of which the device has a copy for drafts. captured: as for hot_model."""
+    """The model of which the device has a copy for drafts. captured, more_caches: as for hot_model."""
     copied = CopiedSet(transformer.spec, streamer, num_copied, decay=_decay_of(decoding), device=transformer.cache.device)
     ways: dict[Pass, Way] = {
         "prefill": Way(feed_forward=copied.prefill),
@@ -229,7 +246,7 @@ def copied_model(
         "correction": Way(feed_forward=copied.correction),
         "full": Way(feed_forward=copied.full),
     }
-    return StreamedModel(transformer, streamer, ways, copied, captured, prior)
+    return StreamedModel(transformer, streamer, ways, copied, captured, prior, more_caches)
 
 
 def _decay_of(decoding: DecodingConfig) -> float | None:

@@ -1,7 +1,7 @@
 """A model as lm-evaluation-harness asks for one: log-likelihoods by the full model, texts in the mode asked for.
 
-Importing this registers it as `offload-sirius`. Requests are taken one after the other, those that share a beginning together, so
-that what they share stays in the KV cache; choices of a single token take one pass.
+Importing this registers it as `offload-sirius`. Texts are scored one after the other, those that share a beginning next to each
+other, so that what they share stays in the KV cache; choices of a single token take one pass. Texts are written together.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 import offload_sirius
 from offload_sirius.config import SamplingConfig, names_of
+from offload_sirius.engine.batch import Answer, Batch
 from offload_sirius.errors import ConfigError
 
 _LOG = logging.getLogger(__name__)
@@ -49,7 +50,8 @@ class OffloadSiriusLM(TemplateLM):  # type: ignore[misc]  # the harness has no a
         max_batch_size: object = None,
         **settings: Any,
     ) -> None:
-        """Load the model. batch_size, max_batch_size: the harness gives them; sequences are computed one by one."""
+        """Load the model. batch_size, max_batch_size: the harness gives them; `parallel` is what says how many texts are written
+        together, as it decides what memory is planned for."""
         super().__init__()
         given: dict[str, Any] = {
             name: str(value) if name in TEXT_SETTINGS else value for name, value in settings.items() if value is not None
@@ -61,7 +63,7 @@ class OffloadSiriusLM(TemplateLM):  # type: ignore[misc]  # the harness has no a
                 f"max_gen_toks is {self.max_gen_toks}, and there are {self.max_length} positions; give a larger max_context"
             )
         if batch_size not in (None, 1, "1", "auto"):
-            _LOG.warning("batch_size %s: sequences are computed one by one", batch_size)
+            _LOG.warning("batch_size %s has no effect: give parallel in model_args", batch_size)
 
     @property
     def max_length(self) -> int:
@@ -106,13 +108,16 @@ class OffloadSiriusLM(TemplateLM):  # type: ignore[misc]  # the harness has no a
         return [self._rolling(*each.args) for each in tqdm(requests, disable=disable_tqdm, desc="Rolling log-likelihoods")]
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Texts, each up to the first of its stop strings."""
+        """Texts, each up to the first of its stop strings; as many are written together as `parallel` says."""
         order = sorted(range(len(requests)), key=lambda index: str(requests[index].args[0]))
-        texts = [""] * len(requests)
-        for index in tqdm(order, disable=disable_tqdm, desc="Generating"):
-            context, settings = requests[index].args
-            texts[index] = self._generate(context, settings)
-            self.cache_hook.add_partial("generate_until", (context, settings), texts[index])
+        batch = self.engine.batch()
+        answers = {index: self._submit(batch, *requests[index].args) for index in order}
+        with tqdm(total=len(requests), disable=disable_tqdm, desc="Generating") as progress:
+            while batch.step():
+                progress.update(sum(answer.state == "done" for answer in answers.values()) - progress.n)
+        texts = [answers[index].result.text for index in range(len(requests))]
+        for request, text in zip(requests, texts, strict=True):
+            self.cache_hook.add_partial("generate_until", request.args, text)
         return texts
 
     def _rolling(self, text: str) -> float:
@@ -155,7 +160,7 @@ class OffloadSiriusLM(TemplateLM):  # type: ignore[misc]  # the harness has no a
             _LOG.warning("a context of %d tokens is cut to its last %d; raise max_context", len(token_ids), room)
         return token_ids[-room:]
 
-    def _generate(self, context: str, settings: dict[str, Any]) -> str:
+    def _submit(self, batch: Batch, context: str, settings: dict[str, Any]) -> Answer:
         settings = {name: value for name, value in settings.items() if value is not None}
         until = settings.pop("until", None) or []
         stops = tuple(each for each in ([until] if isinstance(until, str) else until) if each)
@@ -168,4 +173,4 @@ class OffloadSiriusLM(TemplateLM):  # type: ignore[misc]  # the harness has no a
         if not draws:
             sampling["temperature"] = 0.0
         prompt_ids = self._cut(self.tok_encode(context), max_new_tokens)
-        return self.engine.generate(prompt_ids, max_new_tokens=max_new_tokens, stop=stops, **sampling).text
+        return batch.submit(prompt_ids, max_new_tokens=max_new_tokens, stop=stops, **sampling)

@@ -86,23 +86,22 @@ def activation_nbytes(
     element_nbytes: int,
     chunk_size: int = CHUNK_SIZE,
     *,
-    batch: int = 1,
     step_rows: int = 1,
     observed: bool = False,
 ) -> int:
     """Upper bound of the device bytes that a prefill of that many tokens needs beside weights, cache and position tables.
 
-    Enough for steps of step_rows tokens afterwards, too. What kernels take for themselves (tiles, packed operands) is not in it.
-    batch: sequences of that many tokens each; the chunks of their prompts are computed one after the other, their steps together.
-    observed: what neurons say of the prompt is looked at.
+    Enough for steps of step_rows tokens afterwards, too, of one sequence or of several, none of which has more than num_tokens
+    positions. What kernels take for themselves (tiles, packed operands) is not in it. observed: what neurons say of the prompt is
+    looked at.
     """
-    hidden = batch * max(num_tokens, step_rows) * spec.width * element_nbytes
-    rows = max(min(chunk_size, num_tokens), batch * step_rows)
+    hidden = max(num_tokens, step_rows) * spec.width * element_nbytes
+    rows = max(min(chunk_size, num_tokens), step_rows)
     return hidden + max(
         _norm_nbytes(spec, rows, element_nbytes),
         _attention_nbytes(spec, rows, num_tokens, element_nbytes),
         _feed_forward_nbytes(spec, rows, element_nbytes, observed=observed),
-        batch * step_rows * _logits_nbytes(spec, element_nbytes),
+        step_rows * _logits_nbytes(spec, element_nbytes),
     )
 
 
@@ -133,9 +132,11 @@ def unpacking_nbytes(spec: ModelSpec, element_nbytes: int, step_rows: int) -> in
     return rows + products
 
 
-def position_tables_nbytes(spec: ModelSpec, num_positions: int, element_nbytes: int) -> int:
-    """Device bytes that a model keeps for that many positions beside the cache: rotations, and their numbers as int64."""
-    return rotary_nbytes(spec, num_positions, element_nbytes) + 8 * num_positions
+def position_tables_nbytes(spec: ModelSpec, num_positions: int, element_nbytes: int, batch: int = 1) -> int:
+    """Device bytes that a model keeps for that many positions of each sequence beside the caches: rotations, of each sequence its
+    own where they depend on its prompt, and their numbers as int64."""
+    num_tables = batch if spec.rope.kind == "dynamic" else 1
+    return num_tables * rotary_nbytes(spec, num_positions, element_nbytes) + 8 * num_positions
 
 
 def extents(capacity: int) -> tuple[int, ...]:

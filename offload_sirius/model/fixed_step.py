@@ -17,9 +17,8 @@ from torch import Tensor
 from offload_sirius.model.costs import extent_of
 from offload_sirius.model.feed_forward import DenseFeedForward
 from offload_sirius.model.kv_cache import KVCache
-from offload_sirius.model.kv_rows import KVRows
 from offload_sirius.model.layers import head_logits, run_layers
-from offload_sirius.model.ops import added_mask, causal_mask, window_mask
+from offload_sirius.model.ops import added_mask, causal_mask, grouped_attention, window_mask
 from offload_sirius.model.rope import RotaryTable, Rotation
 from offload_sirius.model.source import WeightSource
 from offload_sirius_loaders.spec import ModelSpec
@@ -37,15 +36,12 @@ class FixedRow:
     extent: int
     masks: dict[int | None, Tensor]
     """Window -> 0 or minus infinity for each slot, [1, extent]."""
+    cache: KVCache
 
-    def write(self, cache: KVCache, layer: int, keys: Tensor, values: Tensor) -> None:
-        """See Rows."""
-        cache.write_at(layer, self.position, keys, values)
-
-    def read(self, cache: KVCache, layer: int, window: int | None) -> tuple[KVRows, KVRows, Tensor]:
+    def attend(self, layer: int, window: int | None, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """See Rows. Slots behind the token hold what others left there: finite numbers, whose weight is 0."""
-        keys, values = cache.read(layer, 0, self.extent)
-        return keys, values, self.masks[window]
+        self.cache.write_at(layer, self.position, keys.transpose(1, 2), values.transpose(1, 2))
+        return grouped_attention(queries, *self.cache.read(layer, 0, self.extent), self.masks[window])
 
 
 class FixedStep:
@@ -93,8 +89,9 @@ class FixedStep:
             position=self._position,
             extent=extent,
             masks={window: self._mask(extent, window) for window in set(self._spec.layer_windows)},
+            cache=self._cache,
         )
-        run_layers(self._spec, self._source, self._cache, [row], self._neurons)
+        run_layers(self._spec, self._source, [row], self._neurons)
         self._logits.copy_(head_logits(self._spec, self._source, row.hidden))
 
     def _mask(self, extent: int, window: int | None) -> Tensor:

@@ -101,6 +101,13 @@ class KVCache:
                 cached.narrow(3, start, len(moved)).copy_(cached.index_select(3, slots))
         self.length = length + len(offsets)
 
+    def take(self, other: KVCache, length: int) -> None:
+        """Hold the first `length` positions of another cache of the same shape, and nothing else."""
+        assert length <= other.length, (length, other.length)
+        for own, others in zip(self.tensors, other.tensors, strict=True):
+            own.narrow(3, 0, length).copy_(others.narrow(3, 0, length))
+        self.length = length
+
     def truncate(self, length: int) -> None:
         """Keep the first `length` positions."""
         assert 0 <= length <= self.length, (length, self.length)

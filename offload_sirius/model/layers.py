@@ -1,7 +1,7 @@
 """A pass through all layers, for tokens that stand anywhere in the cache. Knows no prompts and no steps.
 
-Where the keys of some tokens go, and which keys they see, is what their rows say: neighbouring slots of the cache
-(transformer.py), or a slot whose number is only known to the device (fixed_step.py). The arithmetic is the same.
+Where the keys of some tokens go, and which keys they see, is what their rows say: neighbouring slots of a cache, or of several
+caches (transformer.py), or a slot whose number is only known to the device (fixed_step.py). The arithmetic is the same.
 """
 
 from __future__ import annotations
@@ -13,9 +13,7 @@ from torch import Tensor
 
 from offload_sirius.kernels.matrix import project
 from offload_sirius.model.feed_forward import FeedForward
-from offload_sirius.model.kv_cache import KVCache
-from offload_sirius.model.kv_rows import KVRows
-from offload_sirius.model.ops import grouped_attention, rms_norm
+from offload_sirius.model.ops import rms_norm
 from offload_sirius.model.rope import Rotation, rotate
 from offload_sirius.model.source import AttentionWeights, WeightSource
 from offload_sirius_loaders.spec import ModelSpec
@@ -32,24 +30,20 @@ class Rows(Protocol):
     def rotation(self) -> Rotation:
         """Of their positions."""
 
-    def write(self, cache: KVCache, layer: int, keys: Tensor, values: Tensor) -> None:
-        """Put their own keys and values [B, K, C, E] into the cache."""
+    def attend(self, layer: int, window: int | None, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """Enter their keys and values into the cache, and mix the values of all slots that each of them sees -> [C, HE].
 
-    def read(self, cache: KVCache, layer: int, window: int | None) -> tuple[KVRows, KVRows, Tensor | None]:
-        """Keys and values [B, K, T, E] of all slots that any of them sees, and a mask [C, T] of what each sees; None: everything.
-
-        The window counts a token's own position; None: a token sees all before it.
+        queries [B, C, H, E], keys and values [B, C, K, E]. The window counts a token's own position; None: a token sees all
+        before it.
         """
 
 
-def run_layers(
-    spec: ModelSpec, source: WeightSource, cache: KVCache, all_rows: Sequence[Rows], feed_forward: FeedForward
-) -> None:
+def run_layers(spec: ModelSpec, source: WeightSource, all_rows: Sequence[Rows], feed_forward: FeedForward) -> None:
     """Take all rows through every layer. A layer is asked for once; its neurons may arrive while attention computes."""
     for layer, window in enumerate(spec.layer_windows):
         attention = source.attention(layer)
         for rows in all_rows:
-            _attend(spec, cache, layer, window, attention, rows)
+            _attend(spec, layer, window, attention, rows)
         neurons = feed_forward.open(layer)
         for rows in all_rows:
             normed = rms_norm(rows.hidden, attention.post_norm, spec.norm_eps)  # [C, D]
@@ -63,7 +57,7 @@ def head_logits(spec: ModelSpec, source: WeightSource, hidden: Tensor) -> Tensor
     return project(rms_norm(hidden, source.final_norm, spec.norm_eps), source.head).float()
 
 
-def _attend(spec: ModelSpec, cache: KVCache, layer: int, window: int | None, weights: AttentionWeights, rows: Rows) -> None:
+def _attend(spec: ModelSpec, layer: int, window: int | None, weights: AttentionWeights, rows: Rows) -> None:
     """Attention block: the rows see the slots before them, and enter their own keys and values."""
     num_turned = spec.num_heads + spec.num_kv_heads
     normed = rms_norm(rows.hidden, weights.input_norm, spec.norm_eps)
@@ -73,9 +67,7 @@ def _attend(spec: ModelSpec, cache: KVCache, layer: int, window: int | None, wei
     _norm_heads(spec, turning, weights)
     # Queries and keys lie beside each other and turn alike: one rotation for both.
     queries, keys = rotate(turning, rows.rotation).split_with_sizes((spec.num_heads, spec.num_kv_heads), dim=2)
-    rows.write(cache, layer, keys.transpose(1, 2), values.transpose(1, 2))  # [B, C, K, E] -> [B, K, C, E]
-    cached_keys, cached_values, mask = rows.read(cache, layer, window)  # [B, K, T, E]
-    mixed = grouped_attention(queries, cached_keys, cached_values, mask)  # [B, C, H, E] -> [C, HE]
+    mixed = rows.attend(layer, window, queries, keys, values)  # [B, C, H, E] -> [C, HE]
     rows.hidden.add_(project(mixed, weights.output, weights.output_bias))  # [C, HE] -> [C, D]
 
 

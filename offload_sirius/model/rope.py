@@ -38,6 +38,8 @@ class RotaryTable:
 
     def __init__(self, spec: ModelSpec, *, num_positions: int, dtype: torch.dtype, device: torch.device) -> None:
         self._spec = spec
+        self.is_own = spec.rope.kind == "dynamic"
+        """Whether it is of one sequence alone."""
         self._cos = torch.empty(num_positions, 1, spec.head_dim, dtype=dtype, device=device)
         self._signed_sin = torch.empty_like(self._cos)
         self._fill(prompt_length=0)
@@ -47,9 +49,14 @@ class RotaryTable:
         """Device bytes of the table."""
         return self._cos.nbytes + self._signed_sin.nbytes
 
+    def another(self) -> RotaryTable:
+        """For another sequence."""
+        num_positions, dtype, device = self._cos.shape[0], self._cos.dtype, self._cos.device
+        return RotaryTable(self._spec, num_positions=num_positions, dtype=dtype, device=device)
+
     def begin(self, prompt_length: int) -> None:
         """A sequence begins with a prompt of that many positions: settles the frequencies that depend on it."""
-        if self._spec.rope.kind == "dynamic":
+        if self.is_own:
             self._fill(prompt_length)
 
     def span(self, start: int, stop: int) -> Rotation:

@@ -103,7 +103,7 @@ class ObservedFeedForward:
 
         def compute(x: Tensor) -> Tensor:
             z = gated_activations(x, neurons, copied.activation)  # [C, D] -> [C, F]
-            self._observe(layer, z[: len(z) - copied.num_unheard])
+            self._observe(layer, z)
             return combine(z, neurons.down)  # -> [C, D]
 
         return compute
@@ -112,7 +112,7 @@ class ObservedFeedForward:
         copied = self._copied
         if copied.prior is None and copied.decay is None:
             return
-        said = say_shares(z)  # [F]
+        said = say_shares(z, copied.heard)  # [F]
         if copied.prior is not None:
             copied.prior.learn(layer, copied.all_ids, said)
         if copied.decay is not None:

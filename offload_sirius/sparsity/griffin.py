@@ -123,11 +123,12 @@ def add_squared_scores(squared_scores: Tensor, z: Tensor) -> None:
     squared_scores.add_(say_shares(z))
 
 
-def say_shares(z: Tensor) -> Tensor:
-    """The sum over tokens of (z_tj / ||z_t||)^2 for z [C, F], float32 [F]."""
+def say_shares(z: Tensor, heard: Tensor | None = None) -> Tensor:
+    """The sum over tokens of (z_tj / ||z_t||)^2 for z [C, F], float32 [F]. heard: what each counts for, [C]; None: 1."""
     squares = z.float().square()  # [C, F]
     token_squares = squares.sum(dim=1).clamp_(min=torch.finfo(torch.float32).tiny)  # [C]: ||z_t||^2
-    return squares.t() @ token_squares.reciprocal_()
+    weights = token_squares.reciprocal_()
+    return squares.t() @ (weights if heard is None else weights.mul_(heard))
 
 
 def largest(scores: Tensor, count: int) -> Tensor:

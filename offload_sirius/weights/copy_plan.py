@@ -44,10 +44,9 @@ def make_copy_plan(spec: ModelSpec, layout: LayerLayout, demand: Demand, budgets
     assert demand.draft_format is not None
     fixed = fixed_device_bill(spec, layout, demand)
     left_nbytes = budgets.device_nbytes - sum(fixed.values())
-    least = max(1, int(demand.num_hot * LEAST_HOT_SHARE))
     num_copied = _num_copied(spec, layout, demand, left_nbytes)
-    if num_copied < least:
-        needed = sum(fixed.values()) + _nbytes(spec, layout, demand.draft_format, least)
+    if num_copied < _least_copied(demand):
+        needed = least_copy_device_nbytes(spec, layout, demand)
         raise BudgetError(
             f"device budget {format_size(budgets.device_nbytes)} is too small for --draft-quantize {demand.draft_format.kind}: "
             f"head, KV cache, activations, {MIN_SLOTS} layer slots, and a copy of the attention blocks and some neurons need "
@@ -106,6 +105,18 @@ def _num_copied(spec: ModelSpec, layout: LayerLayout, demand: Demand, left_nbyte
     while num_copied and _nbytes(spec, layout, demand.draft_format, num_copied) > left_nbytes:  # alignment
         num_copied -= 1
     return num_copied
+
+
+def _least_copied(demand: Demand) -> int:
+    """The fewest neurons of a layer that make a draft."""
+    return max(1, int(demand.num_hot * LEAST_HOT_SHARE))
+
+
+def least_copy_device_nbytes(spec: ModelSpec, layout: LayerLayout, demand: Demand) -> int:
+    """Device bytes that a plan with a copy takes at least."""
+    assert demand.draft_format is not None
+    copied_nbytes = _nbytes(spec, layout, demand.draft_format, _least_copied(demand))
+    return sum(fixed_device_bill(spec, layout, demand).values()) + copied_nbytes
 
 
 def _nbytes(spec: ModelSpec, layout: LayerLayout, draft_format: WeightFormat, num_copied: int) -> int:

@@ -69,7 +69,7 @@ def make_hot_plan(spec: ModelSpec, layout: LayerLayout, demand: Demand, budgets:
     left_nbytes = budgets.device_nbytes - sum(fixed.values())
     device = _split(spec, layout, demand, left_nbytes)
     if device is None:
-        needed = sum(fixed.values()) + _least_nbytes(spec, layout, demand.num_hot)
+        needed = least_hot_device_nbytes(spec, layout, demand)
         raise BudgetError(
             f"device budget {format_size(budgets.device_nbytes)} is too small for --draft resident: head, KV cache, activations, "
             f"{MIN_SLOTS} slots, attention blocks and neurons of some layers need {format_size(needed)}; give at least "
@@ -184,6 +184,11 @@ def _num_hot(spec: ModelSpec, layout: LayerLayout, most: int, left_nbytes: int) 
 def _least_hot(spec: ModelSpec, most: int) -> int:
     """The fewest hot neurons of a layer that make a draft."""
     return min(most, max(1, int(spec.ffn_width * LEAST_HOT_SHARE)))
+
+
+def least_hot_device_nbytes(spec: ModelSpec, layout: LayerLayout, demand: Demand) -> int:
+    """Device bytes that a plan with hot layers takes at least."""
+    return sum(fixed_device_bill(spec, layout, demand).values()) + _least_nbytes(spec, layout, demand.num_hot)
 
 
 def _least_nbytes(spec: ModelSpec, layout: LayerLayout, most_hot: int) -> int:

@@ -111,8 +111,9 @@ def blocks_of(checkpoint: Checkpoint, layer: int | None) -> dict[Role, BlockForm
         kinds = checkpoint.packed.blocks[layer] if checkpoint.packed.blocks else {}
         return {role: BLOCK_FORMATS[kinds[role]] for role in checkpoint.spec.layer_roles() if role in kinds}
     infos = {role: info for (owner, role), info in checkpoint.tensors.items() if owner == layer}
-    as_stored = {role: info.dtype for role, info in infos.items() if info.element == "U8"}
-    return {role: BLOCK_FORMATS[kind] for role, kind in as_stored.items() if kind in BLOCK_FORMATS}
+    return {
+        role: BLOCK_FORMATS[info.dtype] for role, info in infos.items() if info.element == "U8" and info.dtype in BLOCK_FORMATS
+    }
 
 
 def blocks_by_layer(checkpoint: Checkpoint) -> list[dict[Role, BlockFormat]]:

@@ -266,6 +266,12 @@ def table_nbytes(spec: ModelSpec, element_nbytes: int, form: HeadFormat) -> int:
     return spec.vocab_size * (spec.width * element_nbytes if form is None else form.row_nbytes(spec.width))
 
 
+def least_device_nbytes(spec: ModelSpec, layout: LayerLayout, demand: Demand) -> int:
+    """Device bytes that a plan takes at least."""
+    layers_nbytes = min(layout.total(whole_nbytes, range(spec.num_layers)), MIN_SLOTS * layout.nbytes)
+    return sum(fixed_device_bill(spec, layout, demand).values()) + layers_nbytes
+
+
 def _layer_room(num_layers: int, layout: LayerLayout, fixed_nbytes: int, budget_nbytes: int) -> int:
     """Layers, resident ones and slots together, that the device has room for; num_layers at most.
 
@@ -279,7 +285,7 @@ def _layer_room(num_layers: int, layout: LayerLayout, fixed_nbytes: int, budget_
     if budget_nbytes < needed:
         raise BudgetError(
             f"device budget {format_size(budget_nbytes)} is too small: head, KV cache, activations and {MIN_SLOTS} layer slots "
-            f"need {format_size(needed)}; give at least --device-memory {as_flag(needed)}, or a smaller --max-context"
+            f"need {format_size(needed)}; give at least --device-memory {as_flag(needed)}"
         )
     return room
 

@@ -26,10 +26,11 @@ def start(*arguments: str) -> subprocess.Popen[bytes]:
 
 
 @pytest.mark.parametrize(
-    ("command", "flag"), [("generate", "--max-new-tokens"), ("bench stream", "--passes"), ("bench decode", "--force-aal")]
+    ("command", "flag"),
+    [("generate", "--max-new-tokens"), ("bench stream", "--passes"), ("bench decode", "--force-aal"), ("serve", "--grace")],
 )
 def test_help_imports_none_of_the_large_libraries(command: str, flag: str) -> None:
-    large = ("torch", "transformers", "tokenizers", "numpy", "gguf", "matplotlib", "triton")
+    large = ("torch", "transformers", "tokenizers", "numpy", "gguf", "matplotlib", "triton", "fastapi", "uvicorn")
     program = (
         f"import sys; from offload_sirius.cli import main; main([*{command.split()}, '--help']); "
         f"sys.exit(str([name for name in {large} if name in sys.modules]))"

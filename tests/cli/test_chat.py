@@ -28,6 +28,7 @@ from prompt_toolkit.output import DummyOutput
 from torch import Tensor
 
 import offload_sirius
+from offload_sirius.cli.chat import _turn
 from offload_sirius.cli.chat_commands import COMMANDS, completions, run_command
 from offload_sirius.cli.chat_input import CommandCompleter, TerminalInput
 from offload_sirius.cli.chat_session import ChatSession
@@ -39,7 +40,7 @@ from offload_sirius.engine.conversation import Conversation
 from offload_sirius.engine.engine import Engine
 from offload_sirius.errors import ConfigError, PromptError
 from offload_sirius.model.tokenizer import Message
-from offload_sirius.model.transformer import Transformer
+from offload_sirius.model.transformer import Tokens, Transformer
 
 from .conftest import TINY, Pipe, Ran, Run
 
@@ -107,13 +108,13 @@ def test_a_turn_computes_its_own_tokens_only(
     mode: str, session: ChatSession, prompts: Prompts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prefilled: list[int] = []
-    prefill = Transformer.prefill
+    prefill = Transformer.prefill_all
 
-    def counted(self: Transformer, token_ids: Tensor, *arguments: Any) -> Tensor:
-        prefilled.append(len(token_ids))
-        return prefill(self, token_ids, *arguments)
+    def counted(self: Transformer, prompts: Sequence[Tokens], *arguments: Any) -> Tensor:
+        prefilled.append(sum(len(prompt.token_ids) for prompt in prompts))
+        return prefill(self, prompts, *arguments)
 
-    monkeypatch.setattr(Transformer, "prefill", counted)
+    monkeypatch.setattr(Transformer, "prefill_all", counted)
     run_command(session, f"/mode {mode}")
     written: list[list[int]] = []
     for content in ("hello", "and?", "well?"):
@@ -134,7 +135,7 @@ def test_a_saved_chat_goes_on_as_the_same_conversation(chat: Chat, tmp_path: Pat
     messages = saved(path)["messages"]
     assert messages == [{"role": "user", "content": "hello"}, {"role": "assistant", "content": first.out.removesuffix("\n")}]
     again = chat(f"/load {path}\n/save {path}\n/retry\n", "--mode", "full")
-    assert "loaded 1 turns" in again.err
+    assert f"loaded from {path}, turns: 1\n" in again.err
     assert saved(path)["messages"] == messages
     assert again.out == first.out
 
@@ -244,13 +245,10 @@ def test_figures_of_the_last_answer_and_of_all(session: ChatSession, capsys: pyt
     err = capsys.readouterr().err
     assert re.search(r"^last answer: 5 tokens, first after ", err, re.MULTILINE)
     assert re.search(r"^passes: 1 prompt, \d+ draft, \d+ correction, 0 full; window \d+$", err, re.MULTILINE)
-    assert re.search(
-        r"^all 2 answers: \d+ tokens of prompts, \d+ of them in the KV cache already, 10 written, 0 B over the link$",
-        err,
-        re.MULTILINE,
-    )
+    tokens = r"\d+ tokens of prompts, \d+ of them in the KV cache already, 10 written, 0 B over the link"
+    assert re.search(rf"^answers so far: 2, {tokens}$", err, re.MULTILINE)
     assert re.search(r"^memory: device .* planned, host .*$", err, re.MULTILINE)
-    assert re.search(r"^context: \d+ of 200 positions, 2 turns$", err, re.MULTILINE)
+    assert re.search(r"^context: \d+ of 200 positions, turns: 2$", err, re.MULTILINE)
 
 
 def test_a_system_message_comes_first_and_can_be_taken_away(session: ChatSession, prompts: Prompts) -> None:
@@ -345,7 +343,7 @@ def test_ctrl_c_before_anything_was_written_takes_the_message_back_for_retry(
     session.answer("hello")
     before = list(session.conversation.turns)
     with monkeypatch.context() as patched:
-        patched.setattr(Transformer, "prefill", lambda *_: signal.raise_signal(signal.SIGINT))
+        patched.setattr(Transformer, "prefill_all", lambda *_: signal.raise_signal(signal.SIGINT))
         session.answer("and?")
         assert session.conversation.turns == before
         run_command(session, "/retry")
@@ -353,7 +351,7 @@ def test_ctrl_c_before_anything_was_written_takes_the_message_back_for_retry(
     run_command(session, "/retry")
     assert [turn.question for turn in session.conversation.turns] == ["hello", "and?"]
     with monkeypatch.context() as patched:
-        patched.setattr(Transformer, "prefill", lambda *_: signal.raise_signal(signal.SIGINT))
+        patched.setattr(Transformer, "prefill_all", lambda *_: signal.raise_signal(signal.SIGINT))
         both = list(session.conversation.turns)
         run_command(session, "/retry")
         assert session.conversation.turns == both, "an answer that could not be written anew stays"
@@ -470,6 +468,19 @@ def test_without_standard_input_there_is_no_chat(
     ran = run("chat", "--model", str(chat_directory), *FEW)
     assert (ran.code, ran.out) == (2, "")
     assert ran.err.startswith("error: there is no standard input; start the chat in a terminal")
+
+
+@pytest.mark.parametrize("interactive", [False, True])
+def test_ctrl_c_beside_an_answer_ends_the_program_only_where_nobody_types(
+    interactive: bool, session: ChatSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ChatSession, "answer", lambda *_: signal.raise_signal(signal.SIGINT))
+    source = SimpleNamespace(read=lambda: "hello")
+    if interactive:
+        assert _turn(session, source, interactive=True)
+    else:
+        with pytest.raises(KeyboardInterrupt):
+            _turn(session, source, interactive=False)
 
 
 @pytest.fixture

@@ -34,14 +34,22 @@ DOCUMENTED = {
         "--resident-first --prior --draft-keep --tree-width --lookup "
         "--device --device-memory --host-memory --link-gbps --dtype --quantize --quantize-group --quantize-head --keep-blocks "
         "--max-context --kv-dtype --auto --cuda-graphs --device-tflops "
-        "--device-gbps --disk-gbps --prompt-tokens --batch --json --verbose"
+        "--device-gbps --disk-gbps --prompt-tokens --parallel --json --verbose"
+    ),
+    "serve": (
+        "--host --port --api-key --served-name --max-queue --max-request-size --grace "
+        "--model --mode --sparsity --keep --cats-threshold --window --accept --threshold --draft --draft-quantize "
+        "--resident-first --refresh --refresh-decay --overlap --prior --draft-keep --tree-width --lookup --device "
+        "--device-memory --host-memory --link-gbps --dtype --quantize --quantize-group --quantize-head --keep-blocks "
+        "--max-context --kv-dtype --parallel --auto --threads --cuda-graphs --shared-host-buffers --verbose"
     ),
     "pack": "--model --out --quantize --quantize-group --quantize-head --keep-blocks --dtype --report --verify --json --verbose",
     "chat": (
-        "--system --history --model --mode --sparsity --keep --cats-threshold --window --accept --threshold --draft --draft-quantize "
-        "--resident-first --refresh --refresh-decay --overlap --prior --draft-keep --tree-width --lookup --device --device-memory "
-        "--host-memory --link-gbps --dtype --quantize --quantize-group --quantize-head --keep-blocks --max-context --kv-dtype --auto "
-        "--threads --cuda-graphs --max-new-tokens --stop --temperature --top-k --top-p --min-p --repetition-penalty --seed --verbose"
+        "--system --history --model --mode --sparsity --keep --cats-threshold --window --accept --threshold --draft "
+        "--draft-quantize --resident-first --refresh --refresh-decay --overlap --prior --draft-keep --tree-width --lookup "
+        "--device --device-memory --host-memory --link-gbps --dtype --quantize --quantize-group --quantize-head --keep-blocks "
+        "--max-context --kv-dtype --auto --threads --cuda-graphs --max-new-tokens --stop --temperature --top-k --top-p --min-p "
+        "--repetition-penalty --seed --verbose"
     ),
     "doctor": "--path --measure --json",
     "models": "--json",
@@ -51,8 +59,8 @@ DOCUMENTED = {
         "--draft --draft-quantize --resident-first --refresh "
         "--refresh-decay --overlap --prior --draft-keep --tree-width --lookup --force-aal "
         "--max-new-tokens --ignore-eos --temperature --top-k --top-p --min-p --repetition-penalty --seed "
-        "--device --device-memory --host-memory --link-gbps --dtype --quantize --quantize-group --quantize-head --kv-dtype --keep-blocks "
-        "--threads --cuda-graphs --shared-host-buffers "
+        "--device --device-memory --host-memory --link-gbps --dtype --quantize --quantize-group --quantize-head --keep-blocks "
+        "--kv-dtype --threads --cuda-graphs --shared-host-buffers "
         "--plot --trace --json --verbose"
     ),
     "bench stream": (

@@ -33,6 +33,7 @@ CONTRACT: dict[str, Any] = {
     "token_ids": list,
     "finish_reason": str,
     "prompt_tokens": int,
+    "cached_tokens": int,
     "new_tokens": int,
     "ttft_seconds": float,
     "decode_seconds": float,
@@ -306,7 +307,7 @@ def test_ctrl_c_before_the_first_token_leaves_no_text(tiny: Run, monkeypatch: py
     def interrupt(*_: object) -> None:
         signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr("offload_sirius.model.transformer.Transformer.prefill", interrupt)
+    monkeypatch.setattr("offload_sirius.model.transformer.Transformer.prefill_all", interrupt)
     ran = tiny("--prompt", "hi")
     assert (ran.code, ran.out) == (130, "")
 

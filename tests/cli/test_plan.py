@@ -141,7 +141,7 @@ def lines_of(run: Run, *arguments: str) -> list[str]:
 
 def test_the_tables_show_the_arithmetic_of_drafts_and_corrections(run: Run) -> None:
     lines = lines_of(run, *DRAFTED, "--window", "4", "--host-memory", "160GiB")
-    assert "device choice of neurons 4.49 MiB" in lines
+    assert "device choice of neurons 13.13 MiB" in lines
     assert "host kept neurons for drafts 70 45.94 GiB" in lines
     assert "draft step: link 2.82 70 layers, 0.588 of their bytes: 70.5 GB / 25.00 GB/s = 2.82 s" in lines
     assert any(
@@ -292,7 +292,7 @@ def test_a_broken_rates_file_is_one_line_and_no_more(run: Run, tmp_path: Path) -
 
 
 def test_sequences_take_a_cache_each_and_share_the_pass(run: Run) -> None:
-    one, four = planned(run, *LLAMA_70B), planned(run, *LLAMA_70B, "--batch", "4")
+    one, four = planned(run, *LLAMA_70B), planned(run, *LLAMA_70B, "--parallel", "4")
     assert four["plan"]["device_bill"]["kv_cache"] == 4 * one["plan"]["device_bill"]["kv_cache"]
     predicted = four["plan"]["predicted"]
     assert predicted["seconds_per_token"] == pytest.approx(predicted["seconds_per_pass"] / 4)
@@ -308,7 +308,7 @@ def test_sequences_take_a_cache_each_and_share_the_pass(run: Run) -> None:
         (["--disk-gbps", "nan"], "--disk-gbps is nan; it must be between"),
         (["--prompt-tokens", "0"], "--prompt-tokens is 0; it must be between 1 and 10,000,000"),
         (["--prompt-tokens", "5000"], "--prompt-tokens is 5000, the context has 2048 positions; give a larger --max-context"),
-        (["--batch", "0"], "--batch is 0; it must be between 1 and 10,000"),
+        (["--parallel", "0"], "--parallel is 0; it must be between 1 and 64"),
         (["--mode", "fast"], "--mode is fast; it must be one of full, sparse, sirius"),
         (["--model", "nonsense"], "'nonsense' is not a known model"),
         (["--device-memory", "1MB"], "device budget 976.57 KiB is too small"),

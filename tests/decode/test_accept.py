@@ -22,13 +22,12 @@ from offload_sirius.decode.accept import (
     likeliest_of,
     near_ties,
 )
-from offload_sirius.decode.loop import decode_sirius
 from offload_sirius.decode.sampling import Sampler
 from offload_sirius.decode.stats import DecodeStats
 from offload_sirius.decode.tree import Branch, DraftTree
 from offload_sirius.errors import WeightReadError
 
-from .toys import VOCAB, Rule, ToyModel, jumble, mostly
+from .toys import VOCAB, Rule, ToyModel, decode_sirius, jumble, mostly
 from .trees import grafted_trees
 
 GREEDY = Sampler(SamplingConfig())

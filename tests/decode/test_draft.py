@@ -12,6 +12,7 @@ from torch import Tensor
 
 from offload_sirius.config import SamplingConfig
 from offload_sirius.decode.draft import Drafter, beam, best_tokens
+from offload_sirius.decode.model import Ask
 from offload_sirius.decode.sampling import Sampler
 from offload_sirius.decode.stats import DecodeStats
 from offload_sirius.decode.tree import DraftTree
@@ -26,7 +27,7 @@ def drafted(
 ) -> DraftTree:
     """A tree behind the sequence 0, 1."""
     model = ToyModel(rule)
-    model.prefill(torch.tensor([0]), following="draft")
+    model.run([Ask(slot=model, kind="prefill", token_ids=[0], following="draft")])
     drafter = Drafter(
         model,
         Sampler(config or SamplingConfig()),
@@ -35,7 +36,14 @@ def drafted(
         tracer=None,
         clock=lambda: 0.0,
     )
-    return drafter.draft([0, 1], WindowShape(num_levels=levels, width=width))
+    steps, logits = drafter.draft([0, 1], WindowShape(num_levels=levels, width=width)), None
+    while True:
+        try:
+            ask = steps.send(logits)
+        except StopIteration as end:
+            return end.value  # type: ignore[no-any-return]
+        assert isinstance(ask, Ask)
+        (logits,) = model.run([ask])
 
 
 def table(*, default: tuple[float, ...], **rows: tuple[float, ...]) -> Rule:

@@ -14,13 +14,12 @@ from torch import Tensor
 
 from offload_sirius.config import MAX_AUTO_WINDOW, DecodingConfig, SamplingConfig
 from offload_sirius.decode.accept import Acceptance
-from offload_sirius.decode.loop import decode_full, decode_sirius, decode_sparse
 from offload_sirius.decode.sampling import Sampler
 from offload_sirius.decode.stats import DecodeStats
 from offload_sirius.decode.tree import DraftTree
 from offload_sirius.trace import Tracer
 
-from .toys import VOCAB, Rule, ToyModel, forgetful, jumble, mostly, successor
+from .toys import VOCAB, Rule, ToyModel, decode_full, decode_sirius, decode_sparse, forgetful, jumble, mostly, successor
 
 GREEDY = SamplingConfig()
 NO_END: frozenset[int] = frozenset()

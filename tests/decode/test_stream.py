@@ -9,11 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from offload_sirius.config import DecodingConfig, SamplingConfig
-from offload_sirius.decode.loop import decode_full, decode_sirius
+from offload_sirius.decode.emitted import Emitted
+from offload_sirius.decode.loop import alone, decode_full, decode_sirius
 from offload_sirius.decode.result import Generation, LinkFigures, MemoryFigures, Passes
 from offload_sirius.decode.sampling import Sampler
 from offload_sirius.decode.stats import DecodeStats
-from offload_sirius.decode.stream import Outcome, TextPiece, TextStream
+from offload_sirius.decode.stream import Outcome, TextPiece, TextStream, Writer
 from offload_sirius.decode.text import Detokenizer, StopMatcher
 
 from .toys import VOCAB, ToyModel, jumble, mostly
@@ -42,11 +43,11 @@ class Script:
         self.closed = False
         self._token_ids = token_ids
 
-    def tokens(self) -> Generator[int, None, None]:
+    def tokens(self) -> Generator[Emitted, None, None]:
         try:
             for token_id in self._token_ids:
                 self.num_taken += 1
-                yield token_id
+                yield Emitted(token_id=token_id)
         finally:
             self.closed = True
 
@@ -82,10 +83,12 @@ def stream_of(
     script = Script(script) if isinstance(script, bytes) else script
     return TextStream(
         tokens=script.tokens(),
-        detokenizer=Detokenizer(ByteDecoder()),
-        stops=StopMatcher(stops),
-        end_token_ids=frozenset(ends),
-        max_new_tokens=max_new_tokens,
+        writer=Writer(
+            detokenizer=Detokenizer(ByteDecoder()),
+            stops=StopMatcher(stops),
+            end_token_ids=frozenset(ends),
+            max_new_tokens=max_new_tokens,
+        ),
         finish=finish,
     )
 
@@ -267,9 +270,10 @@ class LetterDecoder:
 def both_modes(seed: int, count: int, stops: tuple[str, ...], ends: frozenset[int]) -> tuple[TextStream, TextStream, DecodeStats]:
     """The same answer in full mode and in windows of six, and the figures of the latter."""
     target, sampler, stats = jumble(seed), Sampler(SamplingConfig(temperature=0.5, seed=seed)), DecodeStats()
-    one_by_one = decode_full(ToyModel(target), sampler, [1, 2], DecodeStats())
+    toy, drafting = ToyModel(target), ToyModel(target, mostly(target, jumble(seed + 1), 0.9))
+    one_by_one = decode_full(toy, sampler, [1, 2], DecodeStats())
     in_windows = decode_sirius(
-        ToyModel(target, mostly(target, jumble(seed + 1), 0.9)),
+        drafting,
         sampler,
         [1, 2],
         decoding=DecodingConfig(mode="sirius", window=6),
@@ -280,13 +284,12 @@ def both_modes(seed: int, count: int, stops: tuple[str, ...], ends: frozenset[in
     full, sirius = (
         TextStream(
             tokens=tokens,
-            detokenizer=Detokenizer(LetterDecoder()),
-            stops=StopMatcher(stops),
-            end_token_ids=ends,
-            max_new_tokens=count,
+            writer=Writer(
+                detokenizer=Detokenizer(LetterDecoder()), stops=StopMatcher(stops), end_token_ids=ends, max_new_tokens=count
+            ),
             finish=finish,
         )
-        for tokens in (one_by_one, in_windows)
+        for tokens in (alone(toy, one_by_one), alone(drafting, in_windows))
     )
     return full, sirius, stats
 

@@ -10,15 +10,16 @@ import torch
 from torch import Tensor
 
 from offload_sirius.config import DecodingConfig, SamplingConfig
-from offload_sirius.decode.loop import decode_full, decode_sirius
-from offload_sirius.decode.model import Pass
+from offload_sirius.decode.model import Ask
 from offload_sirius.decode.sampling import Sampler
 from offload_sirius.decode.stats import DecodeStats
 from offload_sirius.model.dense import DenseSource
 from offload_sirius.model.kv_cache import KVCache
-from offload_sirius.model.transformer import TokenTree, Transformer
+from offload_sirius.model.transformer import Transformer
 from offload_sirius_loaders.checkpoint import Key
 from offload_sirius_loaders.spec import ModelSpec, RopeSpec
+
+from .toys import decode_full, decode_sirius
 
 SPEC = ModelSpec(
     name="test",
@@ -58,17 +59,12 @@ class NoisyDraft:
     def room(self) -> int:
         return self._cache.capacity - self._cache.length
 
-    def prefill(self, token_ids: Tensor, *, following: Pass) -> Tensor:
-        return self._target.prefill(token_ids)
-
-    def full(self, token_ids: Tensor, *, following: Pass) -> Tensor:
-        return self._target.step(token_ids)
-
-    def draft(self, token_ids: Tensor, tree: TokenTree | None = None, *, following: Pass) -> Tensor:
-        return self._sparse.step(token_ids, tree)
-
-    def correct(self, token_ids: Tensor, tree: TokenTree | None = None, *, following: Pass, num_grafted: int = 0) -> Tensor:
-        return self._target.step(token_ids, tree)
+    def run(self, asks: Sequence[Ask]) -> list[Tensor]:
+        (ask,) = asks
+        token_ids = torch.tensor(ask.token_ids)
+        if ask.kind == "prefill":
+            return [self._target.prefill(token_ids)[None]]
+        return [(self._sparse if ask.kind == "draft" else self._target).step(token_ids, ask.tree)]
 
     def keep(self, length: int, offsets: Sequence[int] = ()) -> None:
         slots = torch.tensor([length + offset for offset in offsets], dtype=torch.int64)

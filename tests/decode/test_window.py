@@ -13,6 +13,7 @@ from offload_sirius.decode.window import (
     PRIOR_TRIED,
     WindowChooser,
     WindowShape,
+    choose_together,
     expected_tokens,
     fit_line,
     fit_window,
@@ -96,6 +97,33 @@ def test_auto_takes_the_window_with_most_tokens_a_second(
         correction_seconds=correction,
     )
     assert chooser.choose() == window
+
+
+def test_windows_that_share_their_passes_are_the_same_the_best_for_all_together() -> None:
+    def seen(num_accepted: int, num_tried: int, **decoding: int | str) -> WindowChooser:
+        chooser = chooser_of(**{"window": "auto"} | decoding)
+        for _ in range(30):
+            chooser.learn(
+                num_tokens=num_accepted + 1,
+                num_accepted=num_accepted,
+                num_tried=num_tried,
+                draft_seconds=[1.0] * 3,
+                num_nodes=4,
+                correction_seconds=8.0,
+            )
+        return chooser
+
+    poor, good, fixed = seen(1, 3), seen(19, 20), seen(1, 2, window=5)
+    own = (poor.choose(), good.choose())
+    assert own[0] < own[1]
+    common, same, its_own = choose_together([poor, good, fixed])
+    assert common == same
+    assert own[0] < common <= own[1]
+    assert its_own == 5
+    # Who has seen nothing goes along; without anybody who has, all begin in the middle.
+    assert choose_together([chooser_of(window="auto"), good])[0] == choose_together([good, chooser_of(window="auto")])[0] > 1
+    assert choose_together([chooser_of(window="auto")] * 2) == [FIRST_WINDOW] * 2
+    assert choose_together([]) == []
 
 
 def test_nodes_that_cost_time_shorten_the_windows_of_a_wide_tree() -> None:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from offload_sirius.decode.model import Pass
+from offload_sirius.decode import loop
+from offload_sirius.decode.loop import alone
+from offload_sirius.decode.model import Ask, Pass
 from offload_sirius.model.transformer import TokenTree
 
 VOCAB = 16
@@ -58,19 +61,16 @@ class ToyModel:
     def room(self) -> int:
         return self.capacity - len(self.cache)
 
-    def prefill(self, token_ids: Tensor, *, following: Pass) -> Tensor:
-        assert not self.cache
-        return self._append("prefill", token_ids, None, following)[-1]
+    def run(self, asks: Sequence[Ask]) -> list[Tensor]:
+        """As one pass: each slot is a toy of its own."""
+        return [ask.slot.computed(ask) for ask in asks]  # type: ignore[attr-defined]
 
-    def full(self, token_ids: Tensor, *, following: Pass) -> Tensor:
-        return self._append("full", token_ids, None, following)
-
-    def draft(self, token_ids: Tensor, tree: TokenTree | None = None, *, following: Pass) -> Tensor:
-        return self._append("draft", token_ids, tree, following)
-
-    def correct(self, token_ids: Tensor, tree: TokenTree | None = None, *, following: Pass, num_grafted: int = 0) -> Tensor:
-        assert all(slot.exact for slot in self.cache), "the draft's keys and values are still there"
-        return self._append("correction", token_ids, tree, following)
+    def computed(self, ask: Ask) -> Tensor:
+        assert ask.kind != "prefill" or not self.cache
+        if ask.kind == "correction":
+            assert all(slot.exact for slot in self.cache), "the draft's keys and values are still there"
+        logits = self._append(ask.kind, torch.tensor(ask.token_ids), ask.tree, ask.following)
+        return logits[-1:] if ask.kind == "prefill" else logits
 
     def keep(self, length: int, offsets: Sequence[int] = ()) -> None:
         assert list(offsets) == sorted(set(offsets)), "offsets ascend"
@@ -135,3 +135,24 @@ def forgetful(rule: Rule, num_tokens: int) -> Rule:
 def mostly(rule: Rule, other: Rule, share: float) -> Rule:
     """The first rule for that share of sequences, the other for the rest."""
     return lambda sequence: (rule if hash((7, *sequence)) % 1000 < share * 1000 else other)(sequence)
+
+
+def decode_full(model: Any, *arguments: Any, **settings: Any) -> Generator[int, None, None]:
+    """Token ids of an answer in mode full that a toy writes by itself."""
+    return token_ids(model, loop.decode_full(model, *arguments, **settings))
+
+
+def decode_sparse(model: Any, *arguments: Any, **settings: Any) -> Generator[int, None, None]:
+    """The same in mode sparse."""
+    return token_ids(model, loop.decode_sparse(model, *arguments, **settings))
+
+
+def decode_sirius(model: Any, *arguments: Any, **settings: Any) -> Generator[int, None, None]:
+    """The same in mode sirius."""
+    return token_ids(model, loop.decode_sirius(model, *arguments, **settings))
+
+
+def token_ids(model: Any, steps: Any) -> Generator[int, None, None]:
+    """What is emitted, one by one."""
+    for token in alone(model, steps):
+        yield token.token_id

@@ -30,14 +30,15 @@ Budgets = Callable[..., dict[str, str]]
 FULL = DecodingConfig(mode="full")
 
 
-def budgets_for(where: str, dtype: str = "float32", decoding: DecodingConfig = FULL) -> dict[str, str]:
+def budgets_for(where: str, dtype: str = "float32", decoding: DecodingConfig = FULL, parallel: int = 1) -> dict[str, str]:
     """Budgets, to the byte, that put the tiny model's four layers and its embedding there; of those on disk, where drafts keep a
     fixed set of neurons, these in host memory, except where it is the disk alone.
 
     Ending in `+ kept`: those of all streamed layers. Ending in `+ caches`: a cache of neurons on the device for each layer.
     """
     decoding = replace(decoding, draft="streamed")
-    config = EngineConfig(model=TINY, device="cpu", max_context=CONTEXT, dtype=dtype, decoding=decoding)  # type: ignore[arg-type]
+    dtypes: Any = {"dtype": dtype}
+    config = EngineConfig(model=TINY, device="cpu", max_context=CONTEXT, parallel=parallel, decoding=decoding, **dtypes)
     checkpoint = open_checkpoint(TINY)
     placement = place(checkpoint, config)
     plan, layout = placement.plan, placement.layout
@@ -64,13 +65,14 @@ def hot_budgets(
     num_slots: int = 2,
     num_hot_layers: int | None = None,
     model: str = TINY,
+    parallel: int = 1,
 ) -> dict[str, str]:
     """Budgets, to the byte, for all layers in host memory, and on the device for so many hot neurons of each layer and for slots
     of all neurons of a layer. Slots beyond two become hot neurons, until there are as many as drafts keep.
 
     num_hot_layers: there is room for no more hot layers; slots have room for whole layers then.
     """
-    config = EngineConfig(model=model, device="cpu", max_context=CONTEXT, decoding=decoding)
+    config = EngineConfig(model=model, device="cpu", max_context=CONTEXT, parallel=parallel, decoding=decoding)
     placement = place(open_checkpoint(model), config)
     plan, layout, spec = placement.plan, placement.layout, placement.planned.spec
     num_hot = decoding.num_kept(spec.ffn_width) if num_hot is None else num_hot

@@ -14,6 +14,7 @@ from gguf import GGMLQuantizationType, GGUFWriter, quants
 from offload_sirius import load as load_model
 from offload_sirius.blocks import BLOCK_FORMATS
 from offload_sirius.config import DecodingConfig, EngineConfig
+from offload_sirius.decode.model import Ask
 from offload_sirius.engine import Engine
 from offload_sirius.engine.packing import pack
 from offload_sirius.engine.placement import Placement, place
@@ -84,9 +85,12 @@ def write_model(path: Path, dtype: str, changed: dict[str, str] | None = None) -
 
 def logits_of(engine: Engine) -> torch.Tensor:
     """Of a prompt, and of a step of three tokens behind it."""
-    engine._streamed.begin_answer(engine.config.decoding, PROMPT, reuse=False)
-    first = engine._streamed.prefill(torch.tensor(PROMPT), following="full")
-    return torch.cat((first[None], engine._streamed.full(torch.tensor([1, 2, 3]), following="full")))
+    model = engine._streamed
+    model.prepare(engine.config.decoding)
+    model.slots[0].begin(0)
+    (first,) = model.run([Ask(slot=model.slots[0], kind="prefill", token_ids=PROMPT, following="full")])  # [1, V]
+    (behind,) = model.run([Ask(slot=model.slots[0], kind="full", token_ids=[1, 2, 3], following="full")])  # [3, V]
+    return torch.cat((first, behind))
 
 
 def placed(model: str, **decoding: Any) -> Placement:

@@ -118,6 +118,21 @@ def test_of_a_tree_in_an_engine_for_lines_only_the_root_is_a_recorded_step(
     assert recorder.num_played == found.windows < found.passes.draft
 
 
+def test_answers_together_are_drafted_by_plain_steps_and_one_by_itself_by_recorded_ones(
+    load_hot: LoadHot, recorder: TapeRecorder, plain_answers: dict[str, tuple[int, ...]]
+) -> None:
+    room = hot_budgets(DecodingConfig(window=5, keep=0.5, draft="resident"), parallel=2)
+    batch = load_hot({"parallel": 2, **room}, lookup=False).batch()
+    for together in (2, 1):
+        recorder.num_played = 0
+        answers = [batch.submit("hello", **ASKED) for _ in range(together)]
+        while batch.step():
+            pass
+        assert {each.result.token_ids for each in answers} == {plain_answers["greedy"]}
+        assert answers[0].result.passes.draft > 0
+        assert recorder.num_played == (0 if together == 2 else answers[0].result.passes.draft)
+
+
 class FailingRecorder(TapeRecorder):
     """Cannot record the second extent it is asked for."""
 

@@ -9,6 +9,7 @@ import torch
 
 import offload_sirius
 from offload_sirius.config import DRAFT_GROUPS, DecodingConfig, EngineConfig
+from offload_sirius.decode.model import Ask
 from offload_sirius.decode.result import Generation
 from offload_sirius.engine import Engine
 from offload_sirius.engine.placement import place
@@ -50,7 +51,7 @@ def settings(
     num_copied: int = ALL, num_slots: int = 2, draft_quantize: str = "int4", model: str = TINY, **more: Any
 ) -> dict[str, Any]:
     """With room for so many neurons of each layer in the copy, and for slots."""
-    own = {name: more.pop(name) for name in ("dtype", "quantize", "link_gbps") if name in more}
+    own = {name: more.pop(name) for name in ("dtype", "quantize", "link_gbps", "parallel", "kv_dtype") if name in more}
     decoding = DecodingConfig(**{"window": 5, "draft": "resident", "draft_quantize": draft_quantize} | more)  # type: ignore[arg-type]
     config = EngineConfig(model=model, device="cpu", max_context=CONTEXT, decoding=decoding, **own)
     plan = place(open_checkpoint(model), config).plan
@@ -118,6 +119,38 @@ def test_a_copy_of_a_16_bit_or_8_bit_target_leaves_its_answers_as_they_are(
         found = engine.generate("hello", **ASKED | sampling)
         assert found.token_ids == ids
         assert_bytes(engine, found)
+
+
+@pytest.mark.parametrize("more", [{"num_copied": HALF}, {"num_copied": HALF, "tree_width": 3, "kv_dtype": "int8"}], ids=str)
+def test_answers_written_together_are_those_written_alone(more: dict[str, Any], load: Load) -> None:
+    alone = load(**{name: value for name, value in more.items() if name == "kv_dtype"})
+    engine = load_copied(load, parallel=3, **more)
+    batch, prompts = engine.batch(), ["hello", "hello world", "good bye", "hello"]
+    samplings = [{}, SAMPLED, {}, SAMPLED]
+    answers = [batch.submit(prompt, **ASKED | sampling) for prompt, sampling in zip(prompts, samplings, strict=True)]
+    while batch.step():
+        pass
+    for answer, prompt, sampling in zip(answers, prompts, samplings, strict=True):
+        assert answer.result.token_ids == alone.generate(prompt, **ASKED | sampling).token_ids
+        assert answer.result.passes.draft > 0
+        assert answer.result.churn is not None
+        assert answer.result.memory.device_peak_bytes <= answer.result.memory.device_plan_bytes
+    assert engine._streamer.pass_nbytes["correction"] % (NUM_LAYERS * engine.plan.layer_nbytes) == 0
+    num_corrections = engine._streamer.pass_nbytes["correction"] // (NUM_LAYERS * engine.plan.layer_nbytes)
+    assert num_corrections < sum(answer.result.passes.correction for answer in answers)
+
+
+def test_what_was_looked_up_is_not_learnt(load: Load) -> None:
+    engine = load_copied(load, num_copied=HALF)
+    engine.generate("hello", **ASKED)
+    copied, model = engine._streamed.sparsity, engine._streamed
+    assert isinstance(copied, CopiedSet)
+    assert copied.decay is not None
+    before = copied.squared_scores.sum(dim=1)  # [L]
+    ask = Ask(slot=model.slots[0], kind="correction", token_ids=list(b"abcde"), following="draft", num_grafted=2)
+    model.run([ask])
+    # The shares of a token are 1 together.
+    assert torch.allclose(copied.squared_scores.sum(dim=1), before * copied.decay + 3, rtol=1e-3)
 
 
 def test_places_hold_the_quantised_neurons_that_are_chosen_whatever_was_answered_before(load: Load) -> None:

@@ -41,6 +41,16 @@ def test_corrected_drafts_give_what_mode_full_gives(drafts: dict[str, Any], samp
     assert again.cached_tokens >= len(PROMPT) + 6
 
 
+def test_answers_that_are_written_together_are_those_that_are_written_alone(load: Load) -> None:
+    prompts = [PROMPT, [*PROMPT, 7], list(b"good bye")]
+    alone, together = load(**INT8), load(mode="sirius", **DRAFTS["lines"], **INT8, parallel=2)
+    batch = together.batch()
+    answers = [batch.submit(prompt, **ASKED) for prompt in prompts]
+    while batch.step():
+        pass
+    assert [answer.result.token_ids for answer in answers] == [alone.generate(prompt, **ASKED).token_ids for prompt in prompts]
+
+
 def test_what_the_model_says_is_nearly_what_it_says_with_plain_ones(load: Load) -> None:
     continuation = list(b", and good bye")
     (plain,), (near,) = (load(**given).score(PROMPT, [continuation]) for given in ({}, INT8))

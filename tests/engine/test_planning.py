@@ -242,7 +242,7 @@ def test_drafts_without_sparsity_take_what_a_full_pass_takes() -> None:
 
 
 def test_sequences_drafted_together_share_the_passes_of_a_window() -> None:
-    one, four = (plan_model(SMALL, drafting(window=4), HERE, batch=batch) for batch in (1, 4))
+    one, four = (plan_model(SMALL, replace(drafting(window=4), parallel=parallel), HERE) for parallel in (1, 4))
     rates = assumed_cpu_rates(2).given(device_flops_per_second=1e15)
     of_one, of_four = one.predict(rates, 8), four.predict(rates, 8)
     assert of_four.seconds_per_token == pytest.approx(of_one.seconds_per_token / 4, rel=0.1)
@@ -354,3 +354,33 @@ def test_a_plan_has_room_for_recorded_draft_steps_where_a_device_records_them(
     assert more == (recorded_steps_nbytes(SMALL.spec, with_graphs.context, 4) if billed else 0)
     assert not without.records_drafts
     assert with_graphs.records_drafts or not billed
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"mode": "full"},
+        {"draft": "streamed"},
+        {"draft": "resident"},
+        {"draft": "resident", "draft_quantize": "int4"},
+        {"mode": "full", "kv_dtype": "int8"},
+    ],
+    ids=str,
+)
+def test_a_context_too_long_for_the_budget_is_refused_with_the_longest_that_works(settings: dict[str, Any]) -> None:
+    kv_dtype = settings.get("kv_dtype", "auto")
+    decoding = DecodingConfig(**{name: value for name, value in settings.items() if name != "kv_dtype"})
+    config = EngineConfig(device_memory="16MiB", max_context=2048, decoding=decoding, kv_dtype=kv_dtype)
+    remedies = r"--device-memory [^,]+, or (--draft streamed, or |--draft-quantize none, or )?--max-context \d+ at most$"
+    with pytest.raises(BudgetError, match=remedies) as caught:
+        plan_model(SMALL, config, HERE)
+    longest = int(str(caught.value).split()[-3])
+    assert 1 <= longest < 2048
+    plan_model(SMALL, replace(config, max_context=longest), HERE)
+    with pytest.raises(BudgetError):
+        plan_model(SMALL, replace(config, max_context=longest + 1), HERE)
+
+
+def test_where_no_context_fits_none_is_offered() -> None:
+    with pytest.raises(BudgetError, match=r"give at least --device-memory [\w.]+$"):
+        plan_model(SMALL, EngineConfig(device_memory="1MiB", decoding=DecodingConfig(mode="full")), HERE)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from random import Random
 from typing import Any
@@ -16,7 +16,7 @@ from offload_sirius.engine import Engine
 from offload_sirius.engine.kv_slot import KVSlot
 from offload_sirius.errors import WeightReadError
 from offload_sirius.model.kv_cache import KVCache
-from offload_sirius.model.transformer import Transformer
+from offload_sirius.model.transformer import Tokens, Transformer
 from offload_sirius.sparsity.hot import HotSet
 from offload_sirius.weights.hotset import HotStreamer
 from offload_sirius.weights.streamer import WeightStreamer
@@ -75,13 +75,13 @@ def loaded(way: Way, load: Load, budgets: Budgets) -> Engine:
 def prefilled(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Tokens that each prompt's pass has computed."""
     lengths: list[int] = []
-    prefill = Transformer.prefill
+    prefill = Transformer.prefill_all
 
-    def watched(self: Transformer, token_ids: torch.Tensor, *arguments: Any) -> torch.Tensor:
-        lengths.append(len(token_ids))
-        return prefill(self, token_ids, *arguments)
+    def watched(self: Transformer, prompts: Sequence[Tokens], *arguments: Any) -> torch.Tensor:
+        lengths.extend(len(prompt.token_ids) for prompt in prompts)
+        return prefill(self, prompts, *arguments)
 
-    monkeypatch.setattr(Transformer, "prefill", watched)
+    monkeypatch.setattr(Transformer, "prefill_all", watched)
     return lengths
 
 

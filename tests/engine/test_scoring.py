@@ -84,13 +84,13 @@ def test_choices_of_one_token_take_one_pass_and_others_compute_their_own_tokens(
     load: Load, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     passes: list[int] = []
-    prompt = Transformer._prompt
+    prefill_rows = Transformer.prefill_rows
 
-    def counted(self: Transformer, token_ids: torch.Tensor, *arguments: Any) -> torch.Tensor:
+    def counted(self: Transformer, token_ids: torch.Tensor, *arguments: Any, **settings: Any) -> None:
         passes.append(len(token_ids))
-        return prompt(self, token_ids, *arguments)
+        prefill_rows(self, token_ids, *arguments, **settings)
 
-    monkeypatch.setattr(Transformer, "_prompt", counted)
+    monkeypatch.setattr(Transformer, "prefill_rows", counted)
     engine = load()
     engine.score(CONTEXT_IDS, [[1], [2], [3], [4]])
     assert passes == [len(CONTEXT_IDS)]

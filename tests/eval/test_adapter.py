@@ -103,6 +103,14 @@ def test_answers_come_back_in_the_order_of_the_requests(model: OffloadSiriusLM) 
     assert texts[1] == model.engine.generate(model.tok_encode("a what"), max_new_tokens=8).text
 
 
+def test_texts_that_are_written_together_are_those_that_are_written_alone(chat_directory: Path, model: OffloadSiriusLM) -> None:
+    requests = [asked(text, {"max_gen_toks": 4 + len(text)}) for text in ("hello", "what do", "hello there", "a", "good bye")]
+    expected = model.generate_until(requests, disable_tqdm=True)
+    together = OffloadSiriusLM(str(chat_directory), **SETTINGS, parallel=3, mode="full")
+    with together.engine:
+        assert together.generate_until(requests, disable_tqdm=True) == expected
+
+
 def test_a_text_ends_before_its_first_stop_string_and_is_drawn_only_where_the_task_says_so(model: OffloadSiriusLM) -> None:
     (whole,) = model.generate_until(
         [asked("hello", {"until": ["\0"], "temperature": 2.0, "do_sample": False})], disable_tqdm=True

@@ -170,3 +170,13 @@ def test_a_context_that_does_not_fit_is_refused_with_the_largest_that_does() -> 
     assert str(raised.value) == (
         "the context needs 13 positions, the KV cache has room for 12; shorten the prompt or the answer, or raise --max-context"
     )
+
+
+def test_a_beginning_is_taken_from_another_cache_and_nothing_else_stays() -> None:
+    own, other = (KVCache(SPEC, CAPACITY, dtype=torch.float32) for _ in range(2))
+    append(own, 50, 9)
+    append(other, 0, 7)
+    own.take(other, 4)
+    append(own, 20, 2)
+    assert_holds(own, [0, 1, 2, 3, 20, 21])
+    assert_holds(other, [0, 1, 2, 3, 4, 5, 6])

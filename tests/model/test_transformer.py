@@ -3,7 +3,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from offload_sirius.model.costs import activation_nbytes, position_tables_nbytes
 from offload_sirius.model.dense import DenseSource
 from offload_sirius.model.kv_cache import KVCache
 from offload_sirius.model.source import AttentionWeights, NeuronWeights
-from offload_sirius.model.transformer import TokenTree, Transformer
+from offload_sirius.model.transformer import Tokens, TokenTree, Transformer
 from offload_sirius_loaders.checkpoint import Key
 from offload_sirius_loaders.spec import ModelSpec, RopeSpec
 
@@ -314,3 +314,48 @@ def test_a_step_after_the_prompt_stays_within_the_bill_of_the_prompt(tmp_path: P
     peak_nbytes = peak_allocated_nbytes(lambda: transformer.step(tokens(1)), tmp_path / "trace.json")
 
     assert peak_nbytes <= activation_nbytes(WIDE, 300, 4)
+
+
+@pytest.mark.parametrize("rope", [RopeSpec(), RopeSpec(kind="dynamic", parameters={"factor": 16.0})], ids=["fixed", "dynamic"])
+def test_sequences_that_share_passes_are_each_what_they_are_alone(rope: RopeSpec) -> None:
+    spec = replace(SPEC, rope=rope, max_positions=64)
+    source = DenseSource(spec, random_tensors(spec))
+    caches = [KVCache(spec, 64, dtype=torch.float32) for _ in range(3)]
+    together = Transformer(spec, source, caches[0], chunk_size=8, more_caches=caches[1:])
+    alone = [Transformer(spec, source, KVCache(spec, 64, dtype=torch.float32), chunk_size=8) for _ in caches]
+    prompts = [tokens(19), tokens(3), tokens(8)]
+    found = together.prefill_all(each_with(caches, prompts))
+    assert_close(found, torch.stack([one.prefill(prompt) for one, prompt in zip(alone, prompts, strict=True)]))
+    # Lines and a tree, of different lengths, side by side.
+    start = caches[2].length
+    tree = TokenTree(
+        positions=torch.tensor([start, start + 1, start + 1]),
+        mask=torch.cat((torch.ones(3, start), torch.tensor([[1, 0, 0], [1, 1, 0], [1, 0, 1]])), dim=1).bool(),
+    )
+    steps = [tokens(1), tokens(5), tokens(3)]
+    found = together.step_all(each_with(caches, steps, trees=[None, None, tree]))
+    expected = [one.step(step, tree if step is steps[2] else None) for one, step in zip(alone, steps, strict=True)]
+    assert_close(found, torch.cat(expected))
+    assert [cache.length for cache in caches] == [one.cache.length for one in alone] == [20, 8, 11]
+    # Two of them further, a third waits.
+    found = together.step_all(each_with(caches[:2], [tokens(2), tokens(4)]))
+    assert_close(found, torch.cat([alone[0].step(tokens(2)), alone[1].step(tokens(4))]))
+    assert_close(together.step_all(each_with(caches[2:], [tokens(1)])), alone[2].step(tokens(1)))
+    assert together.nbytes == position_tables_nbytes(spec, 64, 4, batch=3)
+
+
+def each_with(caches: list[KVCache], token_ids: list[Tensor], trees: Sequence[TokenTree | None] | None = None) -> list[Tokens]:
+    parts = zip(caches, token_ids, trees or [None] * len(caches), strict=True)
+    return [Tokens(cache=cache, token_ids=ids, tree=tree) for cache, ids, tree in parts]
+
+
+@pytest.mark.parametrize("lengths", [(1, 1, 1), (60, 1, 3), (24, 24, 24)])
+def test_steps_of_several_sequences_stay_within_the_bill(lengths: tuple[int, ...], tmp_path: Path) -> None:
+    caches = [KVCache(WIDE, 128, dtype=torch.float32) for _ in lengths]
+    transformer = Transformer(WIDE, DenseSource(WIDE, random_tensors(WIDE)), caches[0], more_caches=caches[1:])
+    transformer.prefill_all(each_with(caches, [tokens(40)] * 3))
+    steps = each_with(caches, [tokens(length) for length in lengths])
+
+    peak_nbytes = peak_allocated_nbytes(lambda: transformer.step_all(steps), tmp_path / "trace.json")
+
+    assert peak_nbytes <= activation_nbytes(WIDE, 128, 4, step_rows=sum(lengths))

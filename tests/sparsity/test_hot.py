@@ -256,7 +256,7 @@ def test_of_tokens_that_are_not_to_be_heard_nothing_is_learnt() -> None:
     for num_unheard, rows in ((2, x), (0, x[:4])):
         prior = prior_of(torch.zeros(LAYERS, F))
         hot_set, source = prefilled(F // 2, prior=prior)
-        hot_set.num_unheard = num_unheard
+        hot_set.heard = torch.tensor([1.0] * 4 + [0.0] * num_unheard) if num_unheard else None
         found.append(run(hot_set, source, hot_set.correction, [rows]))
         squared.append((hot_set.squared_scores, prior.sums))
     assert all(torch.allclose(six[:4], four, atol=1e-6) for six, four in zip(*found, strict=True)), "but they are computed"
