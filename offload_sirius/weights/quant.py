@@ -3,7 +3,8 @@
 Of each row the largest weight is the outlier: it is taken out, and what is missing at its place is stored beside. Of what is
 left, int8 takes the scale that the largest weight of a group needs. int4 begins with the scale and zero that cover the group,
 and improves both after HQQ (Badri and Shaji, "Half-Quadratic Quantization of Large Machine Learning Models",
-mobiusml.github.io/hqq_blog, 2023), which looks at weights only and needs no data. For the integers q that a scale and zero give, in steps of the scale,
+mobiusml.github.io/hqq_blog, 2023), which looks at weights only and needs no data. For the integers q that a scale and zero
+give, in steps of the scale,
 
     residual   e = w / scale - (q - zero)
     shrunk     r = sign(e) * max(0, |e| - |e|^(p - 1) / beta)       what is given up as an outlier, p = 1/2
