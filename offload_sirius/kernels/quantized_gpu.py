@@ -110,8 +110,10 @@ def _block_tokens(num_tokens: int) -> int:
 
 
 def _views(rows: QuantizedRows) -> tuple[Tensor, int, Tensor, int, Tensor, Tensor, Tensor]:
-    """Integers, scales, zeros, with strides, then places and rests of outliers, as far apart as scales; int8 has no zeros, and its
-    kernels do not look at them."""
+    """Integers, scales, zeros, with strides, then places and rests of outliers, as far apart as scales.
+
+    int8 has no zeros, and its kernels do not look at them.
+    """
     integers, scales = rows.integers, rows.scales
     zeros = rows.zeros if rows.form.kind == "int4" else integers
     return integers, integers.stride(0), scales, scales.stride(0), zeros, rows.outlier_places, rows.outlier_rests
