@@ -303,7 +303,7 @@ class Worker:
             "--seed",
             str(given.seed),
             "--minutes",
-            str(given.minutes),
+            str(minutes),
             "--out",
             str(given.out),
         ]
