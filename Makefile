@@ -11,7 +11,7 @@ INSTALLED := .venv/installed
 .PHONY: help demo test check clean
 
 help:
-	@echo "make demo   one answer of SmolLM2-135M, streamed through 150 MB of device memory"
+	@echo "make demo   one answer of SmolLM2-135M, streamed through 90 MB of device memory"
 	@echo "make test   the tests"
 	@echo "make check  format, lint, types, import rules"
 	@echo "make clean  remove .venv and what tools have cached"
@@ -19,7 +19,7 @@ help:
 demo: $(INSTALLED)
 	$(BIN)/offload-sirius generate --model smollm2-135m \
 		--prompt "What is the capital of France? Answer in one sentence." \
-		--device-memory 150MB --host-memory 1GB --max-new-tokens 64
+		--device-memory 90MB --host-memory 1GB --max-new-tokens 64
 
 test: $(INSTALLED)
 	$(BIN)/pytest

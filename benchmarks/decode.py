@@ -48,7 +48,7 @@ def main() -> None:
         ),
         generation=GenerationConfig(max_new_tokens=options.max_new_tokens, reuse=False),
     )
-    asked = EngineConfig(model=options.model, device="cpu", link_gbps=options.link_gbps)
+    asked = EngineConfig(model=options.model, device="cpu", link_gbps=options.link_gbps, keep_blocks=False)
     config = decode_config(open_model(asked.model), asked, bench, all_streamed=True)
     kept = KeptAnswers(
         out.with_suffix(".partial.jsonl"), asdict(bench.generation) | {"asked": asdict(asked), "prompts": bench.prompts}

@@ -118,7 +118,9 @@ def compare(options: argparse.Namespace) -> None:
     facts = machine_facts()
     prompts = first_prompts()[: options.num_prompts]
     budget, rates = device_budget(options.model), measured_rates("float32")
-    resident = EngineConfig(model=options.model, dtype="float32", device="cpu", max_context=CONTEXT, decoding=FULL)
+    resident = EngineConfig(
+        model=options.model, dtype="float32", keep_blocks=False, device="cpu", max_context=CONTEXT, decoding=FULL
+    )
     reference = measure(Row(name="reference", decoding=FULL, num_tokens=options.max_new_tokens), resident, prompts)
     results: list[RowResult] = []
     full: list[Generation] = []
@@ -153,7 +155,7 @@ def device_budget(model: str) -> int:
     """See above: of the plan that has all its neurons, what is not slots, and two of those."""
     checkpoint = open_model(model).checkpoint
     decoding = DecodingConfig(mode="sirius", draft="resident", keep=HOT_SHARE, prior=False)
-    config = EngineConfig(model=model, dtype="float32", device="cpu", max_context=CONTEXT, decoding=decoding)
+    config = EngineConfig(model=model, dtype="float32", keep_blocks=False, device="cpu", max_context=CONTEXT, decoding=decoding)
     plan, layout = place(checkpoint, config).plan, place(checkpoint, config).layout
     return plan.device_nbytes - plan.device_bill["slots"] + 2 * layout.records_nbytes
 
@@ -162,6 +164,7 @@ def config_of(row: Row, options: argparse.Namespace, budget: int) -> EngineConfi
     return EngineConfig(
         model=options.model,
         dtype="float32",
+        keep_blocks=False,
         device="cpu",
         max_context=CONTEXT,
         device_memory=str(budget),

@@ -91,6 +91,7 @@ def row_of(form: WeightFormat | None, options: argparse.Namespace) -> Row:
         model=options.model,
         device="cpu",
         dtype="bfloat16",
+        keep_blocks=False,
         link_gbps=options.link_gbps,
         quantize="none" if form is None else form.kind,
         quantize_group=None if form is None else form.group,

@@ -55,7 +55,8 @@ def arguments() -> argparse.Namespace:
 def compare(options: argparse.Namespace, dtype: str) -> dict[str, Any]:
     """One type: rounds of one answer each."""
     torch.set_num_threads(options.threads)
-    with offload_sirius.load("smollm2-135m", mode="full", dtype=dtype, max_context=512, threads=options.threads) as engine:
+    shared = {"mode": "full", "dtype": dtype, "keep_blocks": False, "max_context": 512, "threads": options.threads}
+    with offload_sirius.load("smollm2-135m", **shared) as engine:
         prompt_ids = engine.model.encode(PROMPT)
         reference = reference_model(engine, getattr(torch, dtype))
         ours, theirs = [], []
