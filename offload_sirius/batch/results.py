@@ -11,6 +11,7 @@ import fcntl
 import json
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -62,13 +63,12 @@ def read_finished(out: Path, ids: Sequence[Id], asked: Mapping[str, Any]) -> Fin
 
     Raises ConfigError where the output is that of another input, or the journals are of another run.
     """
-    finished, journals = Finished(), journals_of(out)
+    finished = Finished()
+    journals = {path: lines for path in journals_of(out) if (lines := _whole_lines(_content(path)))}
     _read_output(out, ids, finished, may_be_cut=bool(journals))
     places = {each: place for place, each in enumerate(ids)}
-    for journal in journals:
-        header, *lines = _whole_lines(_content(journal)) or [b""]
-        if header:
-            _require_same(journal, out, _parsed(header), asked)
+    for path, (header, *lines) in journals.items():
+        _require_same(path, out, _parsed(header), asked)
         for line in lines:
             place = places.get(_answer(line).get("id"))  # type: ignore[arg-type]
             if place is not None and not finished.has(place):
@@ -143,7 +143,8 @@ class LinesFile:
 
     def __init__(self, path: Path) -> None:
         """Nobody else can open it so before it is closed."""
-        self._path = path
+        self.path = path
+        self._is_new = not path.exists()
         self._num_whole_bytes = 0
         try:
             self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
@@ -175,13 +176,19 @@ class LinesFile:
             raise self._unwritable(error) from error
         self._num_whole_bytes += len(content)
 
+    def give_up(self) -> None:
+        """Nothing comes of it: a file that was not there does not stay."""
+        if self._is_new and os.fstat(self._file).st_size == 0:
+            self.path.unlink()
+        self.close()
+
     def close(self) -> None:
         """Give the file to others."""
         os.close(self._file)
 
     def _unwritable(self, error: OSError) -> ConfigError:
         return ConfigError(
-            f"{self._path}: cannot be written: {error.strerror}; what is complete was kept, and the same command goes on"
+            f"{self.path}: cannot be written: {error.strerror}; what is complete was kept, and the same command goes on"
         )
 
 
@@ -194,15 +201,22 @@ class Results:
         Raises ConfigError as read_finished does, and where another run writes the files.
         """
         self._out, self._ids, self._asked = out, ids, asked
-        journal = journal_path(out, process)
-        self._journal = LinesFile(journal)
-        self._output = LinesFile(out) if process == 0 else None
-        # Nobody else writes them from here on, so that this is what is there.
-        self._finished = read_finished(out, ids, asked)
-        content = b"".join(_whole_lines(_content(journal)))
+        with ExitStack() as undone:
+            self._journal = LinesFile(journal_path(out, process))
+            undone.callback(self._journal.give_up)
+            self._output = LinesFile(out) if process == 0 else None
+            if self._output is not None:
+                undone.callback(self._output.give_up)
+            # Nobody else writes them from here on, so that this is what is there.
+            self._finished = read_finished(out, ids, asked)
+            self._begin()
+            undone.pop_all()
+
+    def _begin(self) -> None:
+        content = b"".join(_whole_lines(_content(self._journal.path)))
         self._journal.cut(len(content))
         if not content:
-            self._journal.append(line_of(asked))
+            self._journal.append(line_of(self._asked))
         if self._output is not None:
             self._output.cut(self._finished.num_whole_bytes)
             self._write_early()
