@@ -1,11 +1,11 @@
-"""How fast do a few tokens meet many rows of weights on a CPU? products.c beside torch's own products, in one run.
+"""How fast do a few tokens meet many rows of weights on a CPU? tiles.c or products.c beside torch's own products.
 
     python benchmarks/products.py                  # one thread, seconds of CPU: right beside other work, too
     python benchmarks/products.py --threads 8      # wall-clock seconds: for a machine that does nothing else
 
 The ceiling is the memory's rate, as a sum over float32 weights reads them. Every product goes in turn over matrices that no cache
 holds together. Medians; GB/s are bytes of weights as they lie in memory, and a ratio below 1 is less time than torch's product in
-bfloat16 takes for as many weights.
+bfloat16 takes for as many weights. Tokens are bfloat16, but for rows of float32 and where it is said.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def shape_rows(num_rows: int, width: int, num_tokens: int, clock: Callable[[], f
     print(f"{num_rows} x {width}, {num_tokens} tokens")
     for name, median in medians.items():
         rate, ratio = nbytes[name] / median / 1e9, median / medians[REFERENCE]
-        print(f"    {name:24} {median * 1e3:8.3f} ms  {rate:6.2f} GB/s  ratio {ratio:5.2f}")
+        print(f"    {name:34} {median * 1e3:8.3f} ms  {rate:6.2f} GB/s  ratio {ratio:5.2f}")
     return [
         {
             "what": name,
@@ -109,19 +109,22 @@ def products_of(num_rows: int, width: int, num_tokens: int) -> tuple[dict[str, C
         name, x_typed, z_typed = str(dtype).removeprefix("torch."), x.to(dtype), z.to(dtype)
         products |= {
             f"linear torch {name}": lambda turn, x=x_typed, m=copies: functional.linear(x, m[turn % len(m)]),
-            f"linear {name}": lambda turn, m=copies: cpu.linear(x, m[turn % len(m)]),
+            f"linear {name}": lambda turn, x=x_typed, m=copies: cpu.linear(x, m[turn % len(m)]),
             f"down torch {name}": lambda turn, z=z_typed, m=copies: z @ m[turn % len(m)],
-            f"down {name}": lambda turn, m=copies: cpu.down(z, m[turn % len(m)]),
+            f"down {name}": lambda turn, z=z_typed, m=copies: cpu.down(z, m[turn % len(m)]),
         }
         nbytes |= dict.fromkeys(list(products)[-4:], weights.numel() * dtype.itemsize)
     for form in FORMATS:
         packed = quantise_rows(weights, form)
         rows = [QuantizedRows(packed.clone(), width, form) for _ in range(4 * num_copies)]
-        products |= {
-            f"linear {form.kind}/{form.group}": lambda turn, m=rows: cpu.linear(x, m[turn % len(m)]),
-            f"down {form.kind}/{form.group}": lambda turn, m=rows: cpu.down(z, m[turn % len(m)]),
-        }
-        nbytes |= dict.fromkeys(list(products)[-2:], packed.nbytes)
+        for typed in (torch.bfloat16, torch.float32):
+            name = f"{form.kind}/{form.group}{', float32 tokens' if typed == torch.float32 else ''}"
+            x_typed, z_typed = x.to(typed), z.to(typed)
+            products |= {
+                f"linear {name}": lambda turn, x=x_typed, m=rows: cpu.linear(x, m[turn % len(m)]),
+                f"down {name}": lambda turn, z=z_typed, m=rows: cpu.down(z, m[turn % len(m)]),
+            }
+        nbytes |= dict.fromkeys(list(products)[-4:], packed.nbytes)
     return products, nbytes
 
 

@@ -1,30 +1,36 @@
-"""Products of a few tokens with rows of weights on a CPU, by products.c: float32, bfloat16 or quantised rows. Knows no layers.
+"""Products of a few tokens with rows of weights on a CPU: float32, bfloat16 or quantised rows. Knows no layers.
 
-What a token gives does not depend on the tokens beside it, on the number of rows or on threads, to the bit: the products of a
-correction are those of steps of single tokens.
+tiles.c computes where the CPU multiplies matrices of bfloat16 by itself (AMX) and rows are not float32, products.c elsewhere.
+Both keep weights exact. What a token gives does not depend on the tokens beside it, on the number of rows or on threads, to the
+bit: the products of a correction are those of steps of single tokens.
 
-Seconds of one core, as a share of what torch's linear takes in bfloat16 (benchmarks/products.py, matrix of 14336 x 4096, a Xeon
-with AMX, groups of 128; in brackets the GB/s of weights, of about 14 that a core can read there):
+Seconds of one core, as a share of what torch's linear takes in bfloat16 (matrix of 5632 x 2048, a Xeon with AMX, tokens of
+bfloat16; in brackets billions of weights a second). The least of some twenty short runs of each, in turn, beside other work;
+benchmarks/products.py measures all of it anew.
 
-                         1 token        16 tokens   64 tokens
-    linear  torch bf16   1     (10.6)   1           1
-            torch f32    1.51  (14.0)   4.41        3.82
-            bf16         0.85  (12.3)   2.02        3.73
-            f32          1.54  (13.7)   2.86        4.26
-            int8         0.47  (11.5)   1.67        3.46
-            int4         0.35   (7.9)   1.58        3.42
-    down    torch bf16   2.26   (4.7)   1.86        1.27
-            bf16         0.76  (13.9)   2.09        4.03
-            int4         0.34   (8.0)   1.66        3.62
+                             1 token        16 tokens
+    linear  torch bf16       1     (4.8)    1     (4.6)
+            tiles bf16       1.15           1.10
+            tiles int8/64    0.44 (10.9)    0.54  (8.5)
+            tiles int4/128   0.25 (19.3)    0.33 (14.0)
+            tiles int4/32    0.43 (11.2)    0.55  (8.4)
+            products int8    0.44           1.61
+            products int4    0.32           1.49
+    down    torch bf16       1.24-2.2       1.22-1.65
+            tiles bf16       1.47           1.36
+            tiles int8/64    0.47 (10.1)    0.70  (6.6)
+            tiles int4/128   0.29 (16.4)    0.52  (8.8)
+            tiles int4/32    0.48 (10.0)    0.85  (5.4)
+            products int4    0.25           1.38
 
-A single token is bound by memory, but for int4, where turning integers into floats takes longer than reading them. Many tokens
-are bound by the float32 units: 48 to 53 of their 61 billion multiply-adds a second are reached. torch has AMX, for bfloat16.
+Tokens of float32 take three products in place of one, which with 16 tokens costs a tenth to a fifth more, as turning integers
+into bfloat16 takes most of the time. With 64 tokens quantised rows take about as long as torch's bfloat16 in linear, and longer
+in down. Rows of float32 take 0.55 to 1.3 of the time of torch's float32, by shape and number of tokens; layers leave them to
+torch.
 
-Tried beside this: torch's _weight_int4pack_mm_for_cpu, which wants whole matrices in an order of its own. With 5632 x 2048 it
-takes 0.83 ms for one token of bfloat16 where this takes 1.02, and 1.1 to 1.2 times as long as this for more; with 14336 x 4096 as
-long for one token, and 1.2 to 1.36 times as long for more. _weight_int8pack_mm takes 1.1 to 1.8 times as long, in float32 nine
-times and more. AVX512's products of bfloat16 run at half the rate of float32's on that CPU, which makes them no faster.
-torch.compile was not tried.
+Tried beside this: torch's _weight_int4pack_mm_for_cpu and _weight_int8pack_mm, which were no faster than products.c and want
+whole matrices in an order of their own. AVX512's products of bfloat16 run at half the rate of float32's. Blocks of 128 neurons
+for down leave the nearest cache, blocks of 32 add too often: both a fifth slower. torch.compile was not tried.
 """
 
 from __future__ import annotations

@@ -319,9 +319,9 @@ def test_a_setting_that_does_not_exist_is_refused_with_those_that_do() -> None:
     with pytest.raises(ConfigError) as caught:
         with_settings(GenerationConfig(), {"temprature": 1.0}, DecodingConfig())
     assert str(caught.value) == (
-        "unknown setting temprature; known are accept, cats_threshold, chat, draft, draft_keep, ignore_eos, keep, logprobs, "
-        "lookup, max_new_tokens, min_p, mode, overlap, prior, refresh, refresh_decay, repetition_penalty, resident_first, reuse, "
-        "seed, sparsity, stop, temperature, threshold, top_k, top_p, tree_width, window"
+        "unknown setting temprature; known are accept, cats_threshold, chat, draft, draft_keep, draft_quantize, ignore_eos, "
+        "keep, logprobs, lookup, max_new_tokens, min_p, mode, overlap, prior, refresh, refresh_decay, repetition_penalty, "
+        "resident_first, reuse, seed, sparsity, stop, temperature, threshold, top_k, top_p, tree_width, window"
     )
 
 

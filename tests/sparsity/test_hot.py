@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional
 
+from offload_sirius.kernels.matrix import combine
+from offload_sirius.model.ops import gated_activations
 from offload_sirius.sparsity.hot import HYSTERESIS, HotSet, exchanges
 from offload_sirius.sparsity.prior import PSEUDO_TOKENS, NeuronPrior
 from offload_sirius.weights.buffers import KeptNeurons
@@ -188,8 +190,8 @@ def test_halves_are_summed_in_float32_where_the_dtype_is_short() -> None:
     run(hot_set, source, hot_set.prefill, [x])
     for layer, found in enumerate(run(hot_set, source, hot_set.full, [x])):
         hot, cold = source.hot[layer], source.cold_neurons(layer)
-        z = [functional.silu(x @ each.gate.t()) * (x @ each.up.t()) for each in (hot, cold)]
-        halves = [each @ neurons.down for each, neurons in zip(z, (hot, cold), strict=True)]
+        z = [gated_activations(x, each, functional.silu) for each in (hot, cold)]
+        halves = [combine(each, neurons.down) for each, neurons in zip(z, (hot, cold), strict=True)]
         assert found.dtype == torch.bfloat16
         assert torch.equal(found, (halves[0].float() + halves[1].float()).bfloat16())
 
