@@ -228,8 +228,6 @@ def _run(
     if finished.num_written == len(ids):
         say(f"{out}: has the answers to all {len(ids)} prompts already{_errors(finished.num_errors)}")
         return EXIT_SOME_ERRORS if finished.num_errors else EXIT_DONE
-    if finished.num_done:
-        say(f"{out}: {finished.num_done} of {len(ids)} prompts are answered; going on")
 
     from offload_sirius.batch.processes import is_left_alone, join
 
@@ -240,6 +238,8 @@ def _run(
         )
     left = [(place, line) for place, line in enumerate(asked.lines) if not finished.has(place)]
     processes = join(engine_config)
+    if finished.num_done and processes.index == 0:
+        say(f"{out}: {finished.num_done} of {len(ids)} prompts are answered; going on")
     processes.wait()  # all have read what there is, before the first of them writes
     results = Results(out, ids, settings, processes.index)
     try:

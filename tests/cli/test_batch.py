@@ -1,4 +1,4 @@
-"""`offload-sirius batch` on the tiny synthetic model: the whole way from a file of prompts to one of answers, however it is broken off."""
+"""`offload-sirius batch` on the tiny synthetic model: a file of prompts becomes one of answers, however it is broken off."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ COMMAND = ("batch", *TINY)
 def prompts(number: int) -> str:
     """Prompts and answers of many lengths, so that answers end in another order than they began; every second one is drawn."""
     lines = [
-        {"id": f"p{i}", "prompt": f"question {i}"[: 4 + i % 9], "max_tokens": 1 + i * 7 % 12, "temperature": i % 2, "seed": i}
+        {"id": f"p{i}", "prompt": f"question {i}"[: 4 + i % 9], "max_tokens": 1 + i * 7 % 6, "temperature": i % 2, "seed": i}
         for i in range(number)
     ]
     return "".join(json.dumps(line) + "\n" for line in lines)
@@ -189,7 +189,7 @@ def test_a_run_of_300_prompts_that_is_killed_twice_gives_the_file_of_an_unbroken
 def test_two_processes_of_accelerate_share_a_file_and_go_on_where_they_were_killed(
     run: Run, files: tuple[str, ...], tmp_path: Path
 ) -> None:
-    given = (*COMMAND, "--in", files[1], "--mode", "full", "--out")
+    given = (*COMMAND, "--in", files[1], "--mode", "full", "--parallel", "4", "--out")
     whole, out = tmp_path / "whole.jsonl", tmp_path / "out.jsonl"
     assert run(*given, str(whole)).code == 0
     # What a killed run has left in the journal of a process: the last answer, and a beginning of another.
