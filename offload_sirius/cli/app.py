@@ -1,4 +1,4 @@
-"""All commands under one name, and how every one of them ends: 0 done, 2 wrong use or input, 130 interrupted, 143 terminated."""
+"""All commands under one name, and how each ends: 0 done, 1 in part, 2 wrong use or input, 130 interrupted, 143 terminated."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 import typer
 
 from offload_sirius import __version__
-from offload_sirius.cli import bench, chat, doctor, generate, models, pack, plan, serve
+from offload_sirius.cli import batch, bench, chat, doctor, generate, models, pack, plan, serve
 from offload_sirius.cli.termination import Termination
 from offload_sirius.errors import USER_ERRORS
 
@@ -33,6 +33,7 @@ app = typer.Typer(
 app.command(epilog=generate.EXAMPLES)(generate.generate)
 app.command(epilog=chat.EXAMPLES)(chat.chat)
 app.command(epilog=serve.EXAMPLES)(serve.serve)
+app.command(epilog=batch.EXAMPLES)(batch.batch)
 app.command(epilog=plan.EXAMPLES)(plan.plan)
 app.command(epilog=pack.EXAMPLES)(pack.pack)
 app.add_typer(bench.app, name="bench")

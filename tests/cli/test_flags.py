@@ -29,6 +29,13 @@ DOCUMENTED = {
         "--stop --max-new-tokens --prompt --prompt-file --chat --ignore-eos "
         "--cuda-graphs --shared-host-buffers --trace --json --verbose"
     ),
+    "batch": (
+        "--in --out --parallel --figures --chat --model --mode --sparsity --keep --cats-threshold --window --accept --threshold "
+        "--draft --draft-quantize --resident-first --refresh --refresh-decay --overlap --prior --draft-keep --tree-width "
+        "--lookup --device --device-memory --host-memory --link-gbps --dtype --quantize --quantize-group --quantize-head "
+        "--keep-blocks --max-context --kv-dtype --auto --threads --cuda-graphs --shared-host-buffers --max-new-tokens --stop "
+        "--ignore-eos --temperature --top-k --top-p --min-p --repetition-penalty --seed --verbose"
+    ),
     "plan": (
         "--model --mode --sparsity --keep --window --draft --draft-quantize "
         "--resident-first --prior --draft-keep --tree-width --lookup "
