@@ -3,8 +3,8 @@
     python tools/llama_cpp_ids.py --llama-python /opt/llama/bin/python
     python tools/llama_cpp_ids.py --llama-python /opt/llama/bin/python --limit 8 --only F32
 
-With the model's own file, whose layers are Q4_1, llama.cpp rounds activations to 8 bits before it multiplies, which ours does not:
-what is nearly a tie may fall to the other side. The other comparisons tell how much of a difference rounding makes:
+With the model's own file, whose layers are Q4_1, llama.cpp rounds activations to 8 bits before it multiplies, which ours does
+not: what is nearly a tie may fall to the other side. The other comparisons tell how much of a difference rounding makes:
 
     own       the model's own file
     F32       the same numbers as an F32 file, with which llama.cpp does not round: what differs is the order of sums

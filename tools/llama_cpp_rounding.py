@@ -1,9 +1,9 @@
 """Products with blocks as llama.cpp computes them: it rounds activations to 8 bits before it multiplies, which ours do not.
 
 Within `rounded_activations()` products of blocks round x, or z of a down projection, in pieces of 32 as quantize_row_q8_0 and
-quantize_row_q8_1 of ggml do on x86: d = max |x| / 127 in float32, q = round(x * (127 / max |x|)) in -127 .. 127, d kept as float16.
-Where blocks have a minimum m, that meets s = float16(d * sum of q). Sums are float32, in another order than llama.cpp's. For
-formats with blocks of 32; others meet blocks of 256 (Q8_K).
+quantize_row_q8_1 of ggml do on x86: d = max |x| / 127 in float32, q = round(x * (127 / max |x|)), and d is kept as float16. Where
+blocks have a minimum m, that meets s = float16(d * sum of q). Sums are float32, in another order than llama.cpp's. For formats
+with blocks of 32; the others' activations are rounded in pieces of 256 (Q8_K).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from offload_sirius.kernels import matrix
 from offload_sirius.kernels.block_products import block_weights
 from offload_sirius.kernels.blocks import BlockRows, NeuronRows, split_blocks, split_header
 
-PIECES = 1 << 30
+ANY_TOKENS = 1 << 30
 """More tokens than any pass has: the products of few tokens are those that are replaced."""
 
 
@@ -36,7 +36,7 @@ def rounded_activations() -> Iterator[None]:
     def combine(z: Tensor, rows: NeuronRows) -> Tensor:
         return _product(z, *_held(held, rows))
 
-    with patch.multiple(matrix, FEW_TOKENS=PIECES, _few_projected=project, _few_combined=combine):
+    with patch.multiple(matrix, FEW_TOKENS=ANY_TOKENS, _few_projected=project, _few_combined=combine):
         yield
 
 
