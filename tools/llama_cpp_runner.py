@@ -21,7 +21,7 @@ import numpy as np
 
 
 class Runner:
-    def __init__(self, path: str, threads: int, context: int, kv_float32: bool, as_stored: bool) -> None:
+    def __init__(self, path: str, threads: int, context: int, kv_float32: bool, as_stored: bool, flash: bool) -> None:
         quiet = llama_cpp.llama_log_callback(lambda level, text, data: None)
         self.quiet = quiet  # it must live as long as the library
         llama_cpp.llama_log_set(quiet, ctypes.c_void_p(0))
@@ -36,6 +36,8 @@ class Runner:
         parameters.n_threads = parameters.n_threads_batch = threads
         if kv_float32:
             parameters.type_k = parameters.type_v = 0  # GGML_TYPE_F32
+        if not flash:
+            parameters.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
         self.context = llama_cpp.llama_init_from_model(self.model, parameters)
         self.vocab_size = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self.model))
 
@@ -71,8 +73,16 @@ def main() -> None:
     parser.add_argument(
         "--as-stored", action="store_true", help="weights in the order of the file, not as its matrix units like it"
     )
+    parser.add_argument("--no-flash-attention", action="store_true", help="scores of all positions in memory")
     options = parser.parse_args()
-    runner = Runner(options.model, options.threads, options.context, options.kv_float32, options.as_stored)
+    runner = Runner(
+        options.model,
+        options.threads,
+        options.context,
+        options.kv_float32,
+        options.as_stored,
+        flash=not options.no_flash_attention,
+    )
     runner.answer([1] * 16, 2, None)  # whether it works at all
     print(json.dumps({"version": llama_cpp.__version__}), flush=True)
     for line in sys.stdin:
