@@ -1,8 +1,10 @@
-"""Memory of a device that runs out though there was enough when the plan was made. That of the host: engine/test_building.py."""
+"""Memory that runs out though there was enough when the plan was made."""
 
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -35,6 +37,35 @@ RAN_OUT = (
     r"|device memory ran out while allocating .*; give a smaller --device-memory)\n"
 )
 Capture = pytest.CaptureFixture[str]
+
+
+IN_A_LIMIT = """
+import resource, sys
+from pathlib import Path
+from offload_sirius.cli import main
+from offload_sirius.engine import building, engine
+
+def limited(*arguments, **named):
+    size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (size + (1 << 20),) * 2)
+    return call(*arguments, **named)
+
+room, name = {"loading": (building, "DeviceStore"), "running": (engine, "decode_full")}[sys.argv[1]]
+call = getattr(room, name)
+setattr(room, name, limited)
+sys.exit(main(sys.argv[2:]))
+"""
+"""From that call on a process gets a MiB more than it has, and nothing else."""
+
+
+@pytest.mark.parametrize("moment", ["loading", "running"])
+def test_memory_of_the_host_that_runs_out_is_one_line(moment: str) -> None:
+    given = [*ASKED, "--model", f"{TINY}&positions=1024&ffn=65536", "--prompt", "a" * 600]
+    done = subprocess.run(
+        [sys.executable, "-c", IN_A_LIMIT, moment, *given], capture_output=True, text=True, check=False, timeout=240
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert re.fullmatch("error: " + RAN_OUT, done.stderr)
 
 
 class Shrunk(DeviceStore):

@@ -469,6 +469,9 @@ def test_user_defined_tokens_are_found_in_text_and_shown(byte_level: tokenizers.
     [
         ({"model": "rwkv"}, "is of kind 'rwkv', gpt2 and llama are supported"),
         ({"pre": "viking"}, "splits text the way of 'viking', known are default, gpt-2, smollm, llama-bpe, llama3, llama-v3, "),
+        ({"pre": ["gpt-2"]}, "splits text the way of ['gpt-2'], known are default, gpt-2, smollm, llama-bpe, llama3, llama-v3, "),
+        ({"model": "\x1b" + "x" * 5000}, "is of kind '\\x1bxxxxxxxx...xxxxxxxxxxxxx', gpt2 and llama are supported"),
+        ({"merges": ["\x1b " + "x" * 5000]}, "cannot be built: "),
         ({"merges": None}, "has no tokenizer.ggml.merges, a list of str"),
         ({"token_type": [1]}, "has 300 tokens and 1 token types"),
         ({"bos_token_id": 300}, "has 300 tokens and its bos token is number 300"),
