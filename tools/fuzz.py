@@ -3,7 +3,6 @@ thousand.
 
     PYTHONPATH=.:loaders python tools/fuzz.py --cases 200000            # two processes, about a quarter of an hour on two cores
     PYTHONPATH=.:loaders python tools/fuzz.py --seed 7 --minutes 60 --out findings
-    PYTHONPATH=.:loaders python tools/fuzz.py --coverage --cases 50000  # led by the lines that are reached; takes atheris
     PYTHONPATH=.:loaders python tools/fuzz.py --seed 7 --only 4711      # one case once more, with its traceback
 
 Each case is a small good model of some kind (safetensors, GGUF, quantised, packed; fuzzing/corpus.py) of which some things are
@@ -166,10 +165,6 @@ def main() -> int:
     arguments = _parser().parse_args()
     if arguments.worker is not None:
         return _work(arguments)
-    if arguments.coverage:
-        from fuzzing.coverage import run
-
-        return run(arguments.cases, arguments.seed, arguments.out)
     with tempfile.TemporaryDirectory(dir=_fast_folder()) as scratch:
         folder = Path(scratch)
         corpus = make_corpus(folder / "corpus")
@@ -186,7 +181,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--out", type=Path, default=Path("fuzz-findings"), help="folder for what is found")
     parser.add_argument("--only", type=int, help="number of the one case to run")
-    parser.add_argument("--coverage", action="store_true", help="led by atheris, in one process")
     parser.add_argument("--result", type=Path, help="file for the figures; default: benchmarks/results")
     parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--first", type=int, default=0, help=argparse.SUPPRESS)
@@ -271,6 +265,7 @@ class Worker:
         self.found: dict[str, int] = {}
         """Signature -> number of the first case."""
         self._index, self._scratch, self._arguments = index, scratch, arguments
+        self._until = time.monotonic() + 60 * arguments.minutes
         self._mark = _marks(scratch, index)
         self._ended = False
         self._thread = threading.Thread(target=self._run)
@@ -300,7 +295,7 @@ class Worker:
         return int.from_bytes(self._mark[:8], "little")
 
     def _run_from(self, first: int) -> tuple[int, list[str]]:
-        given = self._arguments
+        given, minutes = self._arguments, (self._until - time.monotonic()) / 60
         command = [sys.executable, "-X", "faulthandler", __file__, "--worker", str(self._index), "--first", str(first)]
         command += [
             "--cases",
@@ -308,7 +303,7 @@ class Worker:
             "--seed",
             str(given.seed),
             "--minutes",
-            str(given.minutes),
+            str(minutes),
             "--out",
             str(given.out),
         ]

@@ -155,8 +155,10 @@ def _read_named(cursor: _Cursor, count: int, what: str, read: Callable[[str], _T
     named: dict[str, _T] = {}
     for _ in range(count):
         name = cursor.string()
-        if not name.isprintable() or len(name) > LONGEST_NAME:
-            raise cursor.error(f"the name of a {what} before byte {cursor.position:,} is not printable, or too long")
+        if not name.isprintable():
+            raise cursor.error(f"the name of a {what} before byte {cursor.position:,} is not printable")
+        if len(name) > LONGEST_NAME:
+            raise cursor.error(f"the name of a {what} before byte {cursor.position:,} has more than {LONGEST_NAME} characters")
         if name in named:
             raise cursor.error(f"{what} {name} stands in the header twice")
         named[name] = read(name)

@@ -231,7 +231,7 @@ def _seals(fields: JsonObject) -> dict[str, Seal]:
     seals: dict[str, Seal] = {}
     for name, entry in found.items():
         # A plain name: an index from elsewhere has no business with files outside its folder.
-        if not isinstance(entry, dict) or Path(name).name != name or not name.isprintable():
+        if not isinstance(entry, dict) or Path(name).name != name or not name.isprintable() or len(name) > 255:
             raise fields.error(f"file {short(name)} is described by {short(entry)}; {AGAIN}")
         seal = JsonObject(f"{fields.source}: file {name}", entry)
         seals[name] = Seal(

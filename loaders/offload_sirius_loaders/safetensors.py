@@ -28,6 +28,8 @@ from offload_sirius_loaders.shown import short
 from offload_sirius_loaders.spec import ModelSpec
 
 INDEX_SUFFIX = ".safetensors.index.json"
+LONGEST_NAME = 255
+"""Characters that file systems take; names of tensors are not longer either."""
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 QUANTISED_WORDS = ("qweight", "weight_packed", "weight_scale", "weight_scale_inv")
 """Last words of names that layers have only where they are quantised."""
@@ -181,7 +183,7 @@ def _weight_map(index: Path) -> dict[str, str]:
     for tensor, shard in shards.items():
         # A shard must be a plain name: an index from elsewhere has no business with files outside its folder.
         plain = isinstance(shard, str) and Path(shard).name == shard and shard.endswith(".safetensors")
-        if not plain or not (tensor + shard).isprintable():
+        if not plain or not (tensor + shard).isprintable() or max(len(tensor), len(shard)) > LONGEST_NAME:
             raise fields.error(f"puts tensor {short(tensor)} in {short(shard)}; a .safetensors file of the same folder is needed")
     return shards
 

@@ -21,6 +21,8 @@ MAX_HEADER_NBYTES = 100_000_000
 """The limit of the safetensors library."""
 MAX_RANK = 16
 """Most dimensions believed."""
+LONGEST_NAME = 500
+"""Characters of a tensor's name that are believed."""
 BITS_OF_DTYPE = {
     **dict.fromkeys(["F4"], 4),
     **dict.fromkeys(["F6_E2M3", "F6_E3M2"], 6),
@@ -88,9 +90,10 @@ def _header_text(file: BinaryIO, file_nbytes: int, path: Path) -> bytes:
 
 
 def _stored_tensor(name: str, entry: Any, data_start: int, path: Path) -> StoredTensor:
-    # A name with control characters would break the one line of every message that names it.
-    where = f"{path}: tensor {name}" if name.isprintable() else f"{path}: tensor {short(name)}"
-    if not name.isprintable() or not isinstance(entry, dict):
+    # A name with control characters, or thousands of others, would break the one line of every message that names it.
+    can_be_shown = name.isprintable() and len(name) <= LONGEST_NAME
+    where = f"{path}: tensor {name if can_be_shown else short(name)}"
+    if not can_be_shown or not isinstance(entry, dict):
         raise CheckpointError(f"{where} is described by {short(entry)}; a printable name and an object are needed")
     dtype, shape, offsets = entry.get("dtype"), _counts(entry.get("shape")), _counts(entry.get("data_offsets"))
     if not isinstance(dtype, str) or dtype not in BITS_OF_DTYPE:

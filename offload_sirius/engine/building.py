@@ -16,7 +16,7 @@ from offload_sirius.engine.captured import CapturedStep, ResidentLayers, recorde
 from offload_sirius.engine.engine import Engine
 from offload_sirius.engine.link import Arenas, Origins, make_arenas, make_link, uplink_to
 from offload_sirius.engine.opened import Model
-from offload_sirius.engine.placement import DeviceMemoryError, Placement, memory_errors, place, release_device_memory
+from offload_sirius.engine.placement import Placement, is_of_device_memory, memory_errors, place, release_device_memory
 from offload_sirius.engine.planning import as_packed
 from offload_sirius.engine.progress import Progress
 from offload_sirius.engine.streamed import StreamedModel, copied_model, hot_model, streamed_model
@@ -59,7 +59,9 @@ def build(model: Model, config: EngineConfig, progress: Progress, tracer: Tracer
     placement = place(model.checkpoint, config)
     try:
         return _built(model, config, placement, progress, tracer, began)
-    except DeviceMemoryError as error:
+    except BudgetError as error:
+        if not is_of_device_memory(error):
+            raise
         config, placement = _smaller(model.checkpoint, config, placement, error)
     # Not in the handler: the error holds on to what was allocated.
     release_device_memory(placement.device)
@@ -98,7 +100,7 @@ def _built(
 
 
 def _smaller(
-    checkpoint: Checkpoint, config: EngineConfig, placement: Placement, error: DeviceMemoryError
+    checkpoint: Checkpoint, config: EngineConfig, placement: Placement, error: BudgetError
 ) -> tuple[EngineConfig, Placement]:
     """The next plan to try. Raises the error where there is none."""
     less = replace(config, device_memory=str(int(placement.plan.device_nbytes * RETRY_SHARE)))

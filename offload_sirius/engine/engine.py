@@ -236,6 +236,11 @@ class Engine:
                 self._streamed.forget()
             raise
 
+    def require_no_batch(self, what: str) -> None:
+        """Raises RuntimeError where answers of a batch have places: what comes would have passes of its own between theirs."""
+        if any(slot.is_busy for slot in self._streamed.slots):
+            raise RuntimeError(f"answers of a batch are being written: end them before {what}")
+
     def use_threads(self, *, prompt: bool) -> None:
         """Compute with as many threads as pay: torch keeps the number per thread, so whoever computes says so.
 
@@ -299,11 +304,10 @@ class Engine:
         return asked
 
     def _tokens(self, request: Request) -> Tokens:
+        self.require_no_batch("another one is begun")
         self.use_threads(prompt=True)
         with self.answering(request) as streamed:
             slot = streamed.slots[0]
-            if slot.is_busy:
-                raise RuntimeError("answers of a batch are being written: end them before another one is begun")
             request.num_cached = slot.shared(request.prompt_ids) if request.reuses and streamed.reuses else 0
             slot.begin(request.num_cached)
             streamed.prepare(request.decoding)

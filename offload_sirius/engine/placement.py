@@ -124,8 +124,9 @@ def find_device(name: str) -> torch.device:
     return torch.device("cuda", index)
 
 
-class DeviceMemoryError(BudgetError):
-    """What ran out is the memory of a device that has its own: with a smaller plan there may be enough."""
+def is_of_device_memory(error: BudgetError) -> bool:
+    """Whether what ran out is the memory of a device that has its own: with a smaller plan there may be enough."""
+    return isinstance(error.__cause__, torch.OutOfMemoryError)
 
 
 def release_device_memory(device: torch.device) -> None:
@@ -143,8 +144,7 @@ def memory_errors(plan: Plan) -> Iterator[None]:
     except (MemoryError, OSError, RuntimeError) as error:
         if not _says_memory_ran_out(error):
             raise
-        kind = DeviceMemoryError if isinstance(error, torch.OutOfMemoryError) else BudgetError
-        raise kind(
+        raise BudgetError(
             f"memory ran out; the plan takes {format_size(plan.device_nbytes)} on the device and "
             f"{format_size(plan.host_nbytes)} on the host: give smaller --device-memory or --host-memory"
         ) from error

@@ -41,11 +41,10 @@ def _pass(engine: Engine, prompt_ids: list[int], wanted: list[list[int]], num_ro
     # Logits are wanted from the last token of the context on: so much of it at least has to be computed.
     context = prompt_ids[: len(prompt_ids) - len(wanted) + 1]
     scorer = Scorer(wanted, len(context))
+    engine.require_no_batch("a text is scored")
     engine.use_threads(prompt=True)
     with engine.answering(scorer) as streamed:
         slot = streamed.slots[0]
-        if slot.is_busy:
-            raise RuntimeError("answers of a batch are being written: end them before a text is scored")
         num_cached = slot.shared(context) if streamed.reuses else 0
         slot.begin(num_cached)
         streamed.prepare(replace(engine.config.decoding, mode="full"))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from offload_sirius.quantization import BLOCK, ZERO_STEPS, WeightFormat
+from offload_sirius.quantization import BLOCK, MAX_WIDTH, OUTLIER_NBYTES, ZERO_STEPS, WeightFormat
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,22 @@ class QuantizedRows:
     @property
     def scales(self) -> Tensor:
         """A view, float16 [N, groups]."""
-        return self.rows[:, self.form.integers_nbytes(self.width) : self.form.zeros_offset(self.width)].view(torch.float16)
+        return self.rows[:, self.form.integers_nbytes(self.width) : self.form.outlier_offset(self.width)].view(torch.float16)
+
+    @property
+    def outlier_places(self) -> Tensor:
+        """A view, int16 [N, 1], of unsigned numbers."""
+        return self._outliers[:, :1]
+
+    @property
+    def outlier_rests(self) -> Tensor:
+        """A view, float16 [N, 1]: what is added to the weight at that place."""
+        return self._outliers[:, 1:].view(torch.float16)
+
+    @property
+    def _outliers(self) -> Tensor:
+        start = self.form.outlier_offset(self.width)
+        return self.rows[:, start : start + OUTLIER_NBYTES].view(torch.int16)
 
     @property
     def zeros(self) -> Tensor:
@@ -56,7 +71,14 @@ class QuantizedRows:
         return self.rows[:, start : start + self.form.num_groups(self.width)]
 
     def dequantised(self) -> Tensor:
-        """The weights that they stand for, float32 [N, D], exactly."""
+        """The weights that they stand for, float32 [N, D]."""
+        places, rests = self.outlier_places.long() % MAX_WIDTH, self.outlier_rests.float()
+        is_nowhere = places >= self.width  # bytes from a file may say anything
+        places, rests = places.masked_fill(is_nowhere, 0), rests.masked_fill(is_nowhere, 0.0)
+        return self.without_outliers().scatter_add_(1, places, rests)
+
+    def without_outliers(self) -> Tensor:
+        """What integers, scales and zeros say, float32 [N, D], exactly."""
         scales = self._spread(self.scales.float())
         if self.form.kind == "int8":
             return self.integers[:, : self.width] * scales

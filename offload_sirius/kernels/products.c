@@ -261,9 +261,11 @@ INLINE void dot_rows(int kind, const struct matrix *m, int64_t row, const float 
         dot_coded(kind, 3, m, rows, next, x, x_stride, sums);
     else
         dot_many(kind, m, rows, next, x, x_stride, num_tokens, sums);
-    for (int64_t t = 0; t < num_tokens; t++)
-        for (int64_t r = 0; r < smaller(TILE_ROWS, m->num_rows - row); r++)
-            out[t * out_stride + r] = sum_of(sums[t][r]);
+    for (int64_t r = 0; r < smaller(TILE_ROWS, m->num_rows - row); r++) {
+        const struct outlier o = kind == INT8 || kind == INT4 ? outlier_of(m, rows[r]) : (struct outlier){0, 0};
+        for (int64_t t = 0; t < num_tokens; t++)
+            out[t * out_stride + r] = sum_of(sums[t][r]) + (kind == INT8 || kind == INT4 ? x[t * x_stride + o.place] * o.rest : 0);
+    }
 }
 
 static void dot_rows_of(const struct matrix *m, int64_t row, const float *x, int64_t x_stride, int64_t num_tokens, float *out,
@@ -363,6 +365,7 @@ INLINE void down_many(int kind, const struct matrix *m, int64_t first, int64_t e
             for (; c < count; c += UNIT)
                 down_tokens(NUM_VECS, num_tokens, num_rows, z + row, z_stride, weights + c, out + column + c, out_stride);
         }
+        add_outliers(m, row, num_rows, first, end, (const char *)(z + row), FLOAT32, 4 * z_stride, num_tokens, out, out_stride);
     }
 }
 
@@ -411,6 +414,7 @@ INLINE void down_few(int kind, int num_tokens, const struct matrix *m, int64_t f
         }
         for (int64_t column = first; column < end; column += STRIP * LANES)
             down_strip(kind, num_tokens, m, rows, next, num_rows, column, z + row, z_stride, out, out_stride);
+        add_outliers(m, row, num_rows, first, end, (const char *)(z + row), FLOAT32, 4 * z_stride, num_tokens, out, out_stride);
     }
 }
 

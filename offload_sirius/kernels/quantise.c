@@ -11,7 +11,7 @@
 #include <immintrin.h>
 #endif
 
-enum { BLOCK = 32, MAX_GROUP = 128, MAX_INTEGER = 15, ZERO_STEPS = 16, NUM_ITERATIONS = 10, NOT_A_NUMBER = 0x7e00 };
+enum { BLOCK = 32, MAX_GROUP = 128, MAX_INTEGER = 15, ZERO_STEPS = 16, OUTLIER_NBYTES = 4, NUM_ITERATIONS = 10, NOT_A_NUMBER = 0x7e00 };
 
 static const float BETA = 3.0f, SMALLEST_SCALE = 0x1p-24f, LEAST_DIVISOR = 1e-6f;
 
@@ -120,7 +120,7 @@ static int all_finite(const float *weights, int count) {
 static void quantise_row(const float *weights, int64_t width, int group, char *row) {
     const int64_t padded = (width + BLOCK - 1) / BLOCK * BLOCK, num_groups = (width + group - 1) / group;
     uint16_t *scales = (uint16_t *)(row + padded / 2);
-    uint8_t *zeros = (uint8_t *)(scales + num_groups);
+    uint8_t *zeros = (uint8_t *)(scales + num_groups) + OUTLIER_NBYTES;
     for (int64_t index = 0; index < num_groups; index++) {
         const int64_t first = index * group;
         const int count = width - first < group ? width - first : group;

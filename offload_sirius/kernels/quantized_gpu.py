@@ -109,11 +109,14 @@ def _block_tokens(num_tokens: int) -> int:
     return max(16, min(MAX_TOKENS_OF_PROGRAM, 1 << (num_tokens - 1).bit_length()))
 
 
-def _views(rows: QuantizedRows) -> tuple[Tensor, int, Tensor, int, Tensor]:
-    """Integers, scales, zeros, with strides; int8 has no zeros, and its kernels do not look at them."""
+def _views(rows: QuantizedRows) -> tuple[Tensor, int, Tensor, int, Tensor, Tensor, Tensor]:
+    """Integers, scales, zeros, with strides, then places and rests of outliers, as far apart as scales.
+
+    int8 has no zeros, and its kernels do not look at them.
+    """
     integers, scales = rows.integers, rows.scales
     zeros = rows.zeros if rows.form.kind == "int4" else integers
-    return integers, integers.stride(0), scales, scales.stride(0), zeros
+    return integers, integers.stride(0), scales, scales.stride(0), zeros, rows.outlier_places, rows.outlier_rests
 
 
 def _ids(ids: Tensor | None, x: Tensor) -> tuple[Tensor]:
@@ -170,6 +173,16 @@ def _group_products(  # type: ignore[no-untyped-def]
         return tl.dot(values, numbers.to(values.dtype), input_precision="ieee") * scale
 
 
+@triton.jit
+def _outlier_products(x, x_inside, width, places, rests, at, inside):  # type: ignore[no-untyped-def]
+    # x: pointers to rows, [S, 1]; at: of each row [N]. -> float32 [S, N]
+    column = tl.load(places + at, mask=inside, other=0).to(tl.int32) & 0xFFFF
+    rest = tl.load(rests + at, mask=inside, other=0).to(tl.float32)
+    # Bytes from a file may say anything: a place behind the end is nowhere.
+    values = tl.load(x + column[None, :], mask=x_inside & (inside & (column < width))[None, :], other=0).to(tl.float32)
+    return values * rest[None, :]
+
+
 @triton.jit  # type: ignore[untyped-decorator]
 def _activated(g, ACTIVATION: tl.constexpr):  # type: ignore[no-untyped-def]
     if ACTIVATION == "silu":
@@ -195,11 +208,15 @@ def _linear_rows(  # type: ignore[no-untyped-def]
     gate_scales,
     gate_scales_stride,
     gate_zeros,
+    gate_places,
+    gate_rests,
     up_integers,
     up_stride,
     up_scales,
     up_scales_stride,
     up_zeros,
+    up_places,
+    up_rests,
     ids,
     out,
     num_tokens,
@@ -235,6 +252,7 @@ def _linear_rows(  # type: ignore[no-untyped-def]
             INT4,
             GROUP,
         )
+    gates += _outlier_products(x_rows, x_inside, width, gate_places, gate_rests, row * gate_scales_stride, place < num_rows)
     if ACTIVATION != "none":
         ups = tl.zeros((BLOCK_TOKENS, BLOCK_ROWS), dtype=tl.float32)
         for group in range(tl.cdiv(width, GROUP)):
@@ -251,6 +269,7 @@ def _linear_rows(  # type: ignore[no-untyped-def]
                 INT4,
                 GROUP,
             )
+        ups += _outlier_products(x_rows, x_inside, width, up_places, up_rests, row * up_scales_stride, place < num_rows)
         gates = _activated(gates, ACTIVATION) * ups
     tl.store(out + token.to(tl.int64)[:, None] * num_rows + place[None, :], gates, mask=x_inside & rows_inside)
 
@@ -264,6 +283,8 @@ def _down_rows(  # type: ignore[no-untyped-def]
     scales,
     scales_stride,
     zeros,
+    places,
+    rests,
     ids,
     parts,
     num_tokens,
@@ -305,14 +326,16 @@ def _down_rows(  # type: ignore[no-untyped-def]
         numbers = tl.load(integers + row[:, None] * stride + byte[None, :], mask=mask, other=0)
         group = (column // GROUP)[None, :]
         scale = tl.load(scales + row[:, None] * scales_stride + group, mask=mask, other=0).to(tl.float32)
+        outlier = tl.load(places + row * scales_stride, mask=inside, other=0).to(tl.int32)[:, None] & 0xFFFF
+        rest = tl.load(rests + row * scales_stride, mask=inside, other=0).to(tl.float32)[:, None]
         if INT4:
             zero = tl.load(zeros + row[:, None] * stride + group, mask=mask, other=0).to(tl.float32) * 0.0625
-            lows = ((numbers & 15).to(tl.float32) - zero) * scale
-            highs = ((numbers >> 4).to(tl.float32) - zero) * scale
+            lows = ((numbers & 15).to(tl.float32) - zero) * scale + tl.where(column[None, :] == outlier, rest, 0)
+            highs = ((numbers >> 4).to(tl.float32) - zero) * scale + tl.where(column[None, :] + 16 == outlier, rest, 0)
             low = tl.dot(values, lows.to(values.dtype), low, input_precision="ieee")
             high = tl.dot(values, highs.to(values.dtype), high, input_precision="ieee")
         else:
-            weights = numbers.to(tl.float32) * scale
+            weights = numbers.to(tl.float32) * scale + tl.where(column[None, :] == outlier, rest, 0)
             low = tl.dot(values, weights.to(values.dtype), low, input_precision="ieee")
     out = parts + (part * num_tokens + token).to(tl.int64)[:, None] * width + column[None, :]
     tl.store(out, low, mask=z_inside & (column < width)[None, :])

@@ -319,6 +319,23 @@ static void dot_piece_of(const struct matrix *m, int64_t row, const struct token
 
 INLINE int64_t tiles_of(int64_t num_tokens) { return (num_tokens + TILE - 1) / TILE; }
 
+/* Where the sum of a token and a row of the piece is, of the tokens from a tile on. */
+INLINE int64_t total_of(int64_t num_tokens, int64_t first_tile, int64_t t, int64_t r) {
+    return num_tokens == 1 ? r : ((t / TILE - first_tile) * PIECE_ROWS + r) * TILE + t % TILE;
+}
+
+/* totals += products of tokens with the outliers of `count` rows. x: of all tokens. */
+INLINE void add_row_outliers(const struct matrix *m, int64_t row, int64_t count, const char *x, int x_kind, int64_t x_stride,
+                             int64_t num_tokens, int64_t first_tile, float *totals) {
+    if (!has_outliers(m))
+        return;
+    for (int64_t r = 0; r < count; r++) {
+        const struct outlier o = outlier_of(m, row_of(m, row + r));
+        for (int64_t t = first_tile * TILE; t < smaller(num_tokens, (first_tile + MAX_TILES) * TILE); t++)
+            totals[total_of(num_tokens, first_tile, t, r)] += number_of(x_kind, x + t * x_stride, o.place) * o.rest;
+    }
+}
+
 /* number i of a row that is float32 or bfloat16, the nearest one. */
 INLINE void put(int kind, char *row, int64_t i, float number) {
     if (kind == FLOAT32)
@@ -384,14 +401,15 @@ INLINE void product(const struct matrix *m, const struct matrix *up, int activat
                 some.packed += tile * to.tile_nbytes;
                 some.num_tiles = smaller(MAX_TILES, to.num_tiles - tile);
                 dot_piece_of(m, row, &some, totals);
+                add_row_outliers(m, row, count, x, x_kind, x_stride, num_tokens, tile, totals);
                 if (up) {
                     dot_piece_of(up, row, &some, ups);
+                    add_row_outliers(up, row, count, x, x_kind, x_stride, num_tokens, tile, ups);
                     activate(activation, some.num_tiles * PIECE_ROWS * (num_tokens == 1 ? 1 : TILE), totals, ups);
                 }
                 for (int64_t t = tile * TILE; t < smaller(num_tokens, (tile + MAX_TILES) * TILE); t++)
                     for (int64_t r = 0; r < count; r++)
-                        put(out_kind, out + t * out_stride, row + r,
-                            totals[num_tokens == 1 ? r : ((t / TILE - tile) * PIECE_ROWS + r) * TILE + t % TILE]);
+                        put(out_kind, out + t * out_stride, row + r, totals[total_of(num_tokens, tile, t, r)]);
             }
         }
         _tile_release();
@@ -562,6 +580,7 @@ INLINE void down_columns(int kind, int group_log2, const struct matrix *m, int64
                               place + tile * TILE * out_stride, out_stride);
             }
         }
+        add_outliers(m, row, num_rows, first, end, z, z_kind, z_stride, num_tokens, out, out_stride);
     }
 }
 

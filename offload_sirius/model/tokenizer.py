@@ -255,7 +255,8 @@ def _chat_template(directory: Path, config: Mapping[str, Any]) -> str | None:
 def _default_template(template: Any) -> str | None:
     """A model has one template, or several with names, as a list or as a mapping."""
     if isinstance(template, list):
-        template = {each["name"]: each["template"] for each in template}
+        named = [each for each in template if isinstance(each, dict) and isinstance(each.get("name"), str)]
+        template = {each["name"]: each.get("template") for each in named}
     if isinstance(template, dict):
         template = template.get("default")
     return template if isinstance(template, str) else None

@@ -1,8 +1,10 @@
 """Quantising: rows of float weights become the bytes of quantization.py. Knows no layers and no files.
 
-int8 takes the scale that the largest weight needs. int4 begins with the scale and zero that cover the group, and improves
-both after HQQ (Badri and Shaji, "Half-Quadratic Quantization of Large Machine Learning Models", mobiusml.github.io/hqq_blog,
-2023), which looks at weights only and needs no data. For the integers q that a scale and zero give, in steps of the scale,
+Of each row the largest weight is the outlier: it is taken out, and what is missing at its place is stored beside. Of what is
+left, int8 takes the scale that the largest weight of a group needs. int4 begins with the scale and zero that cover the group,
+and improves both after HQQ (Badri and Shaji, "Half-Quadratic Quantization of Large Machine Learning Models",
+mobiusml.github.io/hqq_blog, 2023), which looks at weights only and needs no data. For the integers q that a scale and zero
+give, in steps of the scale,
 
     residual   e = w / scale - (q - zero)
     shrunk     r = sign(e) * max(0, |e| - |e|^(p - 1) / beta)       what is given up as an outlier, p = 1/2
@@ -67,10 +69,7 @@ def quantise_rows(weights: Tensor, form: WeightFormat, out: Tensor | None = None
     for start in range(0, num_rows, step):
         rows = QuantizedRows(out[start : start + step], width, form)
         rows.rows.zero_()  # padding has a value, too: the same weights are the same bytes
-        chunk = weights[start : start + step].float()
-        in_c = form.kind == "int4" and chunk.device.type == "cpu"
-        if not (in_c and quantise_int4(chunk, rows)):
-            quantise_reference(chunk, rows)
+        quantise_chunk(weights[start : start + step].float(), rows)
         _check(rows)
     return out
 
@@ -92,8 +91,21 @@ def quantization_error(weights: Tensor, rows: Tensor, form: WeightFormat) -> Qua
     return QuantizationError(largest=largest, relative_rms=(squares / power) ** 0.5 if power else 0.0)
 
 
+def quantise_chunk(weights: Tensor, rows: QuantizedRows) -> None:
+    """weights float32 [n, D] into rows that hold zeros."""
+    places = weights.abs().argmax(dim=1, keepdim=True)  # [n, 1]; of a row that is not finite, a place that is not
+    left = weights.scatter(1, places, 0.0)
+    in_c = rows.form.kind == "int4" and left.device.type == "cpu"
+    if not (in_c and quantise_int4(left, rows)):
+        quantise_reference(left, rows)
+    rows.outlier_places.copy_(places)
+    # In 8 bits the integer at that place is 0. In 4 bits no integer need stand for 0.
+    stored = rows.without_outliers().gather(1, places) if rows.form.kind == "int4" else 0.0
+    rows.outlier_rests.copy_(weights.gather(1, places) - stored)
+
+
 def quantise_reference(weights: Tensor, rows: QuantizedRows) -> None:
-    """weights float32 [n, D] into rows that hold zeros, in torch."""
+    """weights float32 [n, D], their outliers taken out, into rows that hold zeros, in torch."""
     integers = torch.zeros(len(rows), -(-rows.width // BLOCK) * BLOCK, device=weights.device)  # [n, blocks * 32]
     whole = rows.width // rows.form.group * rows.form.group
     first_of_last = whole // rows.form.group
@@ -130,9 +142,9 @@ def _reaching_scale(largest: Tensor) -> Tensor:
 
 
 def _check(rows: QuantizedRows) -> None:
-    if not torch.isfinite(rows.scales).all():
+    if not (torch.isfinite(rows.scales).all() and torch.isfinite(rows.outlier_rests).all()):
         raise CheckpointError(
-            f"weights cannot be written as {rows.form.kind}: some are not finite, or too large for a float16 scale; "
+            f"weights cannot be written as {rows.form.kind}: some are not finite, or too large for float16; "
             "use weights that are not quantised"
         )
 

@@ -265,6 +265,22 @@ def test_what_cannot_be_answered_is_refused_when_it_is_submitted(load: Load, bud
         batch.submit(HELLO)
 
 
+def test_what_is_refused_while_answers_are_written_leaves_them_as_they_are(load: Load, budgets: Budgets, plain: Engine) -> None:
+    engine = loaded(WAYS["hot"], 2, load, budgets)
+    batch, settings = engine.batch(), {"max_new_tokens": 12, "ignore_eos": True}
+    short, answer = batch.submit(HELLO, max_new_tokens=1), batch.submit([*HELLO, 7], **settings)
+    batch.step()
+    assert (short.state, answer.state, engine._streamed.slots[0].is_busy) == ("done", "active", False)
+    with pytest.raises(RuntimeError, match="are being written: end them before another one is begun"):
+        engine.generate(HELLO, max_new_tokens=2)
+    with pytest.raises(RuntimeError, match="are being written: end them before a text is scored"):
+        engine.score(HELLO, [[7]])
+    finished(batch)
+    assert answer.result.token_ids == alone(plain, [*HELLO, 7], **settings)
+    (found,), (expected,) = engine.score(HELLO, [[7]])[0], plain.score(HELLO, [[7]])[0]
+    assert found.log_probability == pytest.approx(expected.log_probability, abs=1e-4)
+
+
 def test_pieces_have_log_probabilities_where_they_are_asked_for(load: Load, budgets: Budgets, plain: Engine) -> None:
     batch, pieces = loaded(WAYS["hot"], 2, load, budgets).batch(), list[TextPiece]()
     batch.submit(HELLO, on_piece=pieces.append, max_new_tokens=9, ignore_eos=True, logprobs=2, **SAMPLED)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import struct
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from offload_sirius.kernels.packed import QuantizedRows
+from offload_sirius.kernels.quantized import quantized_down, quantized_linear
 from offload_sirius.quantization import GROUPS, KINDS, WeightFormat
 
 FORMATS = [WeightFormat(kind=kind, group=group) for kind in KINDS for group in GROUPS]
@@ -20,6 +22,8 @@ def random_rows(num_rows: int, width: int, form: WeightFormat, gap: int = 0) -> 
     storage = torch.randint(0, 256, (num_rows, form.row_nbytes(width) + gap), dtype=torch.uint8, generator=generator)
     rows = QuantizedRows(storage[:, : form.row_nbytes(width)], width, form)
     rows.scales.copy_(torch.rand(num_rows, form.num_groups(width), generator=generator) * 0.01)
+    rows.outlier_rests.copy_(torch.rand(num_rows, 1, generator=generator))
+    rows.outlier_places.copy_(torch.randint(0, width, (num_rows, 1), generator=generator))
     if form.kind == "int8":
         rows.integers.clamp_(min=-127)
     return rows
@@ -28,18 +32,20 @@ def random_rows(num_rows: int, width: int, form: WeightFormat, gap: int = 0) -> 
 def read_row(row: bytes, width: int, form: WeightFormat) -> list[float]:
     """A row by the text of quantization.py, weight by weight."""
     weights = []
+    blocks, groups = -(-width // 32), -(-width // form.group)
+    outlier, rest = struct.unpack_from("<He", row, (32 if form.kind == "int8" else 16) * blocks + 2 * groups)
     for index in range(width):
         group, block, place = index // form.group, index // 32, index % 32
-        blocks, groups = -(-width // 32), -(-width // form.group)
         if form.kind == "int8":
             (scale,) = struct.unpack_from("<e", row, 32 * blocks + 2 * group)
             (integer,) = struct.unpack_from("<b", row, index)
             weights.append(integer * scale)
         else:
             (scale,) = struct.unpack_from("<e", row, 16 * blocks + 2 * group)
-            zero = row[16 * blocks + 2 * groups + group] / 16
+            zero = row[16 * blocks + 2 * groups + 4 + group] / 16
             both = row[16 * block + place % 16]
             weights.append(((both & 15 if place < 16 else both >> 4) - zero) * scale)
+    weights[outlier] = float(np.float32(weights[outlier]) + np.float32(rest))
     return weights
 
 
@@ -67,6 +73,17 @@ def test_writing_through_views_changes_the_bytes() -> None:
     assert weights[0, 16] == 0.75
     assert weights[0, 1] == -0.25
     assert rows[:1].dequantised().count_nonzero() == 0
+
+
+@pytest.mark.parametrize("form", FORMATS, ids=str)
+def test_an_outlier_behind_the_end_is_nowhere(form: WeightFormat) -> None:
+    rows = random_rows(3, 40, form)
+    rows.outlier_places[1] = 40
+    rows.outlier_places[2] = -1  # 65535
+    assert torch.equal(rows.dequantised()[1:], rows.without_outliers()[1:])
+    x = torch.randn(2, 40, generator=torch.Generator().manual_seed(0))
+    assert torch.allclose(quantized_linear(x, rows), x @ rows.dequantised().t(), atol=1e-5)
+    assert torch.allclose(quantized_down(x[:, :3], rows), x[:, :3] @ rows.dequantised(), atol=1e-5)
 
 
 def test_int8_has_no_zeros() -> None:

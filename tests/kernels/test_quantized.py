@@ -138,7 +138,8 @@ def test_the_kernels_compile_for_a_gpu_and_multiply_on_tensor_cores(
         constexprs = {**constants, **own}
         signature = {name: "constexpr" if name in constexprs else types.get(name, "i32") for name in kernel.arg_names}
         signature |= {name: integers for name in signature if name.endswith(("integers", "zeros"))}
-        signature |= {name: "*fp16" for name in signature if name.endswith("scales")}
+        signature |= {name: "*fp16" for name in signature if name.endswith(("scales", "rests"))}
+        signature |= {name: "*i16" for name in signature if name.endswith("places")}
         wide = [
             place
             for place, name in enumerate(kernel.arg_names)

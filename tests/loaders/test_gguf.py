@@ -480,6 +480,12 @@ def test_a_name_that_would_break_the_line_is_refused(path: Path) -> None:
     assert failure(path) == "the name of a metadata field before byte 34 is not printable; download the file again"
 
 
+def test_a_name_longer_than_any_line_is_refused(path: Path) -> None:
+    field = struct.pack("<Q", 501) + b"a" * 501 + struct.pack("<II", 4, 7)
+    path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + field)
+    assert failure(path) == "the name of a metadata field before byte 533 has more than 500 characters; download the file again"
+
+
 def test_a_repeated_field_is_refused(path: Path) -> None:
     field = struct.pack("<Q", 1) + b"a" + struct.pack("<II", 4, 7)
     path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 2) + field * 2)

@@ -269,6 +269,10 @@ ENTRY = {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]}
         (encode(b"{]", b""), "header: broken JSON at line 1 column 2"),
         (encode(b"[]", b""), "header: holds [], a JSON object is needed"),
         (encode(b'{"t": {}, "t": {}}', b""), "header: key 't' stands twice"),
+        (
+            encode({"t" * 501: {}}, b""),
+            "tensor 'tttttttttttt...ttttttttttttt' is described by {}; a printable name and an object",
+        ),
         (encode({"t": 3}, b""), "tensor t is described by 3; a printable name and an object are needed"),
         (encode({"a\nb": ENTRY}, bytes(16)), "tensor 'a\\nb' is described by"),
         (encode({"t": {}}, b""), "tensor t has dtype None; known are F4,"),

@@ -217,6 +217,19 @@ def test_nothing_is_added_around_a_rendered_chat(byte_level: tokenizers.Tokenize
     assert tokenizer.apply_chat(CHAT).count(begin) == 1
 
 
+@pytest.mark.parametrize(
+    "named", [[1], [[]], [{}], [{"name": ["default"], "template": "x"}], [{"name": "default"}], {"default": 1}]
+)
+def test_named_templates_and_special_tokens_that_are_none_count_as_none(
+    named: object, byte_level: tokenizers.Tokenizer, tmp_path: Path
+) -> None:
+    byte_level.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": named, "eos_token": "\ud800"}))
+    tokenizer = load(tmp_path)
+    assert not tokenizer.has_chat_template
+    assert tokenizer.end_token_ids == frozenset()
+
+
 def test_a_template_file_goes_before_the_config_and_default_before_other_names(
     byte_level: tokenizers.Tokenizer, tmp_path: Path
 ) -> None:
