@@ -76,6 +76,27 @@ def test_a_line_that_cannot_be_answered_says_why_and_the_others_are_answered(
     assert answered["figures"]["new_tokens"] == answered["usage"]["completion_tokens"] == 4
 
 
+def test_messages_are_a_conversation_and_a_prompt_is_its_first_message(
+    run: Run, files: tuple[str, ...], tmp_path: Path, chat_directory: Path
+) -> None:
+    asked = [
+        {"messages": [{"role": "user", "content": "hello there"}]},
+        {"prompt": "hello there"},
+        {"prompt": "hello there", "chat": False},
+        {"messages": [{"role": "system", "content": "good bye"}, {"role": "user", "content": "hello there"}]},
+    ]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(each) + "\n" for each in asked))
+    given = ("batch", *files, "--device", "cpu", "--threads", "1", "--mode", "full", "--max-new-tokens", "4")
+    assert run(*given, "--model", str(chat_directory)).code == 0
+    conversation, prompt, plain, longer = answers(tmp_path / "out.jsonl")
+    assert conversation["token_ids"] == prompt["token_ids"]
+    lengths = [each["usage"]["prompt_tokens"] for each in (conversation, prompt, plain, longer)]
+    assert lengths[2] < lengths[0] == lengths[1] < lengths[3]
+    (tmp_path / "out.jsonl").unlink()
+    assert run(*given, "--model", TINY[1]).code == 1
+    assert "has no chat template" in answers(tmp_path / "out.jsonl")[0]["error"]
+
+
 WRONG = {
     "no --out": (("--in", "IN"), "--out is not given; give --in FILE and --out FILE"),
     "no --in": (("--out", "OUT"), "--in is not given; give --in FILE and --out FILE"),
