@@ -176,14 +176,10 @@ class LinesFile:
             raise self._unwritable(error) from error
         self._num_whole_bytes += len(content)
 
-    def give_up(self) -> None:
-        """Nothing comes of it: a file that was not there does not stay."""
-        if self._is_new and os.fstat(self._file).st_size == 0:
-            self.path.unlink()
-        self.close()
-
     def close(self) -> None:
-        """Give the file to others."""
+        """Give the file to others. One that was not there and has nothing does not stay."""
+        if self._is_new and os.fstat(self._file).st_size == 0:
+            self.path.unlink(missing_ok=True)
         os.close(self._file)
 
     def _unwritable(self, error: OSError) -> ConfigError:
@@ -203,10 +199,10 @@ class Results:
         self._out, self._ids, self._asked = out, ids, asked
         with ExitStack() as undone:
             self._journal = LinesFile(journal_path(out, process))
-            undone.callback(self._journal.give_up)
+            undone.callback(self._journal.close)
             self._output = LinesFile(out) if process == 0 else None
             if self._output is not None:
-                undone.callback(self._output.give_up)
+                undone.callback(self._output.close)
             # Nobody else writes them from here on, so that this is what is there.
             self._finished = read_finished(out, ids, asked)
             self._begin()
@@ -270,7 +266,9 @@ class Results:
             journal.unlink()
 
     def close(self) -> None:
-        """Give the files to others."""
+        """Give the files to others. Where no prompt has its answer, nothing stays: the next run may be asked for anything."""
+        if self.num_done == 0:
+            self._journal.cut(0)
         self._journal.close()
         if self._output is not None:
             self._output.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -25,7 +26,7 @@ COMMAND = ("batch", *TINY)
 def prompts(number: int) -> str:
     """Prompts and answers of many lengths, so that answers end in another order than they began; every second one is drawn."""
     lines = [
-        {"id": f"p{i}", "prompt": f"question {i}"[: 4 + i % 9], "max_tokens": 1 + i * 7 % 6, "temperature": i % 2, "seed": i}
+        {"id": f"p{i}", "prompt": f"question {i}"[: 4 + i % 9], "max_tokens": 1 + i * 7 % 5, "temperature": i % 2, "seed": i}
         for i in range(number)
     ]
     return "".join(json.dumps(line) + "\n" for line in lines)
@@ -75,6 +76,27 @@ def test_a_line_that_cannot_be_answered_says_why_and_the_others_are_answered(
     assert answered["figures"]["new_tokens"] == answered["usage"]["completion_tokens"] == 4
 
 
+def test_messages_are_a_conversation_and_a_prompt_is_its_first_message(
+    run: Run, files: tuple[str, ...], tmp_path: Path, chat_directory: Path
+) -> None:
+    asked = [
+        {"messages": [{"role": "user", "content": "hello there"}]},
+        {"prompt": "hello there"},
+        {"prompt": "hello there", "chat": False},
+        {"messages": [{"role": "system", "content": "good bye"}, {"role": "user", "content": "hello there"}]},
+    ]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(each) + "\n" for each in asked))
+    given = ("batch", *files, "--device", "cpu", "--threads", "1", "--mode", "full", "--max-new-tokens", "4")
+    assert run(*given, "--model", str(chat_directory)).code == 0
+    conversation, prompt, plain, longer = answers(tmp_path / "out.jsonl")
+    assert conversation["token_ids"] == prompt["token_ids"]
+    lengths = [each["usage"]["prompt_tokens"] for each in (conversation, prompt, plain, longer)]
+    assert lengths[2] < lengths[0] == lengths[1] < lengths[3]
+    (tmp_path / "out.jsonl").unlink()
+    assert run(*given, "--model", TINY[1]).code == 1
+    assert "has no chat template" in answers(tmp_path / "out.jsonl")[0]["error"]
+
+
 WRONG = {
     "no --out": (("--in", "IN"), "--out is not given; give --in FILE and --out FILE"),
     "no --in": (("--out", "OUT"), "--in is not given; give --in FILE and --out FILE"),
@@ -101,21 +123,26 @@ def test_wrong_use_ends_with_one_line(
     assert (tmp_path / "in.jsonl").read_text() == prompts(12)
 
 
+def signal_at_step(number: int, moment: int, patched: pytest.MonkeyPatch) -> None:
+    """Send it in front of the step of that number."""
+    step, count = Batch.step, 0
+
+    def watched(batch: Batch) -> bool:
+        nonlocal count
+        count += 1
+        if count == moment:
+            os.kill(os.getpid(), number)
+        return step(batch)
+
+    patched.setattr(Batch, "step", watched)
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_leaves_what_the_same_command_goes_on_with(
     number: int, code: int, run: Run, files: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    step, count = Batch.step, 0
-
-    def step_then_signal(batch: Batch) -> bool:
-        nonlocal count
-        count += 1
-        if count == 4:
-            os.kill(os.getpid(), number)
-        return step(batch)
-
     with monkeypatch.context() as patched:
-        patched.setattr(Batch, "step", step_then_signal)
+        signal_at_step(number, 4, patched)
         ran = run(*COMMAND, *files, "--parallel", "4", "--mode", "full")
     assert ran.code == code
     said = ran.err.splitlines()[-1]
@@ -132,18 +159,34 @@ def test_a_signal_leaves_what_the_same_command_goes_on_with(
 def test_a_run_does_not_go_on_with_other_settings(
     run: Run, files: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupted(batch: Batch) -> bool:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched:
-        patched.setattr(Batch, "step", interrupted)
-        assert run(*COMMAND, *files).code == 130
-    ran = run(*COMMAND, *files, "--top-k", "3")
+    for moment in (4, 1):
+        with monkeypatch.context() as patched:
+            signal_at_step(signal.SIGINT, moment, patched)
+            assert run(*COMMAND, *files, "--mode", "full", "--parallel", "4").code == 130
+    ran = run(*COMMAND, *files, "--mode", "full", "--top-k", "3")
     assert (ran.code, ran.err) == (
         2,
         f"error: --out {tmp_path}/out.jsonl: was begun with another top_k: 0, and now it is 3; "
         "give what it was begun with, or name another --out\n",
     )
+
+
+def test_a_run_that_has_answered_nothing_leaves_nothing(run: Run, files: tuple[str, ...], tmp_path: Path) -> None:
+    ran = run(*COMMAND, *files, "--device-memory", "1KiB")
+    assert ran.code == 2
+    assert ran.err.startswith("error: device budget 1.00 KiB is too small")
+    assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["in.jsonl"]
+
+
+def test_one_process_where_several_were_asked_for_says_how_there_would_be_more(
+    run: Run, files: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (("ACCELERATE_USE_CPU", "True"), ("MASTER_ADDR", "127.0.0.1")):
+        monkeypatch.setenv(name, value)
+    ran = run(*COMMAND, *files, "--mode", "full")
+    assert ran.code == 0
+    assert ran.err.startswith("warning: accelerate starts one process on CPUs, however many it is asked for, unless it has")
+    assert len(answers(Path(files[3]))) == 12
 
 
 def start(*command: str) -> subprocess.Popen[bytes]:
@@ -173,7 +216,7 @@ def count_lines(out: Path) -> int:
 
 def test_a_run_of_300_prompts_that_is_killed_twice_gives_the_file_of_an_unbroken_one(run: Run, tmp_path: Path) -> None:
     (tmp_path / "in.jsonl").write_text(prompts(NUM_PROMPTS))
-    given = (*COMMAND, "--in", str(tmp_path / "in.jsonl"), "--parallel", "16", "--mode", "full", "--out")
+    given = (*COMMAND, "--in", str(tmp_path / "in.jsonl"), "--parallel", "32", "--mode", "full", "--out")
     whole, out = tmp_path / "whole.jsonl", tmp_path / "out.jsonl"
     assert run(*given, str(whole)).code == 0
     for num_lines in (60, 170):
@@ -195,7 +238,7 @@ def test_two_processes_of_accelerate_share_a_file_and_go_on_where_they_were_kill
     # What a killed run has left in the journal of a process: the last answer, and a beginning of another.
     last = whole.read_bytes().splitlines(keepends=True)[-1]
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(Batch, "step", lambda batch: (_ for _ in ()).throw(KeyboardInterrupt))
+        signal_at_step(signal.SIGINT, 2, patched)
         assert run(*given, str(out)).code == 130
     journal = tmp_path / "out.jsonl.partial"
     (tmp_path / "out.jsonl.partial-1").write_bytes(journal.read_bytes() + last + b'{"id": "p')
@@ -203,8 +246,9 @@ def test_two_processes_of_accelerate_share_a_file_and_go_on_where_they_were_kill
     launched = start(*launch, "-m", "offload_sirius", *given, str(out))
     said = launched.communicate(timeout=200)[1].decode()
     assert launched.returncode == 0, said
-    assert "1 of 12 prompts are answered; going on" in said
-    assert "6 prompts, 4 at once, by one of 2 processes" in said
-    assert "5 prompts, 4 at once, by one of 2 processes" in said
+    done = [int(number) for number in re.findall(r"(\d+) of 12 prompts are answered; going on", said)]
+    shares = [int(number) for number in re.findall(r"(\d+) prompts, 4 at once, by one of 2 processes", said)]
+    assert len(done) == 1
+    assert sorted(shares) == [(12 - done[0]) // 2, (13 - done[0]) // 2]
     assert out.read_bytes() == whole.read_bytes()
     assert not list(tmp_path.glob("*.partial*"))
