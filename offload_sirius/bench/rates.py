@@ -102,6 +102,7 @@ class RandomWeights:
                 if isinstance(matrix, QuantizedRows):
                     matrix.rows.random_(256)
                     matrix.scales.fill_(QUANTIZED_SCALE)
+                    matrix.outlier_rests.zero_()  # any bits may be no number
         self.final_norm = torch.ones(spec.width, dtype=dtype, device=device)
         self.head = torch.zeros(spec.vocab_size, spec.width, dtype=dtype, device=device)
         self._table = torch.ones(spec.vocab_size, spec.width, dtype=dtype)

@@ -68,7 +68,6 @@ class _Matrix(ctypes.Structure):
     _fields_ = (
         ("rows", ctypes.c_void_p),
         ("stride", ctypes.c_int64),
-        ("ids", ctypes.c_void_p),
         ("num_rows", ctypes.c_int64),
         ("width", ctypes.c_int64),
         ("kind", ctypes.c_int32),
@@ -81,9 +80,9 @@ def available() -> bool:
     return native("products").library is not None
 
 
-def linear(x: Tensor, rows: Rows, ids: Tensor | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
-    """y = x rows^T: x [S, D] -> [S, N], computed in float32. ids: int64 [N], the rows to take; None takes all."""
-    matrix = _matrix(rows, x.shape[1], ids)
+def linear(x: Tensor, rows: Rows, dtype: torch.dtype = torch.float32) -> Tensor:
+    """y = x rows^T: x [S, D] -> [S, N], computed in float32."""
+    matrix = _matrix(rows, x.shape[1])
     unit = _tiles_for(matrix)
     if unit is None:
         return _linear(x, matrix).to(dtype)
@@ -96,11 +95,9 @@ def linear(x: Tensor, rows: Rows, ids: Tensor | None = None, dtype: torch.dtype 
     return out if out.dtype == dtype else out.to(dtype)
 
 
-def gate_up(
-    x: Tensor, gate: Rows, up: Rows, activation: Activation, ids: Tensor | None = None, dtype: torch.dtype = torch.float32
-) -> Tensor:
-    """z = activation(x gate^T) * (x up^T): x [S, D] -> [S, N], computed in float32. ids: int64 [N], the rows to take of both."""
-    gates, ups = _matrix(gate, x.shape[1], ids), _matrix(up, x.shape[1], ids)
+def gate_up(x: Tensor, gate: Rows, up: Rows, activation: Activation, dtype: torch.dtype = torch.float32) -> Tensor:
+    """z = activation(x gate^T) * (x up^T): x [S, D] -> [S, N], computed in float32."""
+    gates, ups = _matrix(gate, x.shape[1]), _matrix(up, x.shape[1])
     assert gates.num_rows == ups.num_rows, (gates.num_rows, ups.num_rows)
     unit = _tiles_for(gates)
     if unit is None or _tiles_for(ups) is None:
@@ -120,12 +117,12 @@ def gate_up(
     return out if out.dtype == dtype else out.to(dtype)
 
 
-def down(z: Tensor, rows: Rows, ids: Tensor | None = None) -> Tensor:
-    """y = z rows: z [S, N], N rows of D -> float32 [S, D]. ids: int64 [N], the rows that z belongs to; None takes all."""
+def down(z: Tensor, rows: Rows) -> Tensor:
+    """y = z rows: z [S, N], N rows of D -> float32 [S, D]."""
     width = rows.width if isinstance(rows, QuantizedRows) else rows.shape[1]
     if z.shape[0] == 0:
         return torch.zeros(0, width)
-    matrix = _matrix(rows, width, ids)
+    matrix = _matrix(rows, width)
     assert z.shape[1] == matrix.num_rows, (z.shape, matrix.num_rows)
     out = torch.empty(z.shape[0], -(-width // BLOCK) * BLOCK)
     if unit := _tiles_for(matrix):
@@ -248,8 +245,8 @@ def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
     return library
 
 
-def _matrix(rows: Rows, width: int, ids: Tensor | None) -> _Matrix:
-    """The caller keeps rows and ids alive."""
+def _matrix(rows: Rows, width: int) -> _Matrix:
+    """The caller keeps rows alive."""
     if isinstance(rows, QuantizedRows):
         assert rows.width == width, (rows.width, width)
         storage, kind, group_log2 = rows.rows, _KIND_IDS[rows.form.kind], rows.form.group.bit_length() - 1
@@ -258,12 +255,10 @@ def _matrix(rows: Rows, width: int, ids: Tensor | None) -> _Matrix:
         assert rows.stride(1) == 1, rows.stride()
         storage, kind, group_log2 = rows, _KIND_IDS[rows.dtype], _PLAIN_GROUP_LOG2
     assert storage.device.type == "cpu", storage.device
-    assert ids is None or (ids.dtype == torch.int64 and ids.is_contiguous()), ids
     return _Matrix(
         rows=storage.data_ptr(),
         stride=storage.stride(0) * storage.element_size(),
-        ids=None if ids is None else ids.data_ptr(),
-        num_rows=storage.shape[0] if ids is None else ids.shape[0],
+        num_rows=storage.shape[0],
         width=width,
         kind=kind,
         group_log2=group_log2,

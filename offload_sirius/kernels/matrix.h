@@ -23,7 +23,6 @@ enum {
 struct matrix {
     const char *rows;
     int64_t stride;       /* bytes from row to row */
-    const int64_t *ids;   /* which rows; NULL: the first ones */
     int64_t num_rows;
     int64_t width;        /* weights of a row */
     int32_t kind;
@@ -34,7 +33,7 @@ INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 INLINE int64_t rounded_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
 
 INLINE const char *row_of(const struct matrix *m, int64_t index) {
-    return m->rows + (m->ids ? m->ids[index] : index) * m->stride;
+    return m->rows + index * m->stride;
 }
 
 INLINE int64_t place_of(int kind, int64_t column) {

@@ -4,8 +4,8 @@
     gate_up   z = activation(x Wgate^T) * (x Wup^T)             x [S, D], twice N rows of D -> [S, N]
     down      y = z W, the sum of z_j times row j               z [S, N], N rows of D -> [S, D]
 
-All give float32. Each takes a subset of the rows by their numbers, which need not be sorted; on the device of the rows, and not
-checked. Meant for a window of tokens: nothing is gained by rows that stay quantised once there are some hundred. Knows no layers.
+All give float32. Meant for a window of tokens: nothing is gained by rows that stay quantised once there are some hundred. Knows
+no layers.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ REFERENCE_ROWS = 256
 """Rows that the reference holds in float32 at once."""
 
 
-def quantized_linear(x: Tensor, rows: QuantizedRows, ids: Tensor | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
-    """y = x rows^T: x [S, D] of any float type -> [S, N]. ids: int64 [N], contiguous; None takes all rows.
+def quantized_linear(x: Tensor, rows: QuantizedRows, dtype: torch.dtype = torch.float32) -> Tensor:
+    """y = x rows^T: x [S, D] of any float type -> [S, N].
 
     dtype: what sums, which are float32, are rounded to.
     """
     if _on_gpu(x):
         from offload_sirius.kernels import quantized_gpu
 
-        return quantized_gpu.linear(_contiguous(x), rows, ids).to(dtype)
-    return cpu.linear(x, rows, ids, dtype) if _by_library(x) else linear_reference(x, rows, ids).to(dtype)
+        return quantized_gpu.linear(_contiguous(x), rows).to(dtype)
+    return cpu.linear(x, rows, dtype) if _by_library(x) else linear_reference(x, rows).to(dtype)
 
 
 def quantized_gate_up(
@@ -44,10 +44,9 @@ def quantized_gate_up(
     gate: QuantizedRows,
     up: QuantizedRows,
     activation: Activation,
-    ids: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """z = activation(x gate^T) * (x up^T): x [S, D] of any float type -> [S, N]. ids: int64 [N], contiguous, of both.
+    """z = activation(x gate^T) * (x up^T): x [S, D] of any float type -> [S, N].
 
     dtype: what z, computed in float32, is rounded to.
     """
@@ -55,41 +54,37 @@ def quantized_gate_up(
         assert gate.form == up.form, (gate.form, up.form)
         from offload_sirius.kernels import quantized_gpu
 
-        return quantized_gpu.gate_up(_contiguous(x), gate, up, activation, ids).to(dtype)
+        return quantized_gpu.gate_up(_contiguous(x), gate, up, activation).to(dtype)
     if _by_library(x):
-        return cpu.gate_up(x, gate, up, activation, ids, dtype)
-    return gate_up_reference(x, gate, up, activation, ids).to(dtype)
+        return cpu.gate_up(x, gate, up, activation, dtype)
+    return gate_up_reference(x, gate, up, activation).to(dtype)
 
 
-def quantized_down(z: Tensor, rows: QuantizedRows, ids: Tensor | None = None) -> Tensor:
-    """y = z rows: z [S, N] of any float type -> float32 [S, D]. ids: int64 [N], contiguous: the rows that z belongs to.
+def quantized_down(z: Tensor, rows: QuantizedRows) -> Tensor:
+    """y = z rows: z [S, N] of any float type -> float32 [S, D].
 
     On a GPU weights are rounded to the type of z.
     """
     if _on_gpu(z):
         from offload_sirius.kernels import quantized_gpu
 
-        return quantized_gpu.down(_contiguous(z), rows, ids)
-    return cpu.down(z, rows, ids) if _by_library(z) else down_reference(z, rows, ids)
+        return quantized_gpu.down(_contiguous(z), rows)
+    return cpu.down(z, rows) if _by_library(z) else down_reference(z, rows)
 
 
-def linear_reference(x: Tensor, rows: QuantizedRows, ids: Tensor | None = None) -> Tensor:
+def linear_reference(x: Tensor, rows: QuantizedRows) -> Tensor:
     """quantized_linear in torch."""
-    rows = _taken(rows, ids)
     parts = [functional.linear(x.float(), part.dequantised()) for part in _parts(rows)]
     return torch.cat(parts, dim=1) if parts else x.new_empty(x.shape[0], 0, dtype=torch.float32)
 
 
-def gate_up_reference(
-    x: Tensor, gate: QuantizedRows, up: QuantizedRows, activation: Activation, ids: Tensor | None = None
-) -> Tensor:
+def gate_up_reference(x: Tensor, gate: QuantizedRows, up: QuantizedRows, activation: Activation) -> Tensor:
     """quantized_gate_up in torch."""
-    return activated(linear_reference(x, gate, ids), activation) * linear_reference(x, up, ids)
+    return activated(linear_reference(x, gate), activation) * linear_reference(x, up)
 
 
-def down_reference(z: Tensor, rows: QuantizedRows, ids: Tensor | None = None) -> Tensor:
+def down_reference(z: Tensor, rows: QuantizedRows) -> Tensor:
     """quantized_down in torch."""
-    rows = _taken(rows, ids)
     y = z.new_zeros(z.shape[0], rows.width, dtype=torch.float32)
     for part, values in zip(_parts(rows), z.float().split(REFERENCE_ROWS, dim=1), strict=False):
         y += values @ part.dequantised()
@@ -114,10 +109,6 @@ def _by_library(x: Tensor) -> bool:
 def _contiguous(x: Tensor) -> Tensor:
     """Each row contiguous."""
     return x if x.stride(1) == 1 else x.contiguous()
-
-
-def _taken(rows: QuantizedRows, ids: Tensor | None) -> QuantizedRows:
-    return rows if ids is None else QuantizedRows(rows.rows[ids], rows.width, rows.form)
 
 
 def _parts(rows: QuantizedRows) -> list[QuantizedRows]:

@@ -35,21 +35,21 @@ MAX_DOWN_PARTS = 8
 """Columns alone are too few programs for a large GPU."""
 
 
-def linear(x: Tensor, rows: QuantizedRows, ids: Tensor | None) -> Tensor:
+def linear(x: Tensor, rows: QuantizedRows) -> Tensor:
     """x [S, D] -> float32 [S, N]; see quantized.py."""
-    out = torch.empty(x.shape[0], len(rows) if ids is None else len(ids), device=x.device)
-    _launch(x, rows, rows, ids, out, "none")
+    out = torch.empty(x.shape[0], len(rows), device=x.device)
+    _launch(x, rows, rows, out, "none")
     return out
 
 
-def gate_up(x: Tensor, gate: QuantizedRows, up: QuantizedRows, activation: Activation, ids: Tensor | None) -> Tensor:
+def gate_up(x: Tensor, gate: QuantizedRows, up: QuantizedRows, activation: Activation) -> Tensor:
     """x [S, D] -> float32 [S, N]; see quantized.py."""
-    out = torch.empty(x.shape[0], len(gate) if ids is None else len(ids), device=x.device)
-    _launch(x, gate, up, ids, out, activation)
+    out = torch.empty(x.shape[0], len(gate), device=x.device)
+    _launch(x, gate, up, out, activation)
     return out
 
 
-def down(z: Tensor, rows: QuantizedRows, ids: Tensor | None) -> Tensor:
+def down(z: Tensor, rows: QuantizedRows) -> Tensor:
     """z [S, N] -> float32 [S, D]; see quantized.py."""
     num_tokens, num_rows = z.shape
     num_parts = max(1, min(MAX_DOWN_PARTS, num_rows // (4 * DOWN_ROWS)))
@@ -64,7 +64,6 @@ def down(z: Tensor, rows: QuantizedRows, ids: Tensor | None) -> Tensor:
             z,
             z.stride(0),
             *_views(rows),
-            *_ids(ids, z),
             parts,
             num_tokens,
             num_rows,
@@ -72,7 +71,6 @@ def down(z: Tensor, rows: QuantizedRows, ids: Tensor | None) -> Tensor:
             rows_of_part,
             INT4=rows.form.kind == "int4",
             GROUP=rows.form.group,
-            HAS_IDS=ids is not None,
             BLOCK_TOKENS=block_tokens,
             BLOCK_COLUMNS=DOWN_COLUMNS,
             BLOCK_ROWS=DOWN_ROWS,
@@ -80,7 +78,7 @@ def down(z: Tensor, rows: QuantizedRows, ids: Tensor | None) -> Tensor:
     return parts.sum(0)
 
 
-def _launch(x: Tensor, gate: QuantizedRows, up: QuantizedRows, ids: Tensor | None, out: Tensor, activation: str) -> None:
+def _launch(x: Tensor, gate: QuantizedRows, up: QuantizedRows, out: Tensor, activation: str) -> None:
     if out.numel() == 0:
         return
     num_tokens, num_rows = out.shape
@@ -91,7 +89,6 @@ def _launch(x: Tensor, gate: QuantizedRows, up: QuantizedRows, ids: Tensor | Non
             x.stride(0),
             *_views(gate),
             *_views(up),
-            *_ids(ids, x),
             out,
             num_tokens,
             num_rows,
@@ -99,7 +96,6 @@ def _launch(x: Tensor, gate: QuantizedRows, up: QuantizedRows, ids: Tensor | Non
             ACTIVATION=activation,
             INT4=gate.form.kind == "int4",
             GROUP=gate.form.group,
-            HAS_IDS=ids is not None,
             BLOCK_TOKENS=block_tokens,
         )
 
@@ -117,11 +113,6 @@ def _views(rows: QuantizedRows) -> tuple[Tensor, int, Tensor, int, Tensor, Tenso
     integers, scales = rows.integers, rows.scales
     zeros = rows.zeros if rows.form.kind == "int4" else integers
     return integers, integers.stride(0), scales, scales.stride(0), zeros, rows.outlier_places, rows.outlier_rests
-
-
-def _ids(ids: Tensor | None, x: Tensor) -> tuple[Tensor]:
-    """Without ids anything that has an address."""
-    return (x if ids is None else ids,)
 
 
 def _configs() -> list[Any]:
@@ -197,7 +188,7 @@ def _activated(g, ACTIVATION: tl.constexpr):  # type: ignore[no-untyped-def]
 
 # Not tuned anew for each number of rows: a draft keeps other neurons for each token.
 @triton.autotune(  # type: ignore[untyped-decorator]
-    configs=_configs(), key=["width", "ACTIVATION", "INT4", "GROUP", "HAS_IDS", "BLOCK_TOKENS"]
+    configs=_configs(), key=["width", "ACTIVATION", "INT4", "GROUP", "BLOCK_TOKENS"]
 )
 @triton.jit  # type: ignore[untyped-decorator]
 def _linear_rows(  # type: ignore[no-untyped-def]
@@ -217,7 +208,6 @@ def _linear_rows(  # type: ignore[no-untyped-def]
     up_zeros,
     up_places,
     up_rests,
-    ids,
     out,
     num_tokens,
     num_rows,
@@ -225,7 +215,6 @@ def _linear_rows(  # type: ignore[no-untyped-def]
     ACTIVATION: tl.constexpr,
     INT4: tl.constexpr,
     GROUP: tl.constexpr,
-    HAS_IDS: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
 ):
@@ -233,8 +222,6 @@ def _linear_rows(  # type: ignore[no-untyped-def]
     token = tl.program_id(1) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
     rows_inside, x_inside = (place < num_rows)[None, :], (token < num_tokens)[:, None]
     row = place.to(tl.int64)
-    if HAS_IDS:
-        row = tl.load(ids + place, mask=place < num_rows, other=0)
     x_rows = x + token.to(tl.int64)[:, None] * x_stride
     columns = tl.arange(0, GROUP)
     gates = tl.zeros((BLOCK_TOKENS, BLOCK_ROWS), dtype=tl.float32)
@@ -285,7 +272,6 @@ def _down_rows(  # type: ignore[no-untyped-def]
     zeros,
     places,
     rests,
-    ids,
     parts,
     num_tokens,
     num_rows,
@@ -293,7 +279,6 @@ def _down_rows(  # type: ignore[no-untyped-def]
     rows_of_part,
     INT4: tl.constexpr,
     GROUP: tl.constexpr,
-    HAS_IDS: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
@@ -319,8 +304,6 @@ def _down_rows(  # type: ignore[no-untyped-def]
         place = first + tl.arange(0, BLOCK_ROWS)
         inside = place < num_rows
         row = place.to(tl.int64)
-        if HAS_IDS:
-            row = tl.load(ids + place, mask=inside, other=0)
         values = tl.load(z_rows + place[None, :], mask=z_inside & inside[None, :], other=0)
         mask = inside[:, None] & there[None, :]
         numbers = tl.load(integers + row[:, None] * stride + byte[None, :], mask=mask, other=0)

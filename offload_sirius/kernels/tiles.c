@@ -274,7 +274,7 @@ INLINE void dot_piece(int kind, int group_log2, const struct matrix *m, int64_t 
     memset(totals, 0, x->num_tiles * piece * sizeof(float));
     for (int64_t first = 0; first < width; first += SPAN) {
         const int64_t end = smaller(first + SPAN, width);
-        const int as_they_lie = kind == BFLOAT16 && !m->ids && row + PIECE_ROWS <= m->num_rows && first + SPAN <= width;
+        const int as_they_lie = kind == BFLOAT16 && row + PIECE_ROWS <= m->num_rows && first + SPAN <= width;
         struct rows w = {decoded[0][0][0], decoded[1][0][0], LINE, TILE_NBYTES};
         if (as_they_lie)
             w = (struct rows){at[0] + 2 * first, at[TILE] + 2 * first, m->stride, LINE};

@@ -42,7 +42,7 @@ MOMENTS = {
     "allocating": ("offload_sirius.engine.building", "KVCache", 1),
     "prefill": ("offload_sirius.weights.streamer", "WeightStreamer.neurons", 2),
     "drafting": ("offload_sirius.weights.copiers", "HostCopier.start", 30),
-    "decoding": ("offload_sirius.model.transformer", "Transformer.step", 4),
+    "decoding": ("offload_sirius.model.transformer", "Transformer.step_all", 4),
     "writing": ("offload_sirius.cli.console", "TextWriter.write", 3),
 }
 

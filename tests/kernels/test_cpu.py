@@ -135,18 +135,6 @@ def test_gate_up_is_the_activation_of_one_product_times_the_other(way: str, acti
 
 
 @both_units
-@ways
-def test_some_rows_give_what_those_rows_alone_give(way: str) -> None:
-    rows = WAYS[way](normal(50, 192))
-    ids = torch.tensor([7, 3, 49, 0, 3])
-    taken = QuantizedRows(rows.rows[ids], rows.width, rows.form) if isinstance(rows, QuantizedRows) else rows[ids]
-    x, z = normal(3, 192), normal(3, 5)
-    assert torch.equal(cpu.linear(x, rows, ids), cpu.linear(x, taken))
-    assert torch.equal(cpu.gate_up(x, rows, rows, "silu", ids), cpu.gate_up(x, taken, taken, "silu"))
-    assert torch.equal(cpu.down(z, rows, ids), cpu.down(z, taken))
-
-
-@both_units
 def test_tokens_may_be_of_any_float_type_and_strided() -> None:
     rows, x = normal(20, 64), normal(6, 128).bfloat16()
     view = x[::2, :64]

@@ -21,7 +21,7 @@ SPEC = open_checkpoint("synthetic:llama-3-70b").spec
 LAYOUT = layer_layout(SPEC, 2)
 F, LAYERS = 28_672, 80
 INT4 = WeightFormat(kind="int4", group=32)
-ROW = 4096 + 3 * 256
+ROW = 4096 + 3 * 256 + 16
 FIXED = 2 * 1_050_673_152 + 2 * 8192 + 400 * MIB
 DEMAND = Demand(
     kv_cache_nbytes=299 * MIB,
