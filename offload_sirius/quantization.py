@@ -103,7 +103,11 @@ class WeightFormat:
         return self.outlier_offset(width) + OUTLIER_NBYTES
 
     def row_nbytes(self, width: int) -> int:
-        """All of a row."""
+        """All of a row. Raises ConfigError where it has more weights than an outlier's place can say."""
+        if width > MAX_WIDTH:
+            raise ConfigError(
+                f"rows of {width} weights cannot be quantised, only those of up to {MAX_WIDTH}; use --quantize none"
+            )
         nbytes = self.integers_nbytes(width) + self._group_nbytes * self.num_groups(width) + OUTLIER_NBYTES
         return -(-nbytes // ROW_ALIGNMENT) * ROW_ALIGNMENT
 

@@ -49,6 +49,15 @@ def test_the_layers_of_a_70b_model_take_the_bytes_that_are_expected() -> None:
     assert int4.row_nbytes(8192) * 8 / 8192 == pytest.approx(int4.bits_per_weight, rel=0.004)
 
 
+def test_rows_too_wide_for_an_outlier_s_place_are_refused() -> None:
+    form = WeightFormat(kind="int8", group=64)
+    assert form.row_nbytes(65536) > 65536
+    with pytest.raises(
+        ConfigError, match="rows of 65537 weights cannot be quantised, only those of up to 65536; use --quantize none"
+    ):
+        form.row_nbytes(65537)
+
+
 def test_bits_of_a_weight_include_its_share_of_scale_and_zero() -> None:
     assert WeightFormat(kind="int4", group=32).bits_per_weight == 4 + 24 / 32
     assert WeightFormat(kind="int8", group=64).bits_per_weight == 8 + 16 / 64

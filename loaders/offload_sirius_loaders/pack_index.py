@@ -24,7 +24,7 @@ MARKER_NAME = "packing.json"
 """Of a folder that is not finished."""
 
 FORMAT = "offload-sirius-pack"
-VERSION = 1
+VERSION = 2
 """Another one is not read: what it would mean is not known."""
 
 OUTSIDE_NAME = "outside.safetensors"

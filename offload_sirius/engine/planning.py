@@ -554,11 +554,18 @@ def as_packed(config: EngineConfig, checkpoint: Checkpoint) -> EngineConfig:
         quantize_head=config.quantize_head if packed.quantize_head == "none" else packed.quantize_head,  # type: ignore[arg-type]
     )
     layout = held_layout(checkpoint, config)
-    if packed.fields != field_places(layout) or not _has_parts(packed, layout):
+    has_head = packed.quantize_head == "none" or _has_head(checkpoint, config)
+    if packed.fields != field_places(layout) or not _has_parts(packed, layout) or not has_head:
         raise CheckpointError(
             f"{checkpoint.path}: its layers are laid out in another way than by this version of the program; pack the model anew"
         )
     return config
+
+
+def _has_head(checkpoint: Checkpoint, config: EngineConfig) -> bool:
+    """Whether rows of a quantised head have the bytes that they have here."""
+    assert config.head_format is not None
+    return checkpoint.tensors[None, head_role(checkpoint)].shape[-1] == config.head_format.row_nbytes(checkpoint.spec.width)
 
 
 def held_layout(checkpoint: Checkpoint, config: EngineConfig, num_kept: int = 0) -> LayerLayout:

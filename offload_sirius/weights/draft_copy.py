@@ -20,6 +20,7 @@ from offload_sirius.trace import Tracer
 from offload_sirius.weights.buffers import LayerBuffer
 from offload_sirius.weights.copiers import Copier
 from offload_sirius.weights.embedding import Embedding
+from offload_sirius.weights.interrupts import interrupts_held
 from offload_sirius.weights.layout import Cargo
 from offload_sirius.weights.quant import quantise_rows
 from offload_sirius.weights.ring import Flight, Ring
@@ -90,7 +91,8 @@ class CopyStreamer(Streamer):
         """The layer has been computed on: its slot goes to the next one that is not under way."""
         self._computed()
         if not self._drafts:
-            self.pass_nbytes[self._phase] += self._ring.advance().nbytes
+            with interrupts_held():  # what leaves the ring is counted
+                self.pass_nbytes[self._phase] += self._ring.advance().nbytes
 
     @property
     def discarded_nbytes(self) -> int:

@@ -96,7 +96,7 @@ def edited(directory: Path, change: Callable[[dict[str, Any]], object], *, seale
 @pytest.mark.parametrize(
     ("change", "sealed", "message"),
     [
-        (lambda index: index.update(version=2), True, "version of the format is 2, 1 is known; pack the model again with this"),
+        (lambda index: index.update(version=1), True, "version of the format is 1, 2 is known; pack the model again with this"),
         (
             lambda index: index.update(format="x"),
             True,
