@@ -176,9 +176,14 @@ class LinesFile:
             raise self._unwritable(error) from error
         self._num_whole_bytes += len(content)
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is nothing in it, not even a part of a line."""
+        return os.fstat(self._file).st_size == 0
+
     def close(self) -> None:
         """Give the file to others. One that was not there and has nothing does not stay."""
-        if self._is_new and os.fstat(self._file).st_size == 0:
+        if self._is_new and self.is_empty:
             self.path.unlink(missing_ok=True)
         os.close(self._file)
 
@@ -267,7 +272,8 @@ class Results:
 
     def close(self) -> None:
         """Give the files to others. Where no prompt has its answer, nothing stays: the next run may be asked for anything."""
-        if self.num_done == 0:
+        # By its size: an interruption may have come before a line was counted.
+        if self.num_done == 0 and (self._output is None or self._output.is_empty):
             self._journal.cut(0)
         self._journal.close()
         if self._output is not None:
