@@ -34,7 +34,12 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 from report import machine_facts  # noqa: E402  beside the scripts, as they import it
 
 TOTAL_SECONDS = 9.5 * 60
-GPU_TESTS = ("tests/weights/test_cuda.py", "tests/kernels/test_gather.py", "tests/kernels/test_quantized.py")
+GPU_TESTS = (
+    "tests/weights/test_cuda.py",
+    "tests/kernels/test_blocks.py",
+    "tests/kernels/test_gather.py",
+    "tests/kernels/test_quantized.py",
+)
 """Files with tests that need a GPU, by name: others import packages that a machine for them need not have."""
 
 MOST_DRAFT_RATIO, MOST_CORRECTION_RATIO = 1.35, 1.05
