@@ -299,7 +299,7 @@ steps = st.lists(
 )
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=60)
 @given(
     num_cold_slots=st.integers(2, NUM_LAYERS),
     num_whole_slots=st.integers(2, 4),
