@@ -542,7 +542,7 @@ def as_packed(config: EngineConfig, checkpoint: Checkpoint) -> EngineConfig:
         group = "" if packed.quantize_group is None else f" in groups of {packed.quantize_group}"
         wanted = config.quantize if config.quantize_group is None else f"{config.quantize} in groups of {config.quantize_group}"
         raise ConfigError(f"--quantize is {wanted}, and {name} {own}{group}; leave it out, or pack the model anew with it")
-    if packed.blocks and not config.keep_blocks:
+    if (packed.blocks or blocks_of(checkpoint, None)) and not config.keep_blocks:
         raise ConfigError(
             f"--no-keep-blocks is given, and {name} is packed in blocks; leave it out, or pack the model anew with it"
         )

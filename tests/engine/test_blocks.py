@@ -29,6 +29,7 @@ NUM_NEW = 12
 ASKED: dict[str, Any] = {"max_new_tokens": NUM_NEW, "ignore_eos": True}
 PROMPT = [5, 3, 60, 22, 7, 7, 41]
 MIXED = {"attn_v": "Q6_K", "ffn_down": "Q6_K", "attn_output": "Q5_0", "ffn_up": "Q8_0", "attn_k": "F32"}
+MATRICES = ["attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"]
 BY_LAYER = {"attn_v": "Q5_K", **{f"blk.{layer}.{name}": "Q6_K" for layer in (0, 2) for name in ("attn_v", "ffn_down")}}
 BY_LAYER |= {"blk.3.ffn_down": "F32", "blk.3.attn_v": "Q8_0"}
 """As llama.cpp mixes them: some layers have more bits for some matrices than others."""
@@ -223,7 +224,8 @@ def test_a_packed_copy_keeps_the_blocks_and_answers_as_the_file_does(
     assert torch.equal(logits_of(from_disk), logits_of(plain))
 
 
-def test_blocks_of_a_packed_copy_cannot_be_left(tmp_path: Path) -> None:
-    pack(EngineConfig(model=write_model(tmp_path / "m.gguf", "Q8_0")), tmp_path / "packed", NoProgress())
+@pytest.mark.parametrize("changed", [{}, dict.fromkeys(MATRICES, "F32")], ids=["everywhere", "outside of layers"])
+def test_blocks_of_a_packed_copy_cannot_be_left(changed: dict[str, str], tmp_path: Path) -> None:
+    pack(EngineConfig(model=write_model(tmp_path / "m.gguf", "Q8_0", changed)), tmp_path / "packed", NoProgress())
     with pytest.raises(ConfigError, match="--no-keep-blocks is given, and packed is packed in blocks; leave it out, or pack"):
         load_model(str(tmp_path / "packed"), keep_blocks=False, device="cpu")
