@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any
 
 from offload_sirius import machine
-from offload_sirius.blocks import BlockFormat
+from offload_sirius.blocks import UNIT, BlockFormat
 from offload_sirius.config import (
     DecodingConfig,
     Draft,
@@ -553,12 +553,36 @@ def as_packed(config: EngineConfig, checkpoint: Checkpoint) -> EngineConfig:
         quantize_group=packed.quantize_group,
         quantize_head=config.quantize_head if packed.quantize_head == "none" else packed.quantize_head,  # type: ignore[arg-type]
     )
+    _require_whole_blocks(checkpoint)
     layout = held_layout(checkpoint, config)
     if packed.fields != field_places(layout) or not _has_parts(packed, layout):
         raise CheckpointError(
             f"{checkpoint.path}: its layers are laid out in another way than by this version of the program; pack the model anew"
         )
     return config
+
+
+def _require_whole_blocks(checkpoint: Checkpoint) -> None:
+    """An index may say anything of a packed model's blocks. Raises CheckpointError where a matrix cannot be in them."""
+    spec, packed = checkpoint.spec, checkpoint.packed
+    assert packed is not None
+    anew = "pack the model anew"
+    if packed.quantize != "none" and any(packed.blocks):
+        raise CheckpointError(
+            f"{checkpoint.path}: its layers are in {packed.quantize} and in blocks; they are in one of both, {anew}"
+        )
+    shapes = spec.layer_roles()
+    for layer in range(spec.num_layers):
+        for role, form in blocks_of(checkpoint, layer).items():
+            what, shape = f"{checkpoint.path}: {role} of layer {layer} is said to be in {form.name}", shapes[role]
+            if len(shape) != 2 or shape[1] % form.block:
+                raise CheckpointError(f"{what}, rows of {form.block} weights a block, and is {list(shape)}; {anew}")
+            if role == "down" and shape[0] % UNIT:
+                raise CheckpointError(f"{what}, which goes with a multiple of {UNIT} outputs, and has {shape[0]}; {anew}")
+    for role, form in blocks_of(checkpoint, None).items():
+        found, what = checkpoint.tensors[None, role].row_nbytes, f"{checkpoint.path}: {role} is said to be in {form.name}"
+        if role not in ("embedding", "head") or spec.width % form.block or found != form.row_nbytes(spec.width):
+            raise CheckpointError(f"{what} with rows of {found} bytes, which {spec.width} weights do not have; {anew}")
 
 
 def held_layout(checkpoint: Checkpoint, config: EngineConfig, num_kept: int = 0) -> LayerLayout:
