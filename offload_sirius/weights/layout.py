@@ -234,6 +234,22 @@ class LayerLayout:
     def _gate_nbytes(self) -> int:
         return self.fields["up_down"].offset - self.fields["gate"].offset
 
+    def file_range(self, part: Part, *, packed: bool) -> tuple[int, int]:
+        """The same of attention block or records, as they come from a file: there the table of a down projection is in one with
+        the codes, so that it is read with the records. Parts of a packed layer are those of memory."""
+        table = self.fields.get("down_table")
+        end = self.attention_nbytes if packed or table is None else table.offset
+        return (0, end) if part == "attention" else (end, self.nbytes)
+
+    @property
+    def staging(self) -> LayerLayout:
+        """Of a buffer through which layers come from a file: one's attention block beside the records of any other, tables with
+        them."""
+        if not self.by_layer:
+            return self
+        starts = ((each, each.file_range("records", packed=False)[0]) for each in self.by_layer)
+        return replace(self, records_nbytes=max(self.records_nbytes, *(each.nbytes - start for each, start in starts)))
+
     def part_nbytes(self, part: Part) -> int:
         """Bytes that cross the link for one part of a layer."""
         start, stop = self.part_range(part)
