@@ -84,7 +84,7 @@ def make_arenas(placement: Placement, spec: ModelSpec, uplink: Uplink | None) ->
         return HostStore(
             layers,
             spec,
-            placement.layout,
+            placement.layout.staging if of_any_layer else placement.layout,
             placement.dtype,
             registrar=uplink,
             node=numa_node_near(placement.device),

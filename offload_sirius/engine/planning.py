@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any
 
 from offload_sirius import machine
-from offload_sirius.blocks import BlockFormat
+from offload_sirius.blocks import UNIT, BlockFormat
 from offload_sirius.config import (
     DecodingConfig,
     Draft,
@@ -542,7 +542,7 @@ def as_packed(config: EngineConfig, checkpoint: Checkpoint) -> EngineConfig:
         group = "" if packed.quantize_group is None else f" in groups of {packed.quantize_group}"
         wanted = config.quantize if config.quantize_group is None else f"{config.quantize} in groups of {config.quantize_group}"
         raise ConfigError(f"--quantize is {wanted}, and {name} {own}{group}; leave it out, or pack the model anew with it")
-    if packed.blocks and not config.keep_blocks:
+    if (packed.blocks or blocks_of(checkpoint, None)) and not config.keep_blocks:
         raise ConfigError(
             f"--no-keep-blocks is given, and {name} is packed in blocks; leave it out, or pack the model anew with it"
         )
@@ -553,6 +553,7 @@ def as_packed(config: EngineConfig, checkpoint: Checkpoint) -> EngineConfig:
         quantize_group=packed.quantize_group,
         quantize_head=config.quantize_head if packed.quantize_head == "none" else packed.quantize_head,  # type: ignore[arg-type]
     )
+    _require_whole_blocks(checkpoint)
     layout = held_layout(checkpoint, config)
     has_head = packed.quantize_head == "none" or _has_head(checkpoint, config)
     if packed.fields != field_places(layout) or not _has_parts(packed, layout) or not has_head:
@@ -566,6 +567,29 @@ def _has_head(checkpoint: Checkpoint, config: EngineConfig) -> bool:
     """Whether rows of a quantised head have the bytes that they have here."""
     assert config.head_format is not None
     return checkpoint.tensors[None, head_role(checkpoint)].shape[-1] == config.head_format.row_nbytes(checkpoint.spec.width)
+
+
+def _require_whole_blocks(checkpoint: Checkpoint) -> None:
+    """An index may say anything of a packed model's blocks. Raises CheckpointError where a matrix cannot be in them."""
+    spec, packed = checkpoint.spec, checkpoint.packed
+    assert packed is not None
+    anew = "pack the model anew"
+    if packed.quantize != "none" and any(packed.blocks):
+        raise CheckpointError(
+            f"{checkpoint.path}: its layers are in {packed.quantize} and in blocks; they are in one of both, {anew}"
+        )
+    shapes = spec.layer_roles()
+    for layer in range(spec.num_layers):
+        for role, form in blocks_of(checkpoint, layer).items():
+            what, shape = f"{checkpoint.path}: {role} of layer {layer} is said to be in {form.name}", shapes[role]
+            if len(shape) != 2 or shape[1] % form.block:
+                raise CheckpointError(f"{what}, rows of {form.block} weights a block, and is {list(shape)}; {anew}")
+            if role == "down" and shape[0] % UNIT:
+                raise CheckpointError(f"{what}, which goes with a multiple of {UNIT} outputs, and has {shape[0]}; {anew}")
+    for role, form in blocks_of(checkpoint, None).items():
+        found, what = checkpoint.tensors[None, role].row_nbytes, f"{checkpoint.path}: {role} is said to be in {form.name}"
+        if role not in ("embedding", "head") or spec.width % form.block or found != form.row_nbytes(spec.width):
+            raise CheckpointError(f"{what} with rows of {found} bytes, which {spec.width} weights do not have; {anew}")
 
 
 def held_layout(checkpoint: Checkpoint, config: EngineConfig, num_kept: int = 0) -> LayerLayout:

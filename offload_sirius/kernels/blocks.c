@@ -52,6 +52,7 @@ struct neurons {
     const uint8_t *table;
     int64_t stride; /* bytes from neuron to neuron, of numbers and of codes */
     int64_t table_stride;
+    int64_t num_blocks; /* rows of the table */
     int64_t num_rows;
     int64_t width;
     int32_t kind;
@@ -381,8 +382,10 @@ INLINE void decode_neuron(int kind, const uint8_t *codes, int64_t first, int64_t
 
 INLINE const uint8_t *codes_of(const struct neurons *m, int64_t row) { return m->codes + row * m->stride; }
 
-INLINE int32_t number_of(const struct neurons *m, int64_t row) {
-    return *(const int32_t *)((const uint8_t *)m->numbers + row * m->stride);
+/* Bytes from a file may say anything: a neuron behind the table is the first. */
+INLINE int64_t number_of(int kind, const struct neurons *m, int64_t row) {
+    const int64_t number = *(const int32_t *)((const uint8_t *)m->numbers + row * m->stride);
+    return number >= 0 && number < m->num_blocks * block_of_kind(kind) ? number : 0;
 }
 
 struct factors {
@@ -394,7 +397,7 @@ struct factors {
 INLINE void decode_neurons(int kind, const struct neurons *m, int64_t row, int64_t num_rows, int64_t first, int64_t count,
                            struct factors *f, float *weights) {
     for (int64_t j = 0; j < num_rows; j++) {
-        const int64_t group = number_of(m, row + j) / group_of_kind(kind);
+        const int64_t group = number_of(kind, m, row + j) / group_of_kind(kind);
         if (group != f->group)
             decode_group(kind, m, group, first, count, f->factors, f->summands);
         f->group = group;

@@ -77,7 +77,7 @@ class NeuronRows:
     """N neurons' rows of a down projection: codes of D outputs each, and the table in which each finds its factors."""
 
     numbers: Tensor
-    """int32 [N]: which neuron of the layer each is."""
+    """int32 [N]: which neuron of the layer each is. Bytes from a file may say anything: one behind the table is the first."""
     codes: Tensor
     """uint8 [N, column_nbytes]; the bytes of a row are contiguous."""
     table: Tensor
@@ -107,7 +107,7 @@ class NeuronRows:
         """The weights that they stand for, float32 [N, D]."""
         form, width = self.form, self.width
         d, minimum, planes = self._planes()
-        numbers = self.numbers.long()
+        numbers = torch.where((self.numbers >= 0) & (self.numbers < len(self.table) * form.block), self.numbers, 0).long()
         block, sub = numbers // form.block, numbers % form.block // form.group
         of_block = None if minimum is None else minimum[block]
         factors, summands = _factors(form, d[block], of_block, lambda index: planes[block, index], sub, (sub < 4)[:, None])

@@ -39,6 +39,7 @@ def weights(rows: BlockRows | NeuronRows, dtype: torch.dtype) -> Tensor:
                 rows.codes.stride(0),
                 rows.table,
                 rows.table.stride(0),
+                len(rows.table) * rows.form.block,
                 out,
                 rows.width,
                 **_constants(rows.form),
@@ -138,6 +139,7 @@ def _decode_neurons(  # type: ignore[no-untyped-def]
     codes_stride,
     table,
     table_stride,
+    num_neurons,
     out,
     width,
     BLOCK: tl.constexpr,
@@ -152,6 +154,7 @@ def _decode_neurons(  # type: ignore[no-untyped-def]
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     inside = column < width
     neuron = tl.load(numbers + row * numbers_stride)
+    neuron = tl.where((neuron >= 0) & (neuron < num_neurons), neuron, 0)
     group = neuron % BLOCK // GROUP
     factors = table + (neuron // BLOCK).to(tl.int64) * table_stride
     factor = _half_at(factors + 2 * column, inside)

@@ -134,6 +134,8 @@ class LayerBuffer:
         self._spec = spec
         self.frees_attention = layout.frees_attention
         self._layout = layout
+        self._dtype = dtype
+        self._staged: dict[tuple[int, bool], LayerBuffer] = {}
         self._by_layout = {id(each): LayerBuffer(storage[: each.nbytes], spec, each, dtype) for each in distinct(layout.by_layer)}
 
     def of_layer(self, layer: int) -> LayerBuffer:
@@ -143,6 +145,23 @@ class LayerBuffer:
     def of_layout(self, layout: LayerLayout) -> LayerBuffer:
         """The same, as that layout, its own or of one of its layers, has it."""
         return self._by_layout.get(id(layout), self)
+
+    def staged(self, layer: int, *, packed: bool) -> LayerBuffer:
+        """The same place as that layer has it on its way from a file: what is read as its attention block ends where that of any
+        other layer does, so that it may be read while another's records are here."""
+        own = self._layout.layer(layer)
+        if own is self._layout:
+            return self
+        found = self._staged.get((id(own), packed))
+        if found is None:
+            start = self._layout.attention_nbytes - own.file_range("attention", packed=packed)[1]
+            found = LayerBuffer(self.storage[start:][: own.nbytes], self._spec, own, self._dtype)
+            self._staged[id(own), packed] = found
+        return found
+
+    def file_part(self, part: Part, *, packed: bool) -> Tensor:
+        """The bytes of attention block or records as they come from a file, see LayerLayout.file_range."""
+        return self.storage[slice(*self._layout.file_range(part, packed=packed))]
 
     def role(self, role: Role) -> Matrix:
         """The place of a checkpoint's tensor, in the shape that the checkpoint has it: down is [D, F], a transposed view.

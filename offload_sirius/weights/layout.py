@@ -126,7 +126,8 @@ class LayerLayout:
     """Where everything lies in the bytes of one layer.
 
     All layers of a model have the same layout, unless their matrices are in different blocks. Then each has its own, `by_layer`,
-    and this one, of the larger blocks of each matrix, is what a slot has room for: no layer has more of anything.
+    and this one, of the larger blocks of each matrix, is what a slot has room for: no layer has a larger attention block or more
+    of any neuron.
     """
 
     element_nbytes: int
@@ -190,7 +191,7 @@ class LayerLayout:
         if not self.by_layer:
             return own
         others = {id(each): each.of(spec, num_kept) for each in distinct(self.by_layer)}
-        return replace(own, by_layer=tuple(others[id(each)] for each in self.by_layer))
+        return _room_for(own, tuple(others[id(each)] for each in self.by_layer))
 
     @property
     def frees_attention(self) -> bool:
@@ -232,6 +233,22 @@ class LayerLayout:
     @property
     def _gate_nbytes(self) -> int:
         return self.fields["up_down"].offset - self.fields["gate"].offset
+
+    def file_range(self, part: Part, *, packed: bool) -> tuple[int, int]:
+        """The same of attention block or records, as they come from a file: there the table of a down projection is in one with
+        the codes, so that it is read with the records. Parts of a packed layer are those of memory."""
+        table = self.fields.get("down_table")
+        end = self.attention_nbytes if packed or table is None else table.offset
+        return (0, end) if part == "attention" else (end, self.nbytes)
+
+    @property
+    def staging(self) -> LayerLayout:
+        """Of a buffer through which layers come from a file: one's attention block beside the records of any other, tables with
+        them."""
+        if not self.by_layer:
+            return self
+        starts = ((each, each.file_range("records", packed=False)[0]) for each in self.by_layer)
+        return replace(self, records_nbytes=max(self.records_nbytes, *(each.nbytes - start for each, start in starts)))
 
     def part_nbytes(self, part: Part) -> int:
         """Bytes that cross the link for one part of a layer."""
@@ -301,8 +318,19 @@ def model_layout(
         return layout_of(next(iter(kinds.values())))
     layouts = {kind: layout_of(blocks) for kind, blocks in kinds.items()}
     largest = {role: _largest([blocks.get(role) for blocks in kinds.values()]) for role in spec.layer_roles()}
-    envelope = layout_of({role: form for role, form in largest.items() if form is not None})
-    return replace(envelope, by_layer=tuple(layouts[tuple(sorted(blocks.items()))] for blocks in blocks_by_layer))
+    by_layer = tuple(layouts[tuple(sorted(blocks.items()))] for blocks in blocks_by_layer)
+    return _room_for(layout_of({role: form for role, form in largest.items() if form is not None}), by_layer)
+
+
+def _room_for(envelope: LayerLayout, by_layer: tuple[LayerLayout, ...]) -> LayerLayout:
+    """The envelope of these layers, its attention block as large as any: larger blocks may have the smaller table."""
+    attention_nbytes = max(each.attention_nbytes for each in (envelope, *by_layer))
+    moved = attention_nbytes - envelope.attention_nbytes
+    fields = {
+        name: replace(field, offset=field.offset + moved) if field.offset >= envelope.attention_nbytes else field
+        for name, field in envelope.fields.items()
+    }
+    return replace(envelope, attention_nbytes=attention_nbytes, fields=fields, by_layer=by_layer)
 
 
 def _largest(forms: Sequence[BlockFormat | None]) -> BlockFormat | None:

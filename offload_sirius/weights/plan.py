@@ -468,7 +468,7 @@ def _staging_nbytes(layout: LayerLayout, num_host: int) -> int:
     layers = for what is read from disk; two of the arena serve while it is being filled, where it has as many and they are alike
     """
     has_own = num_host < NUM_STAGING or layout.by_layer
-    return NUM_CHUNKS * CHUNK_NBYTES + (NUM_STAGING * layout.host_nbytes if has_own else 0)
+    return NUM_CHUNKS * CHUNK_NBYTES + (NUM_STAGING * layout.staging.host_nbytes if has_own else 0)
 
 
 def as_flag(nbytes: int) -> str:

@@ -317,7 +317,7 @@ class DiskRoute:
     """The checkpoint's files to the device, through host buffers of a layer's size.
 
     A thread a part takes layers in order: it waits until the part has been read, queues its upload, and waits for that upload
-    before the buffer is read into again.
+    before the buffer is read into again. A buffer may have the attention block of one layer and the records of another.
     """
 
     def __init__(self, checkpoint: Checkpoint, readers: ReaderPool, way: Uplink | Chunks, staging: Sequence[LayerBuffer]) -> None:
@@ -349,11 +349,12 @@ class DiskRoute:
 
     def _carry(self, layer: int, part: Part, slot: LayerBuffer, last_use: Event, transfer: QueuedTransfer) -> None:
         staging = self._free[part].get()
-        own = staging.of_layer(layer)
         try:
+            packed = self._checkpoint.packed is not None
+            own = staging.staged(layer, packed=packed)
             self._readers.submit(layer_jobs(self._checkpoint, layer, part, own)).wait()
-            name = f"layer {layer} {part}"
-            done = self._way.upload(own.parts[part], slot.parts[part], last_use=last_use, name=name)
+            read, place = (buffer.file_part(part, packed=packed) for buffer in (own, slot))
+            done = self._way.upload(read, place, last_use=last_use, name=f"layer {layer} {part}")
             transfer.queued.set_result(done)
             done.synchronize()  # the buffer may be read into again only when the device has read it
         except BaseException as error:

@@ -32,6 +32,7 @@ from offload_sirius_loaders.checkpoint import PACKED_ROW_NBYTES
 from offload_sirius_loaders.pack_index import INDEX_NAME, MARKER_NAME, layer_file_name
 from offload_sirius_loaders.packed import ERRORS_NOTE, open_packed
 
+from ..loaders.packs import JOB, write_pack
 from ..weights.simulated import SimulatedUplink
 from .conftest import CONTEXT, TINY, Load, hot_budgets
 
@@ -46,6 +47,7 @@ KINDS: list[dict[str, Any]] = [
     {"quantize": "int4", "dtype": "bfloat16", "quantize_head": "int8"},
 ]
 TIED = "synthetic:llama-3.2-1b?layers=2&width=64&heads=4&kv_heads=2&ffn=128&vocab=384&positions=256&dtype=F32"
+SHORT = "synthetic:tiny?layers=4&width=64&heads=4&kv_heads=2&ffn=192&dtype=F32"
 PLACES = ["resident", "host", "host and disk", "disk"]
 
 
@@ -332,6 +334,31 @@ def test_layers_of_another_size_are_refused_though_every_seal_is_right(
     checkpoint = open_packed(tmp_path / "m", "m")
     with pytest.raises(CheckpointError, match="m: its layers are laid out in another way than by this version of the program"):
         as_packed(EngineConfig(model=model), checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ({"blocks": [{"q": "Q6_K"}] * 4}, r"q of layer 0 is said to be in Q6_K, rows of 256 weights a block, and is \[64, 64\]"),
+        ({"blocks": [{}, {"down": "Q4_K"}, {}, {}]}, r"down of layer 1 is said to be in Q4_K, .* and is \[64, 192\]"),
+        ({"blocks": [{"input_norm": "Q8_0"}] * 4}, r"input_norm of layer 0 is said to be in Q8_0, .* and is \[64\]"),
+        ({"blocks": [{"q": "Q8_0"}] * 4, "quantize": "int8", "quantize_group": 64}, "its layers are in int8 and in blocks"),
+        (
+            {"outside_blocks": {"embedding": ("Q8_0", 96)}},
+            "embedding is said to be in Q8_0 with rows of 96 bytes, which 64 weights",
+        ),
+        ({"outside_blocks": {"head": ("Q4_K", 144)}}, "head is said to be in Q4_K with rows of 144 bytes, which 64 weights"),
+        ({"outside_blocks": {"final_norm": ("Q8_0", 68)}}, "final_norm is said to be in Q8_0 with rows of 68 bytes"),
+    ],
+    ids=str,
+)
+def test_blocks_that_a_matrix_cannot_be_in_are_refused_though_every_seal_is_right(
+    said: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    job = replace(JOB, **{"source": SHORT, "quantize": "none", "quantize_group": None} | said)
+    write_pack(tmp_path / "m", job, open_checkpoint(SHORT))
+    with pytest.raises(CheckpointError, match=f"m: {message}.*pack the model anew"):
+        as_packed(EngineConfig(model=str(tmp_path / "m")), open_checkpoint(str(tmp_path / "m")))
 
 
 @pytest.mark.parametrize(

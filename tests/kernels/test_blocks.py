@@ -64,6 +64,12 @@ def neurons_of(stored: Tensor, num_neurons: int, form: BlockFormat, step: int = 
     return rows
 
 
+def records_of(numbers: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
+    """The same, in records of both."""
+    records = torch.cat((numbers[:, None].view(torch.uint8), codes), dim=1)
+    return records[:, :4].view(torch.int32)[:, 0], records[:, 4:]
+
+
 def assert_near(ours: Tensor, expected: Tensor, tolerance: float = 2e-6) -> None:
     assert ours.dtype == torch.float32
     assert ours.shape == expected.shape
@@ -104,6 +110,18 @@ def test_neurons_in_any_order_find_their_factors(form: BlockFormat) -> None:
     rows, ids = neurons_of(stored, 512, form), torch.tensor([300, 17, 18, 511, 0, 299, 48])
     some = NeuronRows(rows.numbers[ids], rows.codes[ids], rows.table, 64, form)
     assert torch.equal(some.dequantised(), plain(stored, form).t()[ids])
+
+
+@pytest.mark.parametrize("form", FORMATS, ids=lambda form: form.name)
+def test_a_neuron_that_the_table_does_not_have_is_the_first(form: BlockFormat) -> None:
+    whole = neurons_of(stored_rows(64, 512, form), 512, form)
+    said = torch.tensor([511, 512, -1, 1 << 30, -(1 << 31), (1 << 31) - 1], dtype=torch.int32)
+    meant = NeuronRows(torch.where(said == 511, said, 0), whole.codes[:6], whole.table, 64, form)
+    numbers, codes = records_of(said, whole.codes[:6])
+    some, z = NeuronRows(numbers, codes, whole.table, 64, form), torch.randn(3, 6)
+    assert torch.equal(some.dequantised(), meant.dequantised())
+    assert_near(block_weights(some), meant.dequantised(), 1e-6)
+    assert_near(block_down(z, some), z @ meant.dequantised())
 
 
 @pytest.mark.parametrize("with_library", [True, False], ids=["C", "torch"])
@@ -154,7 +172,9 @@ def assert_gpu_weights_are_the_references(device: str) -> None:
         rows = BlockRows(stored_rows(3, 1280, form).to(device), 1280, form)
         assert_near(blocks_gpu.weights(rows, torch.float32).cpu(), rows.dequantised().cpu(), 1e-6)
         whole = neurons_of(stored_rows(64, 512, form), 512, form)
-        ids = torch.tensor([300, 17, 18, 511, 0, 299, 48])
+        ids, behind = torch.tensor([300, 17, 18, 511, 0, 299, 48]), torch.tensor([512, -1, (1 << 31) - 1], dtype=torch.int32)
+        strange = NeuronRows(behind.to(device), whole.codes[:3].to(device), whole.table.to(device), 64, form)
+        assert_near(blocks_gpu.weights(strange, torch.float32).cpu(), strange.dequantised().cpu(), 1e-6)
         some = NeuronRows(whole.numbers[ids].to(device), whole.codes[ids].to(device), whole.table.to(device), 64, form)
         assert_near(blocks_gpu.weights(some, torch.float32).cpu(), whole.dequantised()[ids], 1e-6)
         assert_near(blocks_gpu.weights(some, torch.bfloat16).float().cpu(), whole.dequantised()[ids], 1e-2)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from offload_sirius.blocks import BLOCK_FORMATS
+from offload_sirius.kernels.blocks import NeuronRows
 from offload_sirius.weights.buffers import TRANSPOSE_ROWS, LayerBuffer, kept_neurons, write_rows
-from offload_sirius.weights.layout import layer_layout
+from offload_sirius.weights.layout import layer_layout, model_layout
 from offload_sirius_loaders import open_checkpoint
+from offload_sirius_loaders.spec import Role
 
 SPEC = open_checkpoint("synthetic:tiny?width=40&heads=4&kv_heads=2&ffn=700").spec
 
@@ -112,3 +117,27 @@ def test_kept_neurons_may_lie_in_bytes_of_their_own_in_the_same_order() -> None:
     assert torch.equal(layer.kept.gate, alone.gate)
     assert torch.equal(layer.kept.up, alone.up)
     assert torch.equal(layer.kept.down, alone.down)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_one_layer_s_attention_block_and_any_other_s_records_have_room_in_a_staging_buffer(packed: bool) -> None:
+    spec = replace(SPEC, width=256, head_dim=64, ffn_width=512, num_layers=4)
+    names: list[dict[Role, str]] = [{"q": "Q8_0", "down": "Q4_1"}, {"down": "Q6_K"}, {"q": "Q4_K", "o": "Q4_K", "up": "Q4_K"}, {}]
+    blocks = [{role: BLOCK_FORMATS[name] for role, name in each.items()} for each in names]
+    layout = model_layout(spec, 4, 0, None, blocks).staging
+    staging = LayerBuffer(torch.zeros(layout.nbytes, dtype=torch.uint8), spec, layout, torch.float32)
+    for attention in range(4):
+        for records in range(4):
+            staging.storage.zero_()
+            head = staging.staged(attention, packed=packed).file_part("attention", packed=packed)
+            rest = staging.staged(records, packed=packed).file_part("records", packed=packed)
+            head.fill_(1)
+            rest.fill_(2)
+            assert (head == 1).all(), (attention, records)
+        own = staging.staged(attention, packed=packed)
+        own.storage.zero_()
+        down = own.down
+        if isinstance(down, NeuronRows) and not packed:
+            down.table.fill_(3)
+            assert (own.file_part("attention", packed=False) == 0).all(), "it is read with the records"
+        assert own.storage.numel() == layout.layer(attention).nbytes

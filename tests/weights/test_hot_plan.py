@@ -10,11 +10,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from offload_sirius.blocks import BLOCK_FORMATS
 from offload_sirius.errors import BudgetError
 from offload_sirius.units import GIB, MIB, parse_size
-from offload_sirius.weights.hot_plan import LEAST_HOT_LAYERS, LEAST_HOT_SHARE, hot_layouts, make_hot_plan
-from offload_sirius.weights.layout import LayerLayout, layer_layout
-from offload_sirius.weights.plan import Budgets, Demand, Plan
+from offload_sirius.weights.hot_plan import LEAST_HOT_LAYERS, LEAST_HOT_SHARE, hot_layouts, least_hot_device_nbytes, make_hot_plan
+from offload_sirius.weights.layout import LayerLayout, layer_layout, model_layout
+from offload_sirius.weights.plan import MIN_SLOTS, Budgets, Demand, Plan
 from offload_sirius_loaders import open_checkpoint
 from offload_sirius_loaders.spec import ModelSpec
 
@@ -127,6 +128,16 @@ def test_where_all_that_is_asked_for_fits_nothing_comes_first(hot_layers_first: 
     made = plan(FIXED + LAYERS * HOT_LAYER + 2 * RECORDS, hot_layers_first=hot_layers_first)
     assert made.hot is not None
     assert (len(made.hot.layers), made.hot.num_hot) == (LAYERS, KEEP_HALF)
+
+
+@pytest.mark.parametrize("downs", [("Q5_K", "Q4_1"), ("Q6_K", "Q5_1"), (None, "Q4_1")])
+def test_a_table_of_fewer_bits_that_is_larger_takes_no_slot(downs: tuple[str | None, str]) -> None:
+    kinds = [{} if name is None else {"down": BLOCK_FORMATS[name]} for name in downs]
+    layout = model_layout(SPEC, 2, 0, None, [kinds[layer > 0] for layer in range(LAYERS)])  # type: ignore[misc]
+    needed = least_hot_device_nbytes(SPEC, layout, DEMAND)
+    made = make_hot_plan(SPEC, layout, DEMAND, Budgets(device_nbytes=needed, host_nbytes=400 * GIB))
+    assert made.num_slots >= MIN_SLOTS
+    assert made.device_nbytes <= needed
 
 
 def test_hot_layers_stand_evenly_between_the_others() -> None:

@@ -6,9 +6,10 @@ from dataclasses import replace
 
 import pytest
 
-from offload_sirius.blocks import BLOCK_FORMATS
+from offload_sirius.blocks import BLOCK_FORMATS, BlockFormat
 from offload_sirius.weights.layout import ALIGNMENT, layer_layout, model_layout, part_of, qkv_rows
 from offload_sirius_loaders import open_checkpoint
+from offload_sirius_loaders.spec import Role
 
 LLAMA_70B = open_checkpoint("synthetic:llama-3-70b").spec
 TINY = open_checkpoint("synthetic:tiny?width=40&heads=4&kv_heads=2&ffn=13").spec
@@ -137,6 +138,21 @@ def test_where_layers_differ_no_layer_has_more_of_anything_than_a_slot_has_room_
     fewer = layout.of(replace(spec, ffn_width=100))
     assert fewer.layer(1).attention_nbytes == layout.layer(1).attention_nbytes, "its table is for all neurons"
     assert fewer.layer(1).records_nbytes < layout.layer(1).records_nbytes // 5 + ALIGNMENT * 2
+
+
+def test_a_slot_has_room_for_a_table_that_the_larger_blocks_do_not_have() -> None:
+    """Q4_1 has fewer bits than Q5_K, and a table of 4 bytes for 32 neurons in place of 16 for 256; plain numbers have none."""
+    spec = replace(TINY, width=256, head_dim=64, ffn_width=512, num_layers=3)
+    tables: list[dict[Role, BlockFormat]] = [{"down": BLOCK_FORMATS[name]} for name in ("Q5_K", "Q4_1", "Q4_1")]
+    for mixes in (tables, [*tables[:2], {}]):
+        layout = model_layout(spec, 4, 100, None, mixes)
+        fewer = layout.of(replace(spec, ffn_width=100))
+        for each in (layout, fewer):
+            assert each.attention_nbytes == max(own.attention_nbytes for own in each.by_layer)
+            assert all(own.records_nbytes <= each.records_nbytes for own in each.by_layer)
+            starts = [each.fields[name].offset for name in ("gate", "up_down")]
+            assert starts[0] == each.attention_nbytes < starts[1] < each.nbytes
+        assert layout.fields["kept_gate"].offset == layout.attention_nbytes
 
 
 def test_layers_that_are_alike_have_one_layout() -> None:
