@@ -178,6 +178,7 @@ def _talk(session: ChatSession, *, history: bool) -> int:
 def _turn(session: ChatSession, source: ChatInput, *, interactive: bool) -> bool | None:
     """Do what the next line says: whether that went well; None where it is to leave."""
     from offload_sirius.cli.console import say
+    from offload_sirius.cli.termination import TerminatedError
 
     try:
         line = source.read()
@@ -185,9 +186,9 @@ def _turn(session: ChatSession, source: ChatInput, *, interactive: bool) -> bool
     except USER_ERRORS as error:
         say("error: " + " ".join(str(error).split()))
         return False
-    except KeyboardInterrupt:
-        # In the moment before or behind an answer. Where nobody is there to write the next line it ends the program.
-        if not interactive:
+    except KeyboardInterrupt as error:
+        # It has ended an answer. Where nobody is there to write the next line it ends the program.
+        if not interactive or isinstance(error, TerminatedError):
             raise
         return True
 

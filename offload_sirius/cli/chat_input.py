@@ -24,6 +24,7 @@ from prompt_toolkit.output import Output, create_output
 
 from offload_sirius.cache import cache_folder
 from offload_sirius.cli.console import say
+from offload_sirius.cli.termination import TerminatedError
 from offload_sirius.errors import PromptError
 
 QUOTES = '"""'
@@ -127,10 +128,13 @@ class TerminalInput:
         return None
 
     def _line(self) -> str | None:
-        """None: Ctrl-C. Raises EOFError for Ctrl-D."""
-        with suppress(KeyboardInterrupt):
+        """None: Ctrl-C. Raises EOFError for Ctrl-D, TerminatedError for SIGTERM."""
+        try:
             return self._session.prompt()
-        return None
+        except TerminatedError:
+            raise
+        except KeyboardInterrupt:
+            return None
 
 
 class CommandCompleter(Completer):

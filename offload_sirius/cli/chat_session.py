@@ -14,6 +14,7 @@ from offload_sirius.config import GenerationConfig, SamplingConfig, names_of
 from offload_sirius.engine.conversation import Conversation, Question
 from offload_sirius.engine.engine import with_settings
 from offload_sirius.errors import PromptError
+from offload_sirius.weights.interrupts import interrupts_held
 
 if TYPE_CHECKING:
     from offload_sirius.decode.result import Generation
@@ -68,18 +69,21 @@ class ChatSession:
         """Write the answer to a message, and remember both. What there is of an answer that is stopped stays; without any, the
         message is taken back.
 
-        Raises PromptError where the conversation is too long or its template does not accept it; then, too, it stays as it was.
+        Raises KeyboardInterrupt where it was stopped, at the end, and PromptError where the conversation is too long
+        or its template does not accept it; then, too, it stays as it was.
         """
         self._unanswered = content
         question = self.conversation.ask(content)
         room = self._room(question)
         config = replace(self.config, max_new_tokens=min(self.max_new_tokens or room, room))
-        result = self._write(question, config)
-        self._unanswered = None if result.text else content
+        result, interruption = self._write(question, config)
         with _uninterrupted():
+            self._unanswered = None if result.text else content
             self.last = result
             self.totals.count(result)
             self._say(result, cut_by_context=config.max_new_tokens == room)
+        if interruption is not None:
+            raise interruption
 
     def retry(self) -> None:
         """Write the last answer anew, with the next seed where it is drawn. Raises PromptError as `answer` does."""
@@ -146,25 +150,26 @@ class ChatSession:
         limit = self.engine.spec.max_positions
         return f", or start with --max-context N, at most {limit}" if self.engine.context < limit else ""
 
-    def _write(self, question: Question, config: GenerationConfig) -> Generation:
+    def _write(self, question: Question, config: GenerationConfig) -> tuple[Generation, KeyboardInterrupt | None]:
+        """An answer, and what stopped it."""
         writer = TextWriter()
         stream = self.engine.stream(question.token_ids, config)
+        interruption = None
         try:
             for piece in stream:
                 writer.write(piece)
-        except KeyboardInterrupt:
-            with _uninterrupted():
-                stream.interrupt()
+        except KeyboardInterrupt as error:
+            interruption = error
         except BaseException:
             writer.end()  # what was written stays, and the error begins a line of its own
             raise
         with _uninterrupted():
-            result = stream.result
+            result = stream.result if interruption is None else stream.interrupt()
             writer.end()
             if result.text:
                 interrupted = result.finish_reason == "interrupted"
                 self.conversation.add(question, result.text, result.token_ids, interrupted=interrupted)
-        return result
+        return result, interruption
 
     def _say(self, result: Generation, *, cut_by_context: bool) -> None:
         if not result.text:
@@ -183,9 +188,10 @@ class ChatSession:
 
 @contextmanager
 def _uninterrupted() -> Iterator[None]:
-    """Ctrl-C has been heard or is too late: another one does not take what was written."""
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
+    """Ctrl-C has been heard or is too late: another one does not take what was written. SIGTERM comes at the end."""
+    with interrupts_held():
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)

@@ -8,8 +8,12 @@ from types import FrameType, TracebackType
 from typing import Any
 
 
+class TerminatedError(KeyboardInterrupt):
+    """SIGTERM came. Unlike Ctrl-C it ends also what goes on after that."""
+
+
 class Termination:
-    """While it is entered, SIGTERM raises KeyboardInterrupt in the main thread; a second one ends the process at once."""
+    """While it is entered, SIGTERM raises TerminatedError in the main thread; a second one ends the process at once."""
 
     def __init__(self) -> None:
         self.asked = False
@@ -28,4 +32,4 @@ class Termination:
     def _interrupt(self, number: int, frame: FrameType | None) -> None:
         self.asked = True
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        raise KeyboardInterrupt
+        raise TerminatedError

@@ -62,9 +62,10 @@ def build(model: Model, config: EngineConfig, progress: Progress, tracer: Tracer
     except BudgetError as error:
         if not is_of_device_memory(error):
             raise
-        config, placement = _smaller(model.checkpoint, config, placement, error)
-    # Not in the handler: the error holds on to what was allocated.
+        problem = str(error)
+    # Not in the handler: the error holds on to what was allocated, which would be missing from what is free.
     release_device_memory(placement.device)
+    config, placement = _smaller(model.checkpoint, config, placement, problem)
     progress.warn(
         f"the device's memory ran out while the model was loaded; once more with {format_size(placement.plan.device_nbytes)}"
     )
@@ -99,15 +100,13 @@ def _built(
     )
 
 
-def _smaller(
-    checkpoint: Checkpoint, config: EngineConfig, placement: Placement, error: BudgetError
-) -> tuple[EngineConfig, Placement]:
-    """The next plan to try. Raises the error where there is none."""
+def _smaller(checkpoint: Checkpoint, config: EngineConfig, placement: Placement, problem: str) -> tuple[EngineConfig, Placement]:
+    """The next plan to try. Raises BudgetError with the first one's problem where there is none."""
     less = replace(config, device_memory=str(int(placement.plan.device_nbytes * RETRY_SHARE)))
     try:
         return less, place(checkpoint, less)
     except BudgetError:
-        raise error from None
+        raise BudgetError(problem) from None
 
 
 def _join(

@@ -207,9 +207,7 @@ def _generation(engine: Engine, asked: Asked, num_prompt: int) -> GenerationConf
     if room < 1:
         message = f"the prompt has {num_prompt} tokens and the server has room for {engine.context}, the answer included"
         raise ApiError(400, f"{message}; shorten it, or start the server with a larger --max-context", code=CONTEXT_LENGTH)
-    # Greedy is all that a threshold can be.
-    is_lossy = engine.config.decoding.mode == "sirius" and engine.config.decoding.accept == "threshold"
-    default = 0.0 if is_lossy else 1.0
+    default = 0.0 if _is_greedy(engine) else 1.0
     temperature = default if asked.temperature is None else asked.temperature
     return GenerationConfig(
         sampling=replace(asked.sampling, temperature=temperature),
@@ -219,12 +217,19 @@ def _generation(engine: Engine, asked: Asked, num_prompt: int) -> GenerationConf
     )
 
 
+def _is_greedy(engine: Engine) -> bool:
+    """Whether all its answers are: a threshold cannot be anything else."""
+    return engine.config.decoding.mode == "sirius" and engine.config.decoding.accept == "threshold"
+
+
 def figures_json(service: Service) -> Json:
     """What the page shows: GET /v1/figures."""
     worker, figures = service.worker, service.worker.figures
-    rates = figures.rates
+    rates, loaded = figures.rates, worker.engine
+    is_loaded = loaded.done() and loaded.exception() is None
     return {
         "model": service.names[0],
+        "is_greedy": is_loaded and _is_greedy(loaded.result()),
         "status": _health(worker)["status"],
         "queue": worker.num_waiting,
         "active": worker.num_active,

@@ -232,9 +232,12 @@ class Worker:
             batch.step()
         except Exception as error:
             # Weights that cannot be read, memory that ran out: all answers end, and the next one is tried.
+            # Those that were finished before it failed are answers.
+            self._end_answered()
             self.problem = " ".join(str(error).split())
             failed, self._active = self._active, {}
-            for job in failed:
+            for job, answer in failed.items():
+                answer.cancel()  # of which the batch may not have begun
                 self._failed(job, error)
         else:
             self._end_answered()

@@ -20,6 +20,7 @@ from offload_sirius.model.ops import gated_activations
 from offload_sirius.model.source import NeuronWeights
 from offload_sirius.sparsity.griffin import remembered, say_shares, scored
 from offload_sirius.sparsity.hot import HotFeedForward, HotStatistic, exchanges
+from offload_sirius.weights.interrupts import interrupts_held
 from offload_sirius_loaders.spec import ModelSpec
 
 
@@ -44,6 +45,8 @@ class CopiedSet(HotStatistic):
         self.source = source
         self.all_ids = torch.arange(spec.ffn_width, device=device)
         self.ids.copy_(self.all_ids)
+        self.broken_layers = set[int]()
+        """Of their places nobody knows what is in them, as copying into some failed."""
         self.prefill = SettlingFeedForward(self)
         self.draft = HotFeedForward(self)
         self.full = DenseFeedForward(source, spec.activation)
@@ -53,11 +56,16 @@ class CopiedSet(HotStatistic):
         """Copy neurons of the layer that passes into places of others, int64 [k] each."""
         if len(places) == 0:
             return
-        self.hot_ids(layer)[places] = neuron_ids
-        is_cold = torch.ones_like(self.all_ids, dtype=torch.bool)
-        is_cold[self.hot_ids(layer)] = False
-        self.cold_ids(layer).copy_(torch.nonzero(is_cold).flatten())
-        self.source.copy(layer, places, neuron_ids)
+        with interrupts_held():  # what the ids say is in the copy
+            try:
+                self.hot_ids(layer)[places] = neuron_ids
+                is_cold = torch.ones_like(self.all_ids, dtype=torch.bool)
+                is_cold[self.hot_ids(layer)] = False
+                self.cold_ids(layer).copy_(torch.nonzero(is_cold).flatten())
+                self.source.copy(layer, places, neuron_ids)
+            except BaseException:
+                self.broken_layers.add(layer)
+                raise
 
 
 class SettlingFeedForward:
@@ -82,6 +90,10 @@ class SettlingFeedForward:
             return
         chosen = torch.zeros_like(scores, dtype=torch.bool)
         chosen[scores.sort(descending=True, stable=True).indices[: copied.num_hot]] = True
+        if layer in copied.broken_layers:
+            copied.place(layer, copied.all_ids[: copied.num_hot], torch.nonzero(chosen).flatten())
+            copied.broken_layers.remove(layer)
+            return
         left = torch.nonzero(~chosen[places]).flatten()  # places of neurons that go
         arriving = chosen.clone()
         arriving[places] = False

@@ -33,6 +33,7 @@ from offload_sirius.cli.chat_commands import COMMANDS, completions, run_command
 from offload_sirius.cli.chat_input import CommandCompleter, TerminalInput
 from offload_sirius.cli.chat_session import ChatSession
 from offload_sirius.cli.console import TextWriter
+from offload_sirius.cli.termination import TerminatedError, Termination
 from offload_sirius.config import GenerationConfig
 from offload_sirius.decode.result import Generation
 from offload_sirius.decode.stream import TextPiece, TextStream
@@ -292,14 +293,14 @@ def test_retry_draws_with_the_next_seed_in_place_of_the_last_answer(session: Cha
     assert [turn.answer for turn in session.conversation.turns] == first
 
 
-def interrupt_at(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
-    """Ctrl-C when that many pieces have been written, and once more while what there is of the answer is kept."""
+def interrupt_at(monkeypatch: pytest.MonkeyPatch, number: int, by: int = signal.SIGINT) -> None:
+    """A signal when that many pieces have been written, and Ctrl-C while what there is of the answer is kept."""
     written = iter(range(1, 100))
     write, interrupt = TextWriter.write, TextStream.interrupt
 
     def write_or_interrupt(self: TextWriter, piece: TextPiece) -> None:
         if next(written) == number:
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(by)
         write(self, piece)
 
     def interrupted(self: TextStream) -> Generation:
@@ -320,7 +321,8 @@ def test_ctrl_c_stops_the_answer_keeps_it_marked_and_the_chat_goes_on(
     (whole,) = session.conversation.turns
     session.reset()
     interrupt_at(monkeypatch, 3)
-    session.answer("hello")
+    with pytest.raises(KeyboardInterrupt):
+        session.answer("hello")
     (cut,) = session.conversation.turns
     assert cut.interrupted
     assert cut.answer
@@ -344,16 +346,19 @@ def test_ctrl_c_before_anything_was_written_takes_the_message_back_for_retry(
     before = list(session.conversation.turns)
     with monkeypatch.context() as patched:
         patched.setattr(Transformer, "prefill_all", lambda *_: signal.raise_signal(signal.SIGINT))
-        session.answer("and?")
+        with pytest.raises(KeyboardInterrupt):
+            session.answer("and?")
         assert session.conversation.turns == before
-        run_command(session, "/retry")
+        with pytest.raises(KeyboardInterrupt):
+            run_command(session, "/retry")
         assert session.conversation.turns == before
     run_command(session, "/retry")
     assert [turn.question for turn in session.conversation.turns] == ["hello", "and?"]
     with monkeypatch.context() as patched:
         patched.setattr(Transformer, "prefill_all", lambda *_: signal.raise_signal(signal.SIGINT))
         both = list(session.conversation.turns)
-        run_command(session, "/retry")
+        with pytest.raises(KeyboardInterrupt):
+            run_command(session, "/retry")
         assert session.conversation.turns == both, "an answer that could not be written anew stays"
 
 
@@ -468,6 +473,38 @@ def test_without_standard_input_there_is_no_chat(
     ran = run("chat", "--model", str(chat_directory), *FEW)
     assert (ran.code, ran.out) == (2, "")
     assert ran.err.startswith("error: there is no standard input; start the chat in a terminal")
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["SIGINT", "SIGTERM"])
+def test_a_signal_ends_a_piped_chat_behind_what_was_written(
+    number: int, code: int, chat: Chat, prompts: Prompts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = chat("hello\n").out
+    prompts.clear()
+    interrupt_at(monkeypatch, 5, number)
+    ran = chat("hello\nwhat\n")
+    assert ran.code == code
+    assert ran.out.endswith("\n")
+    assert whole.startswith(ran.out.removesuffix("\n"))
+    assert len(ran.out) > 1
+    assert len(prompts) == 1
+    assert "Traceback" not in ran.err
+
+
+def test_sigterm_ends_a_chat_in_a_terminal_while_it_writes_and_while_it_waits(
+    session: ChatSession, monkeypatch: pytest.MonkeyPatch, cache: Path
+) -> None:
+    def terminated(*_: object) -> None:
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(TextWriter, "write", terminated)
+    with Termination(), pytest.raises(TerminatedError):
+        _turn(session, SimpleNamespace(read=lambda: "hello"), interactive=True)
+    with create_pipe_input() as keys:
+        terminal = TerminalInput({}, lambda: "", history=False, keys=keys, output=DummyOutput())
+        monkeypatch.setattr(terminal._session, "prompt", terminated)
+        with Termination(), pytest.raises(TerminatedError):
+            _turn(session, terminal, interactive=True)
 
 
 @pytest.mark.parametrize("interactive", [False, True])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from typing import Any
 
 import pytest
@@ -155,24 +156,73 @@ def test_what_was_looked_up_is_not_learnt(load: Load) -> None:
 
 def test_places_hold_the_quantised_neurons_that_are_chosen_whatever_was_answered_before(load: Load) -> None:
     engine = load_copied(load, num_copied=HALF, prior=False)
-    copied, streamer, checkpoint = engine._streamed.sparsity, engine._streamer, engine.checkpoint
+    copied = engine._streamed.sparsity
     assert isinstance(copied, CopiedSet)
-    assert isinstance(streamer, CopyStreamer)
-    form = WeightFormat(kind="int4", group=DRAFT_GROUPS["int4"])
     chosen = []
     for prompt in ("hello", "another prompt", "hello"):
         found = engine.generate(prompt, **ASKED)
         assert found.churn is not None
-        for layer in range(NUM_LAYERS):
-            ids = copied.hot_ids(layer)
-            assert sorted([*ids.tolist(), *copied.cold_ids(layer).tolist()]) == list(range(ALL))
-            for role, rows in zip(("gate", "up", "down"), _neurons(streamer, layer), strict=True):
-                tensor = torch.from_numpy(checkpoint.read(layer, role)).float()  # type: ignore[arg-type]
-                own = tensor.t().contiguous() if role == "down" else tensor
-                expected = dequantise_rows(quantise_rows(own[ids], form), own.shape[1], form)
-                assert torch.equal(rows.dequantised(), expected)
+        assert all(layer_is_copied(engine, layer) for layer in range(NUM_LAYERS))
         chosen.append([set(copied.hot_ids(layer).tolist()) for layer in range(NUM_LAYERS)])
     assert chosen[0] == chosen[2] != chosen[1], "which they are depends on the answer alone"
+
+
+def layer_is_copied(engine: Engine, layer: int) -> bool:
+    """Whether the places of a layer hold what the ids say."""
+    copied, streamer = engine._streamed.sparsity, engine._streamer
+    assert isinstance(copied, CopiedSet)
+    assert isinstance(streamer, CopyStreamer)
+    form, ids = WeightFormat(kind="int4", group=DRAFT_GROUPS["int4"]), copied.hot_ids(layer)
+    assert sorted([*ids.tolist(), *copied.cold_ids(layer).tolist()]) == list(range(ALL))
+    for role, rows in zip(("gate", "up", "down"), _neurons(streamer, layer), strict=True):
+        tensor = torch.from_numpy(engine.checkpoint.read(layer, role)).float()  # type: ignore[arg-type]
+        own = tensor.t().contiguous() if role == "down" else tensor
+        expected = dequantise_rows(quantise_rows(own[ids], form), own.shape[1], form)
+        if not torch.equal(rows.dequantised(), expected):
+            return False
+    return True
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+@pytest.mark.parametrize("phase", ["prefill", "correction"])
+def test_neurons_that_could_not_be_copied_are_so_for_the_next_prompt(
+    phase: str, error: type[BaseException], load: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = load_copied(load, num_copied=HALF, prior=False)
+    copied, streamer, asked = engine._streamed.sparsity, engine._streamer, ASKED | {"reuse": False}
+    assert isinstance(copied, CopiedSet)
+    assert isinstance(streamer, CopyStreamer)
+    engine.generate("hello", **asked)
+
+    def broken(layer: int, *_: object) -> None:
+        if layer == 2 and streamer._phase == phase:
+            raise error
+
+    with monkeypatch.context() as patched:
+        patched.setattr(copied.source, "copy", broken)
+        with pytest.raises(error):
+            engine.generate("another prompt", **asked)
+    assert not layer_is_copied(engine, 2)
+    engine.generate("another prompt", **asked | {"max_new_tokens": 1})
+    assert layer_is_copied(engine, 2)
+    assert not copied.broken_layers
+
+
+def test_ctrl_c_while_neurons_are_copied_comes_when_they_are(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = load_copied(load, num_copied=HALF, prior=False)
+    copied = engine._streamed.sparsity
+    assert isinstance(copied, CopiedSet)
+    copy = copied.source.copy
+
+    def pressed(layer: int, places: torch.Tensor, neuron_ids: torch.Tensor) -> None:
+        signal.raise_signal(signal.SIGINT)
+        copy(layer, places, neuron_ids)
+
+    monkeypatch.setattr(copied.source, "copy", pressed)
+    with pytest.raises(KeyboardInterrupt):
+        engine.generate("hello", **ASKED)
+    assert all(layer_is_copied(engine, layer) for layer in range(NUM_LAYERS))
+    assert not copied.broken_layers
 
 
 def _neurons(streamer: CopyStreamer, layer: int) -> list[QuantizedRows]:

@@ -5,16 +5,21 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
 from offload_sirius.cli import main
-from offload_sirius.engine import building
+from offload_sirius.engine import building, placement
+from offload_sirius.engine.placement import hardware_of
+from offload_sirius.engine.planning import Hardware
 from offload_sirius.weights.device import DeviceStore
 from offload_sirius.weights.host import allocate_bytes
+from offload_sirius.weights.plan import Plan
 
 TINY = "synthetic:tiny?dtype=F32"
 ASKED = (
@@ -113,6 +118,34 @@ def test_a_device_without_memory_is_tried_once_more_with_a_smaller_plan(
     assert first == planned
     assert second <= planned * building.RETRY_SHARE
     assert re.match(r"warning: the device's memory ran out while the model was loaded; once more with \S+ \w+\n", captured.err)
+
+
+def test_a_second_plan_is_made_when_the_memory_of_the_first_is_free_again(
+    capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = weakref.WeakSet[DeviceStore]()
+    plans = list[Plan]()
+
+    class Refused(DeviceStore):
+        """The first one runs out of memory when it has most of it."""
+
+        def __init__(self, plan: Plan, *rest: Any) -> None:
+            super().__init__(plan, *rest)
+            held.add(self)
+            plans.append(plan)
+            if len(plans) == 1:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+
+    def hardware(device: torch.device) -> Hardware:
+        free_nbytes = (1 << 20) - sum(store.nbytes for store in held)
+        return replace(hardware_of(device), own_memory=True, free_device_nbytes=free_nbytes)
+
+    monkeypatch.setattr(building, "DeviceStore", Refused)
+    monkeypatch.setattr(placement, "hardware_of", hardware)
+    assert main([*ASKED, "--device-memory", "900KiB", "--host-memory", "64MiB"]) == 0
+    first, second = plans
+    assert second.device_nbytes <= first.device_nbytes * building.RETRY_SHARE
+    assert "once more with" in capsys.readouterr().err
 
 
 def test_a_device_that_has_too_little_for_that_too_is_one_line(shrunk: type[Shrunk], capsys: Capture) -> None:

@@ -74,6 +74,8 @@ class ScriptedBatch:
         self.answers: list[ScriptedAnswer] = []
         self.error: Exception | None = None
         """Raised by the next step."""
+        self.fails_late = False
+        """Whether answers have taken that step before it fails."""
         self.num_steps = 0
         self._allowed = threading.Semaphore(0)
         self._done = threading.Semaphore(0)
@@ -93,7 +95,7 @@ class ScriptedBatch:
         self.num_steps += 1
         answers, error = list(self.answers), self.error
         self.error = None
-        if error is None:
+        if error is None or self.fails_late:
             for answer in answers:
                 answer.step()
         self.answers = [] if error else [answer for answer in answers if answer.state != "done"]

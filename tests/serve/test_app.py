@@ -311,6 +311,20 @@ def test_log_probabilities_of_a_completion_have_their_places_in_the_text(client:
     assert offsets == found["text_offset"]
 
 
+def test_figures_say_that_a_threshold_is_greedy_and_it_answers_without_a_temperature(
+    serve: Serve, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = serve()
+    assert client.get("/v1/figures").json()["is_greedy"] is False
+    lossy = replace(engine.config, decoding=replace(engine.config.decoding, accept="threshold"))
+    monkeypatch.setattr(engine, "config", lossy)
+    assert client.get("/v1/figures").json()["is_greedy"] is True
+    without = {name: value for name, value in CHAT.items() if name != "temperature"}
+    assert client.post("/v1/chat/completions", json=without).status_code == 200
+    error = error_of(client.post("/v1/chat/completions", json=CHAT | {"temperature": 0.7}), 400)
+    assert "threshold" in error["message"]
+
+
 def test_figures_and_metrics_count_what_was_done(client: TestClient) -> None:
     usage = client.post("/v1/completions", json=COMPLETION).json()["usage"]
     client.post("/v1/completions", json=COMPLETION | {"n": 3})

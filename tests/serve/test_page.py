@@ -116,3 +116,26 @@ def test_escape_stops_an_answer_and_what_a_model_writes_is_no_html(browser: Brow
     page.get_by_role("button", name="New chat").click()
     assert page.get_by_text("What shall we talk about?").is_visible()
     page.close()
+
+
+def test_a_new_chat_begins_without_what_was_being_written(browser: Browser) -> None:
+    page = browser.open()
+    page.get_by_label("Message").fill("Tell me a long story.")
+    page.keyboard.press("Enter")
+    page.locator(".turn.assistant .said").filter(has_text=WRITTEN).wait_for()
+    page.get_by_role("button", name="New chat").click()
+    page.get_by_label("Message").fill("Hello")
+    page.get_by_role("button", name="Send").wait_for()
+    assert page.evaluate("turns") == []
+    page.close()
+
+
+def test_a_server_that_is_always_greedy_is_asked_for_no_temperature(browser: Browser) -> None:
+    page = browser.open()
+    assert page.evaluate("request().temperature") == 0.7
+    page.route("**/v1/figures", lambda route: route.fulfill(json=route.fetch().json() | {"is_greedy": True}))
+    page.get_by_role("button", name="Settings").click()
+    page.get_by_text("This server always takes the most likely token").wait_for()
+    assert page.get_by_label("Temperature").is_disabled()
+    assert "temperature" not in page.evaluate("request()")
+    page.close()

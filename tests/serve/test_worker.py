@@ -15,7 +15,7 @@ from offload_sirius.serve.errors import ServerStoppingError, SlowReaderError
 from offload_sirius.serve.mailbox import Event
 from offload_sirius.serve.worker import ClientLeftError, Job, QueueFullError, Worker
 
-from .scripted import ENGINE, ScriptedBatch
+from .scripted import ENGINE, ScriptedAnswer, ScriptedBatch
 
 
 class Client:
@@ -138,6 +138,27 @@ def test_a_step_that_fails_ends_its_answers_and_the_next_one_is_written(worker: 
     assert isinstance(well.end(), Generation)
     assert worker.problem is None
     assert worker.figures.answers == {"error": 1, "stop": 1}
+
+
+def test_an_answer_that_was_finished_before_its_step_failed_is_an_answer(worker: Worker, batch: ScriptedBatch) -> None:
+    finished = Client(worker, 1)
+    batch.error, batch.fails_late = WeightReadError("weights: gone"), True
+    batch.make_step()
+    assert isinstance(finished.end(), Generation)
+    assert worker.figures.answers == {"stop": 1}
+
+
+def test_answers_that_end_as_a_step_fails_are_cancelled(
+    worker: Worker, batch: ScriptedBatch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers = list[ScriptedAnswer]()
+    submit = batch.submit
+    monkeypatch.setattr(batch, "submit", lambda *given, **named: answers.append(submit(*given, **named)) or answers[-1])
+    failing = Client(worker, 3)
+    batch.error = WeightReadError("weights: gone")
+    batch.make_step()
+    assert str(failing.end()) == "weights: gone"
+    assert [answer.result.finish_reason for answer in answers] == ["interrupted"]
 
 
 def test_what_the_batch_refuses_fails_alone(worker: Worker, batch: ScriptedBatch, monkeypatch: pytest.MonkeyPatch) -> None:

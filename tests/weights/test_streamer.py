@@ -329,8 +329,9 @@ def test_whatever_passes_follow_each_other_nothing_is_computed_on_wrong_bytes_an
 
 @dataclass
 class Alarm:
-    """Ctrl-C, a real signal, in front of the call of that number."""
+    """A real signal in front of the call of that number."""
 
+    number: int
     moment: int
     num_calls: int = 0
 
@@ -340,19 +341,24 @@ class Alarm:
         def watched(*arguments: Any) -> Any:
             self.num_calls += 1
             if self.num_calls == self.moment:
-                signal.raise_signal(signal.SIGINT)
+                signal.raise_signal(self.number)
             return call(*arguments)
 
         return watched
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
 @pytest.mark.parametrize("cargo", ["records", "gate", "kept"])
-def test_ctrl_c_as_a_transfer_begins_or_a_layer_is_released_leaves_every_byte_counted_once(cargo: Cargo) -> None:
+def test_a_signal_as_a_transfer_begins_or_a_layer_is_released_leaves_every_byte_counted_once(
+    cargo: Cargo, number: int, request: pytest.FixtureRequest
+) -> None:
     """In front of each transfer of two passes, and as each layer leaves the ring."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # raises KeyboardInterrupt, as the command line has it
+    request.addfinalizer(lambda: signal.signal(signal.SIGTERM, before))
     this = Pass(cargo=cargo, following=cargo)
     for moment in range(12 * 3):
         streamer, copier = make(6, set(), 2, DisorderlyCopier(pick=lambda below: 0), set(range(6)))
-        alarm = Alarm(moment)
+        alarm = Alarm(number, moment)
         copier.start, copier.fetch = alarm.before(copier.start), alarm.before(copier.fetch)  # type: ignore[method-assign]
         streamer._ring.advance = alarm.before(streamer._ring.advance)  # type: ignore[method-assign]
         with contextlib.suppress(KeyboardInterrupt):
