@@ -437,6 +437,7 @@ def _demand(
         num_hot=spec.ffn_width if copied else num_kept if resident_draft else 0,
         draft_format=decoding.draft_format,
         hot_layers_first=decoding.resident_first == "layers",
+        tables_in_codes=checkpoint.packed is None and any("down_table" in each.fields for each in (layout, *layout.by_layer)),
     )
 
 

@@ -98,6 +98,8 @@ class Demand:
     """Where not all of that fits: all of those neurons of some layers rather than fewer of every layer."""
     num_cached_neurons: int = 0
     """Neurons of each streamed layer whose up and down records are wanted on the device, beside its slots; 0 for none."""
+    tables_in_codes: bool = False
+    """On disk tables of down projections are in one with the codes: kept neurons do not spare reading those of a layer there."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -431,7 +433,7 @@ def _host_layers(layout: LayerLayout, demand: Demand, streamed: Sequence[int], r
         if num_buffers == wanted:
             break
     if demand.num_shared_buffers is None:
-        return _beside_kept(layout, num_streamed, num_buffers, staging_nbytes, room_nbytes - staging_nbytes, all_nbytes)
+        return _beside_kept(layout, demand, num_streamed, num_buffers, staging_nbytes, room_nbytes - staging_nbytes, all_nbytes)
     if num_buffers < wanted:
         raise BudgetError(
             f"host memory has room for {num_buffers} shared buffers of {format_size(layout.host_nbytes)}, {wanted} are asked "
@@ -441,18 +443,25 @@ def _host_layers(layout: LayerLayout, demand: Demand, streamed: Sequence[int], r
 
 
 def _beside_kept(
-    layout: LayerLayout, num_streamed: int, num_fitting: int, staging_nbytes: int, room_nbytes: int, all_nbytes: int
+    layout: LayerLayout,
+    demand: Demand,
+    num_streamed: int,
+    num_fitting: int,
+    staging_nbytes: int,
+    room_nbytes: int,
+    all_nbytes: int,
 ) -> _HostLayers:
     """Layers in host memory and kept neurons beside each other. num_fitting: layers that fit where nothing else is there.
 
     all_nbytes: of all that are streamed.
 
-    Where all layers fit, their kept neurons take what is left. Where some stay on disk, the kept neurons of those come first:
+    Where all layers fit, their kept neurons take what is left. Where some stay on disk, the kept neurons of those come first,
+    if they spare reading anything; else there are none:
 
     room >= host layers * layer + (streamed layers - host layers) * kept
     """
     kept_nbytes, num_layers = layout.kept_host_nbytes, num_fitting
-    if kept_nbytes == 0:
+    if kept_nbytes == 0 or (num_layers < num_streamed and demand.tables_in_codes):
         return _HostLayers(num_layers=num_layers, num_buffers=num_layers, num_kept=0, staging_nbytes=staging_nbytes)
     if num_layers < num_streamed:
         num_layers = max(0, (room_nbytes - num_streamed * kept_nbytes) // (layout.host_nbytes - kept_nbytes))

@@ -193,6 +193,24 @@ def test_layers_in_blocks_may_stay_on_disk(
     uplink.close()
 
 
+@pytest.mark.parametrize("packed", [False, True], ids=["the file", "a copy"])
+def test_kept_neurons_of_layers_on_disk_find_their_own_table(packed: bool, load: Load, tmp_path: Path) -> None:
+    """A file has the table in the blocks of the down projection, which all of a layer is read for; a copy has it by itself."""
+    model = write_model(tmp_path / "m.gguf", "Q4_1")
+    if packed:
+        pack(EngineConfig(model=model, dtype="float32"), tmp_path / "packed", NoProgress())
+        model = str(tmp_path / "packed")
+    decoding: dict[str, Any] = {"mode": "sparse", "draft": "streamed", "keep": 0.4}
+    plan, layout = placed(model, **decoding).plan, placed(model, **decoding).layout
+    readers = 2 * plan.host_bill["readers"] // plan.num_readers
+    host_nbytes = readers + plan.host_bill["embedding"] + LAYERS * layout.kept_host_nbytes
+    engine = load(**streaming(model, **decoding) | {"host_memory": str(host_nbytes)}, dtype="float32")
+    assert engine.plan.disk_layers
+    assert len(engine.plan.kept_layers) == (LAYERS if packed else 0)
+    resident = load(model, dtype="float32", **decoding)
+    assert engine.generate(PROMPT, **ASKED).token_ids == resident.generate(PROMPT, **ASKED).token_ids
+
+
 def test_layers_of_different_blocks_give_the_logits_of_their_numbers(tmp_path: Path, load: Load) -> None:
     model = write_model(tmp_path / "m.gguf", "Q4_K", BY_LAYER)
     kept, plain = load(model, dtype="float32"), load(model, dtype="float32", keep_blocks=False)

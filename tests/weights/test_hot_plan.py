@@ -10,14 +10,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from offload_sirius.blocks import BLOCK_FORMATS
+from offload_sirius.blocks import BLOCK_FORMATS, BlockFormat
 from offload_sirius.errors import BudgetError
 from offload_sirius.units import GIB, MIB, parse_size
-from offload_sirius.weights.hot_plan import LEAST_HOT_LAYERS, LEAST_HOT_SHARE, hot_layouts, least_hot_device_nbytes, make_hot_plan
+from offload_sirius.weights.hot_plan import LEAST_HOT_LAYERS, LEAST_HOT_SHARE, hot_layouts, make_hot_plan
 from offload_sirius.weights.layout import LayerLayout, layer_layout, model_layout
-from offload_sirius.weights.plan import MIN_SLOTS, Budgets, Demand, Plan
+from offload_sirius.weights.plan import MIN_SLOTS, Budgets, Demand, Plan, fixed_device_bill
 from offload_sirius_loaders import open_checkpoint
-from offload_sirius_loaders.spec import ModelSpec
+from offload_sirius_loaders.spec import ModelSpec, Role
 
 SPEC = open_checkpoint("synthetic:llama-3-70b").spec
 LAYOUT = layer_layout(SPEC, 2)
@@ -130,12 +130,14 @@ def test_where_all_that_is_asked_for_fits_nothing_comes_first(hot_layers_first: 
     assert (len(made.hot.layers), made.hot.num_hot) == (LAYERS, KEEP_HALF)
 
 
-@pytest.mark.parametrize("downs", [("Q5_K", "Q4_1"), ("Q6_K", "Q5_1"), (None, "Q4_1")])
-def test_a_table_of_fewer_bits_that_is_larger_takes_no_slot(downs: tuple[str | None, str]) -> None:
-    kinds = [{} if name is None else {"down": BLOCK_FORMATS[name]} for name in downs]
-    layout = model_layout(SPEC, 2, 0, None, [kinds[layer > 0] for layer in range(LAYERS)])  # type: ignore[misc]
-    needed = least_hot_device_nbytes(SPEC, layout, DEMAND)
+@pytest.mark.parametrize("downs", [("Q5_K", "Q4_1"), ("Q6_K", "Q5_1")])
+def test_a_table_of_fewer_bits_that_is_larger_takes_no_slot(downs: tuple[str, str]) -> None:
+    kinds: list[dict[Role, BlockFormat]] = [{"down": BLOCK_FORMATS[name]} for name in downs]
+    layout = model_layout(SPEC, 2, 0, None, [kinds[layer > 0] for layer in range(LAYERS)])
+    resident = layout.of(replace(SPEC, ffn_width=FEWEST)).nbytes
+    needed = sum(fixed_device_bill(SPEC, layout, DEMAND).values()) + LAYERS * resident + MIN_SLOTS * layout.records_nbytes
     made = make_hot_plan(SPEC, layout, DEMAND, Budgets(device_nbytes=needed, host_nbytes=400 * GIB))
+    assert num_hot(made) == FEWEST
     assert made.num_slots >= MIN_SLOTS
     assert made.device_nbytes <= needed
 
