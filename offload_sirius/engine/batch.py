@@ -174,11 +174,12 @@ class Batch:
 
         Calls on_piece for what became text. False when there was nothing to do. An error of a single answer, its callback's for
         one, ends that one only. Any other error, of reading or of memory, and an interruption end all active ones and are raised;
-        the batch can be used further, those that wait still do.
+        the batch can be used further, those that wait still do. Raises RuntimeError while answers of another batch have places.
         """
         self._drop_cancelled()
         if not self._waiting and not self._active:
             return False
+        self._engine.require_no_batch("those of another one are", num_own=len(self._active))
         try:
             with self._engine.answering(self) as model:
                 model.prepare(self._engine.config.decoding)
