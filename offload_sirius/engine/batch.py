@@ -11,9 +11,10 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from offload_sirius.config import GenerationConfig
+from offload_sirius.config import DecodingConfig, GenerationConfig
 from offload_sirius.decode.emitted import Emitted
 from offload_sirius.decode.loop import next_event
 from offload_sirius.decode.model import Ask
@@ -174,14 +175,14 @@ class Batch:
 
         Calls on_piece for what became text. False when there was nothing to do. An error of a single answer, its callback's for
         one, ends that one only. Any other error, of reading or of memory, and an interruption end all active ones and are raised;
-        the batch can be used further, those that wait still do.
+        the batch can be used further, those that wait still do. Raises RuntimeError while answers of another batch have places.
         """
         self._drop_cancelled()
         if not self._waiting and not self._active:
             return False
+        self._engine.require_no_batch("those of another one are", num_own=len(self._active))
         try:
             with self._engine.answering(self) as model:
-                model.prepare(self._engine.config.decoding)
                 self._engine.use_threads(prompt=True)
                 self._join(model)
                 self._engine.use_threads(prompt=False)
@@ -227,7 +228,15 @@ class Batch:
             answer.begin(slot)
             answer.go_on()
             joining.append(answer)
+        model.prepare(self._decoding())
         self._pass(model, joining)
+
+    def _decoding(self) -> DecodingConfig:
+        """What all passes are made for: as the model was loaded, but without the prior where one drafts that shall not depend on
+        it."""
+        decoding = self._engine.config.decoding
+        asked = [answer.request.decoding for answer in self._active]
+        return decoding if all(each.with_prior for each in asked if each.drafts) else replace(decoding, prior=False)
 
     def _advance(self, model: StreamedModel) -> None:
         """A window of those that draft, and a full pass for all that want one."""

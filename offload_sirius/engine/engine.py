@@ -236,9 +236,12 @@ class Engine:
                 self._streamed.forget()
             raise
 
-    def require_no_batch(self, what: str) -> None:
-        """Raises RuntimeError where answers of a batch have places: what comes would have passes of its own between theirs."""
-        if any(slot.is_busy for slot in self._streamed.slots):
+    def require_no_batch(self, what: str, *, num_own: int = 0) -> None:
+        """Raises RuntimeError where answers of a batch have places: what comes would have passes of its own between theirs.
+
+        num_own: places that belong to whoever asks.
+        """
+        if sum(slot.is_busy for slot in self._streamed.slots) > num_own:
             raise RuntimeError(f"answers of a batch are being written: end them before {what}")
 
     def use_threads(self, *, prompt: bool) -> None:

@@ -7,6 +7,7 @@ other, so that what they share stays in the KV cache; choices of a single token 
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 from typing import Any
@@ -108,10 +109,17 @@ class OffloadSiriusLM(TemplateLM):  # type: ignore[misc]  # the harness has no a
         return [self._rolling(*each.args) for each in tqdm(requests, disable=disable_tqdm, desc="Rolling log-likelihoods")]
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Texts, each up to the first of its stop strings; as many are written together as `parallel` says."""
+        """Texts, each up to the first of its stop strings; as many are written together as `parallel` says.
+
+        Of equal requests that are drawn each has the seed behind that of the one before.
+        """
         order = sorted(range(len(requests)), key=lambda index: str(requests[index].args[0]))
-        batch = self.engine.batch()
-        answers = {index: self._submit(batch, *requests[index].args) for index in order}
+        batch, answers, counts = self.engine.batch(), dict[int, Answer](), Counter[str]()
+        for index in order:
+            context, settings = requests[index].args
+            equal = repr((context, settings))
+            answers[index] = self._submit(batch, context, settings, draw=counts[equal])
+            counts[equal] += 1
         with tqdm(total=len(requests), disable=disable_tqdm, desc="Generating") as progress:
             while batch.step():
                 progress.update(sum(answer.state == "done" for answer in answers.values()) - progress.n)
@@ -160,17 +168,20 @@ class OffloadSiriusLM(TemplateLM):  # type: ignore[misc]  # the harness has no a
             _LOG.warning("a context of %d tokens is cut to its last %d; raise max_context", len(token_ids), room)
         return token_ids[-room:]
 
-    def _submit(self, batch: Batch, context: str, settings: dict[str, Any]) -> Answer:
+    def _submit(self, batch: Batch, context: str, settings: dict[str, Any], *, draw: int) -> Answer:
+        """draw: number of equal requests before."""
         settings = {name: value for name, value in settings.items() if value is not None}
         until = settings.pop("until", None) or []
         stops = tuple(each for each in ([until] if isinstance(until, str) else until) if each)
         limits = [settings.pop(name) for name in LIMITS if name in settings]
         max_new_tokens = int(limits[0]) if limits else self.max_gen_toks
-        draws = settings.pop("do_sample", True)
+        draws = settings.pop("do_sample", None)
         if unknown := sorted(set(settings) - names_of(SamplingConfig)):
             _LOG.warning("%s: no setting of this model, left out", ", ".join(unknown))
         sampling = {name: value for name, value in settings.items() if name in names_of(SamplingConfig)}
-        if not draws:
-            sampling["temperature"] = 0.0
+        if draws is not None:
+            sampling["temperature"] = float(sampling.get("temperature", 1.0)) if draws else 0.0
+        if sampling.get("temperature", 0.0) > 0:
+            sampling["seed"] = (int(sampling.get("seed", SamplingConfig().seed)) + draw) % 2**64
         prompt_ids = self._cut(self.tok_encode(context), max_new_tokens)
         return batch.submit(prompt_ids, max_new_tokens=max_new_tokens, stop=stops, **sampling)

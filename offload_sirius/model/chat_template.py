@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TypedDict
 
 from offload_sirius.errors import CheckpointError, PromptError
@@ -49,6 +49,8 @@ class ChatTemplate:
         self._model_name = model_name
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
+        self._finalize: Callable[[], object] = lambda: None
+        """Ends it, once."""
 
     def render(self, messages: Sequence[Message]) -> str:
         """Text up to where the assistant's next answer begins.
@@ -93,11 +95,12 @@ class ChatTemplate:
             line = b""
         except BaseException:  # Ctrl-C: what the process would still say is not the answer to the next request
             self._process = None
-            process.kill()
+            self._finalize()
             raise
         if not line:
             self._process = None
             code = process.wait()
+            self._finalize()
             how = f"takes more than {RENDER_SECONDS:g} s" if code == -signal.SIGPROF else f"ends its process with {code}"
             raise self._invalid(f"cannot be used, it {how}")
         reply: dict[str, str] = json.loads(line)
@@ -115,7 +118,7 @@ class ChatTemplate:
             )
         except OSError as error:
             raise self._invalid(f"cannot be used, no process can be started for it: {error.strerror}") from error
-        weakref.finalize(self, _end, process)
+        self._finalize = weakref.finalize(self, _end, process)
         return process
 
     def _invalid(self, what: str) -> CheckpointError:

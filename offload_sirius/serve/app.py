@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import ipaddress
 import logging
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, replace
@@ -55,6 +56,8 @@ class Service:
     created: int
     """When the server was started, in seconds of Unix time."""
     metrics: Metrics
+    address: str
+    """What it listens on, whatever name that was given by."""
 
     @property
     def engine(self) -> Engine:
@@ -96,7 +99,7 @@ def _api_routes(service: Service) -> APIRouter:
     """For those who have the key, where there is one."""
 
     async def allowed(request: Request) -> None:
-        _require_own_page(service.config, request)
+        _require_own_page(service, request)
         _require_key(service.config.api_key, request)
 
     routes = APIRouter(dependencies=[Depends(allowed)])
@@ -284,15 +287,16 @@ def _require_model(service: Service, name: str) -> None:
         raise ApiError(404, message, code="model_not_found", param="model")
 
 
-def _require_own_page(config: ServeConfig, request: Request) -> None:
+def _require_own_page(service: Service, request: Request) -> None:
     """Pages of other sites must not have a visitor's browser ask this server."""
     host, origin = request.headers.get("host", ""), request.headers.get("origin")
     if origin is not None and origin.partition("://")[2] != host:
         raise ApiError(403, f"requests from pages of {origin[:100]!r} are not answered; ask from the server's own page")
     # A name of somebody's own may lead to this machine, and make a page of theirs look like the server's.
-    name = (request.url.hostname or "").lower()
-    if config.api_key is None and config.host in LOOPBACK and name not in (*LOOPBACK, config.host):
-        message = f"this server is not known as {name[:100]!r}; ask for {config.host}, or start it with --api-key"
+    name, own = (request.url.hostname or "").lower(), service.config.host
+    is_guarded = service.config.api_key is None and ipaddress.ip_address(service.address).is_loopback
+    if is_guarded and name not in (*LOOPBACK, own.lower(), service.address):
+        message = f"this server is not known as {name[:100]!r}; ask for {own}, or start it with --api-key"
         raise ApiError(403, message, code="unknown_host")
 
 

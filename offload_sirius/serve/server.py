@@ -75,7 +75,8 @@ def serve(
     """
     worker = Worker(load, config.max_queue)
     metrics = Metrics(worker)
-    service = Service(worker=worker, config=config, names=names, created=int(time.time()), metrics=metrics)
+    address = listener.getsockname()[0]
+    service = Service(worker=worker, config=config, names=names, created=int(time.time()), metrics=metrics, address=address)
     asyncio.run(_Server(service, on_ready, on_abort).run(listener))
     if worker.engine.done() and (error := worker.engine.exception()) is not None:
         raise error

@@ -281,6 +281,19 @@ def test_what_is_refused_while_answers_are_written_leaves_them_as_they_are(load:
     assert found.log_probability == pytest.approx(expected.log_probability, abs=1e-4)
 
 
+def test_a_batch_waits_until_the_places_are_its_own(load: Load, budgets: Budgets, plain: Engine) -> None:
+    engine = load(mode="full", parallel=2, **budgets("host", parallel=2))
+    first, second = engine.batch(), engine.batch()
+    answers = [batch.submit(HELLO, max_new_tokens=5, ignore_eos=True) for batch in (first, second)]
+    first.step()
+    with pytest.raises(RuntimeError, match="answers of a batch are being written: end them before those of another one are"):
+        second.step()
+    assert [answer.state for answer in answers] == ["active", "waiting"]
+    finished(first)
+    finished(second)
+    assert [answer.result.token_ids for answer in answers] == [alone(plain, HELLO, max_new_tokens=5, ignore_eos=True)] * 2
+
+
 def test_pieces_have_log_probabilities_where_they_are_asked_for(load: Load, budgets: Budgets, plain: Engine) -> None:
     batch, pieces = loaded(WAYS["hot"], 2, load, budgets).batch(), list[TextPiece]()
     batch.submit(HELLO, on_piece=pieces.append, max_new_tokens=9, ignore_eos=True, logprobs=2, **SAMPLED)

@@ -627,6 +627,25 @@ def test_answers_that_would_depend_on_it_do_not_know_the_prior(settings: dict[st
     assert torch.equal(kept(cache), before)
 
 
+@pytest.mark.parametrize("settings", [{"mode": "sparse"}, {"accept": "threshold"}, {"prior": False}], ids=str)
+def test_in_a_batch_the_prior_has_no_say_while_one_drafts_that_would_depend_on_it(
+    settings: dict[str, Any], hot: Any, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("offload_sirius.sparsity.prior.PSEUDO_TOKENS", 10**6)
+    expected = hot(prior=False).generate(**settings).token_ids
+    sums = keep_absurd(cache, 1)
+    loaded = hot()
+    batch = loaded.engine.batch()
+    lossy = batch.submit("hello", **ASKED | settings)
+    while batch.step():
+        pass
+    assert lossy.result.token_ids == expected
+    assert torch.equal(kept(cache), sums)
+    batch.submit("hello", **ASKED)
+    batch.step()
+    assert loaded.hot_set.prior is not None
+
+
 def test_where_it_is_asked_for_a_lossy_answer_depends_on_the_prior(
     hot: Any, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

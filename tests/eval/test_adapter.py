@@ -124,6 +124,17 @@ def test_a_text_ends_before_its_first_stop_string_and_is_drawn_only_where_the_ta
     assert other == model.engine.generate(model.tok_encode("hello"), max_new_tokens=8, temperature=2.0, seed=3).text
 
 
+def test_equal_requests_are_drawn_each_anew(model: OffloadSiriusLM) -> None:
+    drawn, prompt_ids = {"do_sample": True, "max_new_tokens": 8}, model.tok_encode("hello")
+    requests = [asked("hello", drawn), asked("good bye", drawn), *(asked("hello", dict(drawn)) for _ in range(2))]
+    first, _, *others = model.generate_until(requests, disable_tqdm=True)
+    expected = [model.engine.generate(prompt_ids, max_new_tokens=8, temperature=1.0, seed=seed).text for seed in range(3)]
+    assert [first, *others] == expected
+    assert len({*expected}) == 3
+    greedy = asked("hello", {"max_new_tokens": 8})
+    assert len({*model.generate_until([greedy, greedy], disable_tqdm=True)}) == 1
+
+
 def test_a_long_context_loses_its_beginning_with_a_warning(model: OffloadSiriusLM, caplog: pytest.LogCaptureFixture) -> None:
     context = ("hello there " * 40).strip()
     (found,) = model.loglikelihood([asked(context, " x")], disable_tqdm=True)

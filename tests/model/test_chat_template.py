@@ -106,6 +106,24 @@ def test_a_process_that_was_killed_is_said_and_started_anew() -> None:
     assert template.render(HELLO) == "<s>"
 
 
+@pytest.mark.parametrize("is_interrupted", [False, True])
+def test_a_process_that_has_ended_leaves_no_pipes_and_no_zombie(is_interrupted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    template = ChatTemplate("{{ bos_token }}", {"bos_token": "<s>"}, "m")
+    template.render(HELLO)
+    process = template._process
+    assert process is not None
+    assert process.stdin is not None
+    assert process.stdout is not None
+    if is_interrupted:
+        monkeypatch.setattr(process.stdout, "readline", lambda: signal.raise_signal(signal.SIGINT))
+    else:
+        os.kill(process.pid, signal.SIGKILL)
+    with pytest.raises(KeyboardInterrupt if is_interrupted else CheckpointError):
+        template.render(HELLO)
+    assert process.returncode is not None
+    assert (process.stdin.closed, process.stdout.closed) == (True, True)
+
+
 def test_many_threads_each_get_their_own_answer() -> None:
     template = ChatTemplate("{{ messages[0].content }}", {}, "m")
     with ThreadPoolExecutor(8) as executor:

@@ -60,16 +60,23 @@ Serve = Callable[..., TestClient]
 
 @pytest.fixture
 def serve(engine: Engine) -> Iterator[Serve]:
-    """The routes in this process; settings are those of ServeConfig."""
+    """The routes in this process; settings are those of ServeConfig. address: what it would listen on, where that is not host."""
     workers: list[Worker] = []
 
-    def serve(**settings: object) -> TestClient:
+    def serve(address: str | None = None, **settings: object) -> TestClient:
         config = ServeConfig(**settings)  # type: ignore[arg-type]
         worker = Worker(lambda: (engine, engine.batch()), config.max_queue)
         workers.append(worker)
         worker.start()
         worker.engine.result(timeout=60)
-        service = Service(worker=worker, config=config, names=(NAME, "alias"), created=0, metrics=Metrics(worker))
+        service = Service(
+            worker=worker,
+            config=config,
+            names=(NAME, "alias"),
+            created=0,
+            metrics=Metrics(worker),
+            address=address or config.host,
+        )
         return TestClient(make_app(service), base_url="http://127.0.0.1", raise_server_exceptions=False)
 
     yield serve

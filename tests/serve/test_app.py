@@ -222,6 +222,17 @@ def test_pages_of_other_sites_are_not_answered(client: TestClient) -> None:
     assert error_of(client.post("/v1/completions", json=COMPLETION, headers=own), 403)["code"] == "unknown_host"
 
 
+@pytest.mark.parametrize(("host", "address"), [("Box.Example", "127.0.1.1"), ("127.1", "127.0.0.1"), ("ip6-localhost", "::1")])
+def test_a_server_for_this_machine_only_is_called_by_its_own_names_however_it_was_given(
+    host: str, address: str, serve: Serve
+) -> None:
+    client = serve(host=host, address=address)
+    error = error_of(client.get("/v1/models", headers={"Host": "evil.example"}), 403)
+    assert (error["code"], host in error["message"]) == ("unknown_host", True)
+    for name in (host, "localhost:8080", f"[{address}]" if ":" in address else address):
+        assert client.get("/v1/models", headers={"Host": name}).status_code == 200
+
+
 def test_a_server_with_a_key_or_for_other_machines_may_be_called_by_any_name(serve: Serve) -> None:
     key = {"Authorization": "Bearer secret", "Host": "models.example"}
     assert serve(api_key="secret").get("/v1/models", headers=key).status_code == 200
