@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from offload_sirius.model.kv_cache import KVCache
-from offload_sirius.model.kv_rows import QuantizedRows, quantised
+from offload_sirius.model.kv_rows import QuantizedKVRows, quantised
 from offload_sirius_loaders.spec import ModelSpec
 
 
@@ -47,10 +47,10 @@ class QuantizedKVCache(KVCache):
             cached.index_copy_(2, positions, rows)
             scales.index_copy_(2, positions, scale)
 
-    def read(self, layer: int, start: int, stop: int) -> tuple[QuantizedRows, QuantizedRows]:
+    def read(self, layer: int, start: int, stop: int) -> tuple[QuantizedKVRows, QuantizedKVRows]:
         """See KVCache."""
         keys, values = (
-            QuantizedRows(cached, scales, self.dtype).narrow(start, stop - start)
+            QuantizedKVRows(cached, scales, self.dtype).narrow(start, stop - start)
             for cached, scales in zip(self._layers[layer], self._scales[layer], strict=True)
         )
         return keys, values

@@ -12,7 +12,7 @@ LEVELS = 127
 
 
 @dataclass(frozen=True, slots=True)
-class QuantizedRows:
+class QuantizedKVRows:
     """A row is integers times its scale."""
 
     integers: Tensor
@@ -27,16 +27,16 @@ class QuantizedRows:
         """[B, K, T, E]"""
         return self.integers.shape
 
-    def narrow(self, start: int, length: int) -> QuantizedRows:
+    def narrow(self, start: int, length: int) -> QuantizedKVRows:
         """So many slots of them: views."""
-        return QuantizedRows(self.integers.narrow(2, start, length), self.scales.narrow(2, start, length), self.dtype)
+        return QuantizedKVRows(self.integers.narrow(2, start, length), self.scales.narrow(2, start, length), self.dtype)
 
     def plain(self) -> Tensor:
         """[B, K, T, E], copies."""
         return (self.integers * self.scales).to(self.dtype)
 
 
-KVRows = Tensor | QuantizedRows
+KVRows = Tensor | QuantizedKVRows
 """[B, K, T, E]"""
 
 

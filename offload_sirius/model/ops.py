@@ -21,7 +21,7 @@ from offload_sirius.errors import ConfigError
 from offload_sirius.kernels import cpu
 from offload_sirius.kernels.matrix import gated, project
 from offload_sirius.model.costs import scored_slots
-from offload_sirius.model.kv_rows import KVRows, QuantizedRows
+from offload_sirius.model.kv_rows import KVRows, QuantizedKVRows
 from offload_sirius.model.source import NeuronWeights
 
 Activation = Callable[[Tensor], Tensor]
@@ -108,8 +108,8 @@ def grouped_attention(queries: Tensor, keys: KVRows, values: KVRows, mask: Tenso
     rows = groups.transpose(1, 2).flatten(2, 3)  # -> [B, K, SG, E]
     if mask is not None and num_tokens > 1:  # that of a single token serves all heads of the group as it is
         mask = mask.repeat_interleave(num_heads // num_kv_heads, dim=0)  # [S, T] -> [SG, T]
-    if isinstance(keys, QuantizedRows):
-        assert isinstance(values, QuantizedRows), "keys and values are held alike"
+    if isinstance(keys, QuantizedKVRows):
+        assert isinstance(values, QuantizedKVRows), "keys and values are held alike"
         mixed = ranged_attention(rows, keys, values, mask, num_slots=scored_slots(num_tokens * num_heads))
     else:
         assert isinstance(values, Tensor), "keys and values are held alike"
@@ -118,7 +118,9 @@ def grouped_attention(queries: Tensor, keys: KVRows, values: KVRows, mask: Tenso
     return groups.reshape(num_tokens, num_heads * head_dim)  # -> [S, HE]
 
 
-def ranged_attention(rows: Tensor, keys: QuantizedRows, values: QuantizedRows, mask: Tensor | None, *, num_slots: int) -> Tensor:
+def ranged_attention(
+    rows: Tensor, keys: QuantizedKVRows, values: QuantizedKVRows, mask: Tensor | None, *, num_slots: int
+) -> Tensor:
     """Attention that looks at a few slots at a time, so that no more than these are ever dequantised.
 
     Kept from range to range are the largest score, the sum of the weights and the mix of the values so far (Milakov and
