@@ -14,6 +14,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -281,11 +282,13 @@ class ReaderPool:
         self._buffers.clear()
 
     def _run(self, buffer: memoryview, scratch: Tensor) -> None:
-        # Copies of a piece are short: one thread each, or every reader would bring up a team of its own on the same cores.
-        torch.set_num_threads(1)
-        # The disk is what is waited for, not the few milliseconds in which a piece is put in place; the matmuls, whose threads
-        # wait for each other, lose a time slice with every one of theirs that is pushed off its core.
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), READER_NICENESS)
+        # Where memory has run out settings fail, and a reader reads all the same: who waits for it has the better message.
+        with suppress(MemoryError, RuntimeError, OSError):
+            # Copies of a piece are short: one thread each, or every reader would bring up a team of its own on the same cores.
+            torch.set_num_threads(1)
+            # The disk is what is waited for, not the few milliseconds in which a piece is put in place; the matmuls, whose
+            # threads wait for each other, lose a time slice with every one of theirs that is pushed off its core.
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), READER_NICENESS)
         while (taken := self._take()) is not None:
             job, fill = taken
             try:

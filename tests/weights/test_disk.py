@@ -78,6 +78,21 @@ def test_progress_adds_up_to_the_stored_bytes(pool: ReaderPool, tiny: Checkpoint
     assert sum(seen) == tensor.nbytes
 
 
+def test_readers_that_have_no_memory_for_settings_read_all_the_same(tiny: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_memory(_: int) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(torch, "set_num_threads", no_memory)
+    readers = ReaderPool(tiny, 2)
+    try:
+        info = tiny.tensors[None, "embedding"]
+        place = torch.full(info.shape, torch.nan)
+        readers.submit(tensor_jobs(info, place)).wait()
+        assert torch.isfinite(place).all()
+    finally:
+        readers.close()
+
+
 def test_a_fill_begins_when_the_first_of_its_pieces_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     moments = iter([10.0, 20.0, 30.0])
     monkeypatch.setattr(time, "perf_counter", lambda: next(moments))
