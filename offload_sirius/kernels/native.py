@@ -25,7 +25,7 @@ from typing import Literal
 from offload_sirius.cache import made_cache_folder
 from offload_sirius.errors import ConfigError
 
-Name = Literal["products", "tiles", "quantise", "blocks"]
+Name = Literal["products", "tiles", "quantise", "blocks", "rows"]
 """A C file, and the library that is made of it."""
 
 COMPILERS = ("gcc", "cc")
@@ -34,7 +34,7 @@ COMPILERS = ("gcc", "cc")
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC", "-Wl,--as-needed")
 """The math flags change no result: nobody looks at errno or at the flags of a floating point unit."""
 
-OWN_FLAGS: dict[Name, tuple[str, ...]] = {"products": (), "tiles": (), "blocks": (), "quantise": ("-ffp-contract=off",)}
+OWN_FLAGS: dict[Name, tuple[str, ...]] = {"quantise": ("-ffp-contract=off",)}
 """Quantising gives the bits of its torch reference, which rounds each product."""
 
 TIMEOUT_SECONDS = 120
@@ -75,7 +75,7 @@ def find_compiler() -> str:
 def compiled(name: Name, folder: Path, compiler: str) -> Path:
     """The library's file in the folder, made by the compiler where it is not there. Raises ConfigError or OSError."""
     source = Path(__file__).with_name(f"{name}.c")
-    command = [compiler, *FLAGS, *OWN_FLAGS[name], str(source), *loaded_openmp(), "-lm"]
+    command = [compiler, *FLAGS, *OWN_FLAGS.get(name, ()), str(source), *loaded_openmp(), "-lm"]
     library = folder / f"{name}-{_fingerprint(source, command)}.so"
     with open(library.with_suffix(".lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

@@ -15,6 +15,7 @@ from offload_sirius.blocks import BlockFormat
 from offload_sirius.kernels.blocks import BlockRows, NeuronRows
 from offload_sirius.kernels.matrix import Matrix, Stack
 from offload_sirius.kernels.packed import QuantizedRows
+from offload_sirius.kernels.rows import put_rows
 from offload_sirius.weights.layout import NUMBER_NBYTES, FieldName, LayerLayout, Part, RecordForm, distinct, qkv_rows
 from offload_sirius_loaders.spec import ModelSpec, Role
 
@@ -226,14 +227,17 @@ def _field(storage: Tensor, layout: LayerLayout, name: FieldName, dtype: torch.d
 
 
 def write_rows(place: Tensor, first_row: int, rows: Tensor, scratch: Tensor) -> None:
-    """Write rows of a checkpoint's tensor to their place, converting the type; a transposed place is written in blocks.
+    """Write rows of a checkpoint's tensor to their place, converting the type; torch writes a transposed place in blocks.
 
     place: [R, C] or [R], as LayerBuffer.role gives it; rows: [n, C] or [n], with first_row + n <= R.
     scratch: uint8, room for at least one row of C, overwritten. It is the caller's to keep: a block allocated anew each time
     costs a page fault for every 4 KiB, and many threads that fault at once wait for each other in the kernel.
     """
-    if place.dim() == 1 or place.stride(1) == 1:
-        place[first_row : first_row + rows.shape[0]].copy_(rows)
+    own = place[first_row : first_row + rows.shape[0]]
+    if own.dim() == 2 and put_rows(own, rows):
+        return
+    if own.dim() == 1 or own.stride(1) == 1:
+        own.copy_(rows)
         return
     by_neuron, width = place.t(), rows.shape[1]
     step = min(TRANSPOSE_ROWS, scratch.numel() // (width * place.element_size()))

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from offload_sirius.errors import WeightReadError
 from offload_sirius.kernels.block_products import write_outputs
+from offload_sirius.kernels import rows as row_kernels
 from offload_sirius.kernels.blocks import BlockRows, NeuronRows
 from offload_sirius.kernels.matrix import Matrix
 from offload_sirius.kernels.packed import QuantizedRows
@@ -230,6 +231,7 @@ class ReaderPool:
         self._busy_since = 0.0
         # Made here and not by the threads, so that memory that runs out is an error of whoever opens the pool.
         self._buffers = read_buffers(num_readers, buffer_nbytes(checkpoint))
+        row_kernels.library()  # compiled, if it has to be, before many threads ask for it
         self._threads = [
             threading.Thread(
                 target=self._run, args=(buffer, torch.empty(PIECE_NBYTES, dtype=torch.uint8)), name=f"reader-{index}", daemon=True

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import prod
+from math import lcm, prod
 from typing import get_args
 
 from offload_sirius.blocks import BLOCK_FORMATS, BlockFormat
@@ -19,6 +19,9 @@ BLOCK_NBYTES = 4096
 PIECE_NBYTES = 2 * HUGE_PAGE_NBYTES - 2 * BLOCK_NBYTES
 """One read, and also the most bytes a piece may have once decoded: bounds what a reader thread holds. With the blocks at both
 ends that O_DIRECT reads along, it fills its huge pages."""
+
+LINE_ROWS = 32
+"""Rows whose numbers of two bytes fill a line of the cache: turned, a piece of so many writes whole lines."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,9 @@ class Piece:
 def pieces_of(info: TensorInfo) -> list[Piece]:
     """Cut a tensor into pieces of at most PIECE_NBYTES, stored (companions apart) and decoded, where its rows allow it."""
     per_row = max(info.stored_shape[-1] * _element_nbytes(info), info.row_nbytes, 1)
-    step = max(PIECE_NBYTES // per_row // info.row_multiple, 1) * info.row_multiple
+    whole_lines = lcm(info.row_multiple, LINE_ROWS)
+    multiple = whole_lines if whole_lines * per_row <= PIECE_NBYTES else info.row_multiple
+    step = max(PIECE_NBYTES // per_row // multiple, 1) * multiple
     return [Piece(info, start, min(step, info.num_rows - start)) for start in range(0, info.num_rows, step)]
 
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from offload_sirius.weights.pieces import PIECE_NBYTES, decoding_nbytes, pieces_of, read_nbytes
+from offload_sirius.weights.pieces import LINE_ROWS, PIECE_NBYTES, decoding_nbytes, pieces_of, read_nbytes
 from offload_sirius_loaders.checkpoint import Companion, TensorInfo, read_rows
 
 from ..loaders.quantised import WAYS, one_layer
@@ -42,13 +42,19 @@ def test_pieces_cover_a_tensor_once_and_in_order(rows: int, columns: int, row_mu
 
 
 def test_pieces_are_bounded_unless_rows_must_stay_together() -> None:
-    assert PIECE_NBYTES - 4096 * 4 < max(piece.nbytes for piece in pieces_of(info(4096, 4096))) <= PIECE_NBYTES
+    assert PIECE_NBYTES - LINE_ROWS * 4096 * 4 < max(piece.nbytes for piece in pieces_of(info(4096, 4096))) <= PIECE_NBYTES
     assert max(piece.nbytes for piece in pieces_of(info(4096, 4096, 4096))) == 4096 * 4096 * 4
 
 
 def companion(name: str, num_rows: int, row_nbytes: int, span: int) -> Companion:
     nbytes = num_rows * row_nbytes
     return Companion(name=name, file=Path("y"), offset=1000, nbytes=nbytes, num_rows=num_rows, span=span)
+
+
+def test_pieces_begin_at_whole_lines_of_a_turned_matrix_where_so_many_rows_fit() -> None:
+    assert all(piece.first_row % LINE_ROWS == 0 for piece in pieces_of(info(5000, 4096)))
+    wide = PIECE_NBYTES // 4 // (LINE_ROWS - 1)
+    assert [piece.num_rows for piece in pieces_of(info(LINE_ROWS, wide))] == [LINE_ROWS - 1, 1]
 
 
 def test_each_piece_brings_the_rows_of_companions_that_it_needs() -> None:
