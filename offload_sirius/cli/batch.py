@@ -11,8 +11,9 @@ import typer
 
 from offload_sirius.batch.lines import Input, read_input
 from offload_sirius.batch.results import Results, read_finished
-from offload_sirius.cli import flags
-from offload_sirius.config import AUTO, DecodingConfig, EngineConfig, GenerationConfig, SamplingConfig, help_of
+from offload_sirius.cli import flags, settings
+from offload_sirius.cli.flag_group import with_flag_groups
+from offload_sirius.config import AUTO, EngineConfig, GenerationConfig, help_of
 from offload_sirius.errors import ConfigError
 from offload_sirius.files import require_writable
 
@@ -29,18 +30,15 @@ BATCH = "Batch"
 EXIT_SOME_ERRORS = 1
 """All is done, and some lines could not be answered."""
 
-_ENGINE = EngineConfig()
-_DECODING = DecodingConfig()
-_GENERATION = GenerationConfig()
-_SAMPLING = SamplingConfig()
-
 PLACES = frozenset(
     ("device", "device_memory", "host_memory", "link_gbps", "threads", "parallel", "cuda_graphs", "shared_host_buffers")
 )
 """Settings of the engine that exact answers do not depend on: a run may go on with others."""
 
 
+@with_flag_groups
 def batch(
+    *,
     source: Annotated[
         str | None,
         typer.Option(
@@ -77,49 +75,9 @@ def batch(
             rich_help_panel=BATCH,
         ),
     ] = False,
-    chat: flags.Chat = _GENERATION.chat,
-    model: flags.Model = _ENGINE.model,
-    mode: flags.Mode = _DECODING.mode,
-    sparsity: flags.Sparsity = _DECODING.sparsity,
-    keep: flags.Keep = _DECODING.keep,
-    cats_threshold: flags.CatsThreshold = None,
-    window: flags.Window = str(_DECODING.window),
-    accept: flags.Accept = _DECODING.accept,
-    threshold: flags.Threshold = _DECODING.threshold,
-    draft: flags.Draft = _DECODING.draft,
-    draft_quantize: flags.DraftQuantize = _DECODING.draft_quantize,
-    resident_first: flags.ResidentFirst = _DECODING.resident_first,
-    refresh: flags.Refresh = _DECODING.refresh,
-    refresh_decay: flags.RefreshDecay = _DECODING.refresh_decay,
-    overlap: flags.Overlap = _DECODING.overlap,
-    prior: flags.Prior = _DECODING.prior,
-    draft_keep: flags.DraftKeep = _DECODING.draft_keep,
-    tree_width: flags.TreeWidth = _DECODING.tree_width,
-    lookup: flags.Lookup = None,
-    device: flags.Device = _ENGINE.device,
-    device_memory: flags.DeviceMemory = _ENGINE.device_memory,
-    host_memory: flags.HostMemory = _ENGINE.host_memory,
-    link_gbps: flags.LinkGbps = _ENGINE.link_gbps,
-    dtype: flags.Dtype = _ENGINE.dtype,
-    quantize: flags.Quantize = _ENGINE.quantize,
-    quantize_group: flags.QuantizeGroup = _ENGINE.quantize_group,
-    quantize_head: flags.QuantizeHead = _ENGINE.quantize_head,
-    keep_blocks: flags.KeepBlocks = _ENGINE.keep_blocks,
-    max_context: flags.MaxContext = _ENGINE.max_context,
-    kv_dtype: flags.KvDtype = _ENGINE.kv_dtype,
-    auto: flags.Auto = _ENGINE.auto,
-    threads: flags.Threads = _ENGINE.threads,
-    cuda_graphs: flags.CudaGraphs = _ENGINE.cuda_graphs,
-    shared_host_buffers: flags.SharedHostBuffers = _ENGINE.shared_host_buffers,
-    max_new_tokens: flags.MaxNewTokens = _GENERATION.max_new_tokens,
-    stop: flags.Stop = None,
-    ignore_eos: flags.IgnoreEos = _GENERATION.ignore_eos,
-    temperature: flags.Temperature = _SAMPLING.temperature,
-    top_k: flags.TopK = _SAMPLING.top_k,
-    top_p: flags.TopP = _SAMPLING.top_p,
-    min_p: flags.MinP = _SAMPLING.min_p,
-    repetition_penalty: flags.RepetitionPenalty = _SAMPLING.repetition_penalty,
-    seed: flags.Seed = _SAMPLING.seed,
+    chat: settings.Chat = GenerationConfig.chat,
+    engine_config: Annotated[EngineConfig, settings.ENGINE],
+    generation: Annotated[GenerationConfig, settings.GENERATION],
     verbose: flags.Verbose = False,
 ) -> int:
     """Answer a file of prompts, several at once, in order; the same command goes on where it was interrupted or killed.
@@ -127,56 +85,9 @@ def batch(
     Settings of answers that are given here hold where a line says nothing. Exit status 1: all is done, but lines that cannot be
     answered, as they are too long, have an "error". On several GPUs or machines: accelerate launch -m offload_sirius batch ...
     """
-    decoding = DecodingConfig(
-        mode=mode,  # type: ignore[arg-type]  # checked by DecodingConfig, as are the next
-        sparsity=sparsity,  # type: ignore[arg-type]
-        keep=keep,
-        cats_threshold=cats_threshold,
-        window=window,
-        accept=accept,  # type: ignore[arg-type]
-        threshold=threshold,
-        draft=draft,  # type: ignore[arg-type]
-        draft_quantize=draft_quantize,  # type: ignore[arg-type]
-        resident_first=resident_first,  # type: ignore[arg-type]
-        refresh=refresh,
-        refresh_decay=refresh_decay,
-        overlap=overlap,
-        prior=prior,
-        draft_keep=draft_keep,
-        tree_width=tree_width,
-        lookup=lookup,
-    )
-    engine_config = EngineConfig(
-        model=model,
-        device=device,
-        device_memory=device_memory,
-        host_memory=host_memory,
-        link_gbps=link_gbps,
-        dtype=dtype,  # type: ignore[arg-type]  # checked by EngineConfig
-        quantize=quantize,  # type: ignore[arg-type]
-        quantize_group=quantize_group,
-        quantize_head=quantize_head,  # type: ignore[arg-type]
-        keep_blocks=keep_blocks,
-        max_context=max_context,
-        kv_dtype=kv_dtype,  # type: ignore[arg-type]
-        parallel=_ENGINE.parallel if parallel == AUTO else _number(parallel),
-        auto=auto,
-        threads=threads,
-        cuda_graphs=cuda_graphs,
-        shared_host_buffers=shared_host_buffers,
-        decoding=decoding,
-    )
-    sampling = SamplingConfig(
-        temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty, seed=seed
-    )
-    generation = GenerationConfig(
-        decoding=decoding,
-        sampling=sampling,
-        max_new_tokens=max_new_tokens,
-        stop=tuple(stop or ()),
-        ignore_eos=ignore_eos,
-        chat=chat,
-    )
+    if parallel != AUTO:
+        engine_config = replace(engine_config, parallel=_number(parallel))
+    generation = replace(generation, decoding=engine_config.decoding, chat=chat)
     source_path, out_path = _files(source, out)
     asked = read_input(source_path, generation)
     return _run(asked, out_path, engine_config, generation, chooses=parallel == AUTO, figures=figures, verbose=verbose)
@@ -223,8 +134,8 @@ def _run(
     from offload_sirius.cli.console import say
 
     ids = [line.id for line in asked.lines]
-    settings = _asked_for(asked, engine_config, generation, figures=figures)
-    finished = read_finished(out, ids, settings)
+    asked_for = _asked_for(asked, engine_config, generation, figures=figures)
+    finished = read_finished(out, ids, asked_for)
     if finished.num_written == len(ids):
         say(f"{out}: has the answers to all {len(ids)} prompts already{_errors(finished.num_errors)}")
         return EXIT_SOME_ERRORS if finished.num_errors else EXIT_DONE
@@ -241,7 +152,7 @@ def _run(
     if finished.num_done and processes.index == 0:
         say(f"{out}: {finished.num_done} of {len(ids)} prompts are answered; going on")
     processes.wait()  # all have read what there is, before the first of them writes
-    results = Results(out, ids, settings, processes.index)
+    results = Results(out, ids, asked_for, processes.index)
     try:
         _answer(processes, left, results, engine_config, chooses=chooses, figures=figures, verbose=verbose)
         processes.wait()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,7 +11,8 @@ import typer
 
 from offload_sirius.bench.spread import NUM_REPEATS
 from offload_sirius.cache import made_cache_folder
-from offload_sirius.cli import bench_decode, flags
+from offload_sirius.cli import bench_decode, flags, settings
+from offload_sirius.cli.flag_group import with_flag_groups
 from offload_sirius.cli.generate import explain
 from offload_sirius.cli.tracing import tracing
 from offload_sirius.config import EngineConfig
@@ -39,7 +41,11 @@ Examples:
   offload-sirius bench stream --model llama-3-8b --device-memory 8GiB --trace trace.json --json
 """
 
-_ENGINE = EngineConfig()
+STREAMED = settings.ENGINE.only(
+    *("model", "device", "device_memory", "host_memory", "link_gbps"),
+    *("dtype", "quantize", "quantize_group", "quantize_head", "keep_blocks", "threads", "shared_host_buffers"),
+)
+"""What full passes depend on."""
 
 app = typer.Typer(
     help="Measure links, streaming over them, and decoding with what is streamed.", epilog=EXAMPLES, rich_markup_mode=None
@@ -49,7 +55,7 @@ app.command("decode", epilog=bench_decode.EXAMPLES)(bench_decode.decode)
 
 @app.command(epilog=LINK_EXAMPLES)
 def link(
-    device: flags.Device = _ENGINE.device,
+    device: settings.Device = EngineConfig.device,
     sizes: Annotated[
         str | None,
         typer.Option(
@@ -90,19 +96,11 @@ def link(
 
 
 @app.command(epilog=STREAM_EXAMPLES)
+@with_flag_groups
 def stream(
-    model: flags.Model = _ENGINE.model,
-    device: flags.Device = _ENGINE.device,
+    *,
+    config: Annotated[EngineConfig, STREAMED],
     device_memory: flags.StreamingDeviceMemory = None,
-    host_memory: flags.HostMemory = _ENGINE.host_memory,
-    link_gbps: flags.LinkGbps = _ENGINE.link_gbps,
-    dtype: flags.Dtype = _ENGINE.dtype,
-    quantize: flags.Quantize = _ENGINE.quantize,
-    quantize_group: flags.QuantizeGroup = _ENGINE.quantize_group,
-    quantize_head: flags.QuantizeHead = _ENGINE.quantize_head,
-    keep_blocks: flags.KeepBlocks = _ENGINE.keep_blocks,
-    threads: flags.Threads = _ENGINE.threads,
-    shared_host_buffers: flags.SharedHostBuffers = _ENGINE.shared_host_buffers,
     passes: Annotated[int, typer.Option("--passes", help="Passes that count, after two that do not.", metavar="N")] = NUM_REPEATS,
     plot: flags.Plot = None,
     trace: flags.Trace = None,
@@ -110,20 +108,8 @@ def stream(
     verbose: flags.Verbose = False,
 ) -> None:
     """Measure full passes of a model over its link."""
-    config = EngineConfig(
-        model=model,
-        device=device,
-        device_memory=device_memory or _ENGINE.device_memory,
-        host_memory=host_memory,
-        link_gbps=link_gbps,
-        dtype=dtype,  # type: ignore[arg-type]  # checked by EngineConfig
-        quantize=quantize,  # type: ignore[arg-type]
-        quantize_group=quantize_group,
-        quantize_head=quantize_head,  # type: ignore[arg-type]
-        keep_blocks=keep_blocks,
-        threads=threads,
-        shared_host_buffers=shared_host_buffers,
-    )
+    if device_memory:
+        config = replace(config, device_memory=device_memory)
     report = _stream(
         config, flags.at_least_one("--passes", passes), trace, plot, all_streamed=device_memory is None, verbose=verbose
     )

@@ -6,7 +6,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
@@ -15,10 +15,11 @@ import typer
 
 from offload_sirius.bench.prompts import BUILT_IN, read_prompts
 from offload_sirius.bench.variants import DecodeBench, variants_of
-from offload_sirius.cli import flags
+from offload_sirius.cli import flags, settings
+from offload_sirius.cli.flag_group import Values, with_flag_groups
 from offload_sirius.cli.generate import explain
 from offload_sirius.cli.tracing import tracing
-from offload_sirius.config import MODES, DecodingConfig, EngineConfig, GenerationConfig, SamplingConfig, help_of
+from offload_sirius.config import MODES, DecodingConfig, EngineConfig, GenerationConfig, help_of
 from offload_sirius.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -37,12 +38,13 @@ NUM_TOKENS = 64
 
 SAID_EVERY_SECONDS = 5.0
 
-EXAMPLE_OF = {"--keep": "0.5,0.75", "--tree-width": "1,4"}
+STREAMED = settings.ENGINE.only(
+    *("device", "device_memory", "host_memory", "link_gbps", "dtype", "quantize", "quantize_group", "quantize_head"),
+    *("kv_dtype", "keep_blocks", "threads", "cuda_graphs", "shared_host_buffers"),
+)
+"""What all ways of decoding have in common. How many positions and answers there is room for is the measurement's to decide."""
 
-_ENGINE = EngineConfig()
-_DECODING = DecodingConfig()
-_GENERATION = GenerationConfig(max_new_tokens=NUM_TOKENS)
-_SAMPLING = SamplingConfig()
+EXAMPLE_OF = {"--keep": "0.5,0.75", "--tree-width": "1,4"}
 
 Value = TypeVar("Value")
 
@@ -52,8 +54,10 @@ def _list(name: str, metavar: str) -> Any:
     return typer.Option("--" + name.replace("_", "-"), help=text, metavar=metavar, rich_help_panel=flags.DECODING)
 
 
+@with_flag_groups
 def decode(
-    model: flags.Model = _ENGINE.model,
+    *,
+    model: settings.Model = EngineConfig.model,
     prompts: Annotated[
         str | None,
         typer.Option(
@@ -66,7 +70,7 @@ def decode(
     limit: Annotated[
         int | None, typer.Option("--limit", help="Take the first N prompts only.", metavar="N", rich_help_panel=flags.PROMPT)
     ] = None,
-    chat: flags.Chat = _GENERATION.chat,
+    chat: settings.Chat = GenerationConfig.chat,
     modes: Annotated[
         str,
         typer.Option(
@@ -76,22 +80,16 @@ def decode(
             rich_help_panel=flags.DECODING,
         ),
     ] = ",".join(MODES),
-    sparsity: Annotated[str, _list("sparsity", "KINDS")] = _DECODING.sparsity,
-    keep: Annotated[str, _list("keep", "SHARES")] = str(_DECODING.keep),
-    cats_threshold: flags.CatsThreshold = None,
-    window: Annotated[str, _list("window", "N,auto")] = str(_DECODING.window),
-    accept: Annotated[str, _list("accept", "RULES")] = _DECODING.accept,
-    threshold: flags.Threshold = _DECODING.threshold,
-    draft: Annotated[str, _list("draft", "PLACES")] = _DECODING.draft,
-    draft_quantize: flags.DraftQuantize = _DECODING.draft_quantize,
-    resident_first: flags.ResidentFirst = _DECODING.resident_first,
-    refresh: flags.Refresh = _DECODING.refresh,
-    refresh_decay: flags.RefreshDecay = _DECODING.refresh_decay,
-    overlap: flags.Overlap = _DECODING.overlap,
-    prior: flags.Prior = False,  # a row shall not depend on those before it, nor on earlier runs
-    draft_keep: flags.DraftKeep = _DECODING.draft_keep,
-    tree_width: Annotated[str, _list("tree_width", "N")] = str(_DECODING.tree_width),
-    lookup: flags.Lookup = None,
+    decoding: Annotated[Values, settings.DECODING.without("mode")],
+    sparsity: Annotated[str, _list("sparsity", "KINDS")] = DecodingConfig.sparsity,
+    keep: Annotated[str, _list("keep", "SHARES")] = str(DecodingConfig.keep),
+    window: Annotated[str, _list("window", "N,auto")] = str(DecodingConfig.window),
+    accept: Annotated[str, _list("accept", "RULES")] = DecodingConfig.accept,
+    draft: Annotated[str, _list("draft", "PLACES")] = DecodingConfig.draft,
+    draft_quantize: Annotated[str, settings.DECODING.option("draft_quantize")] = DecodingConfig.draft_quantize,
+    prior: Annotated[bool, settings.DECODING.option("prior")] = False,  # no row depends on those before it, nor on earlier runs
+    draft_keep: Annotated[float | None, settings.DECODING.option("draft_keep")] = DecodingConfig.draft_keep,
+    tree_width: Annotated[str, _list("tree_width", "N")] = str(DecodingConfig.tree_width),
     force_aal: Annotated[
         float | None,
         typer.Option(
@@ -101,44 +99,18 @@ def decode(
             rich_help_panel=flags.DECODING,
         ),
     ] = None,
-    max_new_tokens: flags.MaxNewTokens = _GENERATION.max_new_tokens,
-    ignore_eos: flags.IgnoreEos = _GENERATION.ignore_eos,
-    temperature: flags.Temperature = _SAMPLING.temperature,
-    top_k: flags.TopK = _SAMPLING.top_k,
-    top_p: flags.TopP = _SAMPLING.top_p,
-    min_p: flags.MinP = _SAMPLING.min_p,
-    repetition_penalty: flags.RepetitionPenalty = _SAMPLING.repetition_penalty,
-    seed: flags.Seed = _SAMPLING.seed,
-    device: flags.Device = _ENGINE.device,
+    max_new_tokens: Annotated[int, settings.GENERATION.option("max_new_tokens")] = NUM_TOKENS,
+    generation: Annotated[GenerationConfig, settings.GENERATION.without("stop")],
+    engine: Annotated[Values, STREAMED],
     device_memory: flags.StreamingDeviceMemory = None,
-    host_memory: flags.HostMemory = _ENGINE.host_memory,
-    link_gbps: flags.LinkGbps = _ENGINE.link_gbps,
-    dtype: flags.Dtype = _ENGINE.dtype,
-    quantize: flags.Quantize = _ENGINE.quantize,
-    quantize_group: flags.QuantizeGroup = _ENGINE.quantize_group,
-    quantize_head: flags.QuantizeHead = _ENGINE.quantize_head,
-    kv_dtype: flags.KvDtype = _ENGINE.kv_dtype,
-    keep_blocks: flags.KeepBlocks = _ENGINE.keep_blocks,
-    threads: flags.Threads = _ENGINE.threads,
-    cuda_graphs: flags.CudaGraphs = _ENGINE.cuda_graphs,
-    shared_host_buffers: flags.SharedHostBuffers = _ENGINE.shared_host_buffers,
     plot: flags.Plot = None,
     trace: flags.Trace = None,
     as_json: flags.Report = False,
     verbose: flags.Verbose = False,
 ) -> None:
     """Measure decoding in several ways beside the full model's."""
-    shared = DecodingConfig(
-        sparsity=_DECODING.sparsity if cats_threshold is None else "cats",
-        cats_threshold=cats_threshold,
-        threshold=threshold,
-        resident_first=resident_first,  # type: ignore[arg-type]  # checked by DecodingConfig
-        refresh=refresh,
-        refresh_decay=refresh_decay,
-        overlap=overlap,
-        prior=prior,
-        lookup=lookup,
-    )
+    # Only with cats may there be a threshold of cats; variants have sparsities of their own.
+    shared = DecodingConfig(sparsity="griffin" if decoding["cats_threshold"] is None else "cats", prior=prior, **decoding)
     variants = variants_of(
         shared,
         draft_keep=draft_keep,
@@ -151,31 +123,9 @@ def decode(
         drafts=_values("--draft", draft, str),  # type: ignore[arg-type]
         tree_widths=_values("--tree-width", tree_width, int),
     )
-    generation = GenerationConfig(
-        reuse=False,  # every answer begins where the first one does
-        sampling=SamplingConfig(
-            temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty, seed=seed
-        ),
-        max_new_tokens=max_new_tokens,
-        ignore_eos=ignore_eos,
-        chat=chat,
-    )
-    config = EngineConfig(
-        model=model,
-        device=device,
-        device_memory=device_memory or _ENGINE.device_memory,
-        host_memory=host_memory,
-        link_gbps=link_gbps,
-        dtype=dtype,  # type: ignore[arg-type]  # checked by EngineConfig
-        quantize=quantize,  # type: ignore[arg-type]
-        quantize_group=quantize_group,
-        quantize_head=quantize_head,  # type: ignore[arg-type]
-        kv_dtype=kv_dtype,  # type: ignore[arg-type]
-        keep_blocks=keep_blocks,
-        threads=threads,
-        cuda_graphs=cuda_graphs,
-        shared_host_buffers=shared_host_buffers,
-    )
+    # Every answer begins where the first one does.
+    generation = replace(generation, max_new_tokens=max_new_tokens, chat=chat, reuse=False)
+    config = EngineConfig(model=model, device_memory=device_memory or EngineConfig.device_memory, **engine)
     texts = BUILT_IN if prompts is None else read_prompts(Path(prompts))
     bench = DecodeBench(
         prompts=texts if limit is None else texts[: flags.at_least_one("--limit", limit)],

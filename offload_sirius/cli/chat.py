@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from offload_sirius.cli import flags
-from offload_sirius.config import DecodingConfig, EngineConfig, GenerationConfig, SamplingConfig
+from offload_sirius.cli import flags, settings
+from offload_sirius.cli.flag_group import with_flag_groups
+from offload_sirius.config import EngineConfig, GenerationConfig, help_of
 from offload_sirius.errors import USER_ERRORS, ConfigError
 
 if TYPE_CHECKING:
@@ -23,12 +25,10 @@ Examples:
   offload-sirius chat --model llama-3-8b --device-memory 6GiB --system 'Answer in one sentence.' --temperature 0.7
 """
 
-_ENGINE = EngineConfig()
-_DECODING = DecodingConfig()
-_SAMPLING = SamplingConfig()
 
-
+@with_flag_groups
 def chat(
+    *,
     system: Annotated[
         str | None,
         typer.Option("--system", help="A system message, before all others.", metavar="TEXT", rich_help_panel=flags.PROMPT),
@@ -41,93 +41,24 @@ def chat(
             rich_help_panel=flags.PROMPT,
         ),
     ] = True,
-    model: flags.Model = _ENGINE.model,
-    mode: flags.Mode = _DECODING.mode,
-    sparsity: flags.Sparsity = _DECODING.sparsity,
-    keep: flags.Keep = _DECODING.keep,
-    cats_threshold: flags.CatsThreshold = None,
-    window: flags.Window = str(_DECODING.window),
-    accept: flags.Accept = _DECODING.accept,
-    threshold: flags.Threshold = _DECODING.threshold,
-    draft: flags.Draft = _DECODING.draft,
-    draft_quantize: flags.DraftQuantize = _DECODING.draft_quantize,
-    resident_first: flags.ResidentFirst = _DECODING.resident_first,
-    refresh: flags.Refresh = _DECODING.refresh,
-    refresh_decay: flags.RefreshDecay = _DECODING.refresh_decay,
-    overlap: flags.Overlap = _DECODING.overlap,
-    prior: flags.Prior = _DECODING.prior,
-    draft_keep: flags.DraftKeep = _DECODING.draft_keep,
-    tree_width: flags.TreeWidth = _DECODING.tree_width,
-    lookup: flags.Lookup = None,
-    device: flags.Device = _ENGINE.device,
-    device_memory: flags.DeviceMemory = _ENGINE.device_memory,
-    host_memory: flags.HostMemory = _ENGINE.host_memory,
-    link_gbps: flags.LinkGbps = _ENGINE.link_gbps,
-    dtype: flags.Dtype = _ENGINE.dtype,
-    quantize: flags.Quantize = _ENGINE.quantize,
-    quantize_group: flags.QuantizeGroup = _ENGINE.quantize_group,
-    quantize_head: flags.QuantizeHead = _ENGINE.quantize_head,
-    keep_blocks: flags.KeepBlocks = _ENGINE.keep_blocks,
-    max_context: flags.MaxContext = _ENGINE.max_context,
-    kv_dtype: flags.KvDtype = _ENGINE.kv_dtype,
-    auto: flags.Auto = _ENGINE.auto,
-    threads: flags.Threads = _ENGINE.threads,
-    cuda_graphs: flags.CudaGraphs = _ENGINE.cuda_graphs,
-    max_new_tokens: flags.MaxChatTokens = None,
-    stop: flags.Stop = None,
-    temperature: flags.Temperature = _SAMPLING.temperature,
-    top_k: flags.TopK = _SAMPLING.top_k,
-    top_p: flags.TopP = _SAMPLING.top_p,
-    min_p: flags.MinP = _SAMPLING.min_p,
-    repetition_penalty: flags.RepetitionPenalty = _SAMPLING.repetition_penalty,
-    seed: flags.Seed = _SAMPLING.seed,
+    engine_config: Annotated[EngineConfig, settings.ENGINE.without("parallel", "shared_host_buffers")],
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(
+            "--max-new-tokens",
+            help=help_of(GenerationConfig, "max_new_tokens") + " Default: what the context has room for.",
+            metavar="N",
+            rich_help_panel=flags.DECODING,
+        ),
+    ] = None,
+    generation: Annotated[GenerationConfig, settings.GENERATION.without("ignore_eos")],
     verbose: flags.Verbose = False,
 ) -> int:
     """Talk with a model. Each turn computes its own tokens only; the conversation before it stays in the KV cache.
 
     A line is a message; /help shows the commands. Ctrl-C stops an answer, Ctrl-D leaves.
     """
-    decoding = DecodingConfig(
-        mode=mode,  # type: ignore[arg-type]  # checked by DecodingConfig, as are the next
-        sparsity=sparsity,  # type: ignore[arg-type]
-        keep=keep,
-        cats_threshold=cats_threshold,
-        window=window,
-        accept=accept,  # type: ignore[arg-type]
-        threshold=threshold,
-        draft=draft,  # type: ignore[arg-type]
-        draft_quantize=draft_quantize,  # type: ignore[arg-type]
-        resident_first=resident_first,  # type: ignore[arg-type]
-        refresh=refresh,
-        refresh_decay=refresh_decay,
-        overlap=overlap,
-        prior=prior,
-        draft_keep=draft_keep,
-        tree_width=tree_width,
-        lookup=lookup,
-    )
-    engine_config = EngineConfig(
-        model=model,
-        device=device,
-        device_memory=device_memory,
-        host_memory=host_memory,
-        link_gbps=link_gbps,
-        dtype=dtype,  # type: ignore[arg-type]  # checked by EngineConfig
-        quantize=quantize,  # type: ignore[arg-type]
-        quantize_group=quantize_group,
-        quantize_head=quantize_head,  # type: ignore[arg-type]
-        keep_blocks=keep_blocks,
-        max_context=max_context,
-        kv_dtype=kv_dtype,  # type: ignore[arg-type]
-        auto=auto,
-        threads=threads,
-        cuda_graphs=cuda_graphs,
-        decoding=decoding,
-    )
-    sampling = SamplingConfig(
-        temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty, seed=seed
-    )
-    generation = GenerationConfig(decoding=decoding, sampling=sampling, stop=tuple(stop or ()))
+    generation = replace(generation, decoding=engine_config.decoding)
     if max_new_tokens is not None:
         GenerationConfig(max_new_tokens=max_new_tokens)  # raises for a number out of range
     # Everything was checked that can be without them: only now the second that torch takes.

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from offload_sirius.cli import flags
+from offload_sirius.cli import flags, settings
+from offload_sirius.cli.flag_group import with_flag_groups
 from offload_sirius.cli.prompt import read_prompt
 from offload_sirius.cli.tracing import tracing
-from offload_sirius.config import DecodingConfig, EngineConfig, GenerationConfig, SamplingConfig
+from offload_sirius.config import EngineConfig, GenerationConfig
 
 if TYPE_CHECKING:
     from offload_sirius.engine import Engine
@@ -23,13 +25,10 @@ Examples:
   offload-sirius generate --model llama-3-70b --device-memory 20GiB --prompt-file question.txt --json
 """
 
-_ENGINE = EngineConfig()
-_DECODING = DecodingConfig()
-_GENERATION = GenerationConfig()
-_SAMPLING = SamplingConfig()
 
-
+@with_flag_groups
 def generate(
+    *,
     prompt: Annotated[
         str | None,
         typer.Option("--prompt", help="The prompt. Default: standard input.", metavar="TEXT", rich_help_panel=flags.PROMPT),
@@ -43,103 +42,15 @@ def generate(
             rich_help_panel=flags.PROMPT,
         ),
     ] = None,
-    chat: flags.Chat = _GENERATION.chat,
-    model: flags.Model = _ENGINE.model,
-    mode: flags.Mode = _DECODING.mode,
-    sparsity: flags.Sparsity = _DECODING.sparsity,
-    keep: flags.Keep = _DECODING.keep,
-    cats_threshold: flags.CatsThreshold = None,
-    window: flags.Window = str(_DECODING.window),
-    accept: flags.Accept = _DECODING.accept,
-    threshold: flags.Threshold = _DECODING.threshold,
-    draft: flags.Draft = _DECODING.draft,
-    draft_quantize: flags.DraftQuantize = _DECODING.draft_quantize,
-    resident_first: flags.ResidentFirst = _DECODING.resident_first,
-    refresh: flags.Refresh = _DECODING.refresh,
-    refresh_decay: flags.RefreshDecay = _DECODING.refresh_decay,
-    overlap: flags.Overlap = _DECODING.overlap,
-    prior: flags.Prior = _DECODING.prior,
-    draft_keep: flags.DraftKeep = _DECODING.draft_keep,
-    tree_width: flags.TreeWidth = _DECODING.tree_width,
-    lookup: flags.Lookup = None,
-    device: flags.Device = _ENGINE.device,
-    device_memory: flags.DeviceMemory = _ENGINE.device_memory,
-    host_memory: flags.HostMemory = _ENGINE.host_memory,
-    link_gbps: flags.LinkGbps = _ENGINE.link_gbps,
-    dtype: flags.Dtype = _ENGINE.dtype,
-    quantize: flags.Quantize = _ENGINE.quantize,
-    quantize_group: flags.QuantizeGroup = _ENGINE.quantize_group,
-    quantize_head: flags.QuantizeHead = _ENGINE.quantize_head,
-    keep_blocks: flags.KeepBlocks = _ENGINE.keep_blocks,
-    max_context: flags.MaxContext = _ENGINE.max_context,
-    kv_dtype: flags.KvDtype = _ENGINE.kv_dtype,
-    auto: flags.Auto = _ENGINE.auto,
-    threads: flags.Threads = _ENGINE.threads,
-    cuda_graphs: flags.CudaGraphs = _ENGINE.cuda_graphs,
-    shared_host_buffers: flags.SharedHostBuffers = _ENGINE.shared_host_buffers,
-    max_new_tokens: flags.MaxNewTokens = _GENERATION.max_new_tokens,
-    stop: flags.Stop = None,
-    ignore_eos: flags.IgnoreEos = _GENERATION.ignore_eos,
-    temperature: flags.Temperature = _SAMPLING.temperature,
-    top_k: flags.TopK = _SAMPLING.top_k,
-    top_p: flags.TopP = _SAMPLING.top_p,
-    min_p: flags.MinP = _SAMPLING.min_p,
-    repetition_penalty: flags.RepetitionPenalty = _SAMPLING.repetition_penalty,
-    seed: flags.Seed = _SAMPLING.seed,
+    chat: settings.Chat = GenerationConfig.chat,
+    engine_config: Annotated[EngineConfig, settings.ENGINE.without("parallel")],
+    generation: Annotated[GenerationConfig, settings.GENERATION],
     trace: flags.Trace = None,
     as_json: flags.Json = False,
     verbose: flags.Verbose = False,
 ) -> int:
     """Answer one prompt, and print the text as it is written."""
-    decoding = DecodingConfig(
-        mode=mode,  # type: ignore[arg-type]  # checked by DecodingConfig, as are the next
-        sparsity=sparsity,  # type: ignore[arg-type]
-        keep=keep,
-        cats_threshold=cats_threshold,
-        window=window,
-        accept=accept,  # type: ignore[arg-type]
-        threshold=threshold,
-        draft=draft,  # type: ignore[arg-type]
-        draft_quantize=draft_quantize,  # type: ignore[arg-type]
-        resident_first=resident_first,  # type: ignore[arg-type]
-        refresh=refresh,
-        refresh_decay=refresh_decay,
-        overlap=overlap,
-        prior=prior,
-        draft_keep=draft_keep,
-        tree_width=tree_width,
-        lookup=lookup,
-    )
-    engine_config = EngineConfig(
-        model=model,
-        device=device,
-        device_memory=device_memory,
-        host_memory=host_memory,
-        link_gbps=link_gbps,
-        dtype=dtype,  # type: ignore[arg-type]  # checked by EngineConfig
-        quantize=quantize,  # type: ignore[arg-type]
-        quantize_group=quantize_group,
-        quantize_head=quantize_head,  # type: ignore[arg-type]
-        keep_blocks=keep_blocks,
-        max_context=max_context,
-        kv_dtype=kv_dtype,  # type: ignore[arg-type]
-        auto=auto,
-        threads=threads,
-        cuda_graphs=cuda_graphs,
-        shared_host_buffers=shared_host_buffers,
-        decoding=decoding,
-    )
-    sampling = SamplingConfig(
-        temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty, seed=seed
-    )
-    generation = GenerationConfig(
-        decoding=decoding,
-        sampling=sampling,
-        max_new_tokens=max_new_tokens,
-        stop=tuple(stop or ()),
-        ignore_eos=ignore_eos,
-        chat=chat,
-    )
+    generation = replace(generation, decoding=engine_config.decoding, chat=chat)
     text = read_prompt(prompt, prompt_file)
     with tracing(trace) as tracer:
         return _run(text, engine_config, generation, tracer, as_json=as_json, verbose=verbose)
@@ -155,8 +66,6 @@ def _run(
     verbose: bool,
 ) -> int:
     # Everything was checked that can be without them: only now the second that torch takes.
-    from dataclasses import replace
-
     from offload_sirius.cli.console import LoadProgress, say
     from offload_sirius.engine import build, open_model
 

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from offload_sirius.cli import flags
+from offload_sirius.cli import flags, settings
+from offload_sirius.cli.flag_group import Values, with_flag_groups
 from offload_sirius.config import EngineConfig
 from offload_sirius.errors import ConfigError
 from offload_sirius.units import format_size
@@ -22,11 +23,11 @@ Examples:
   offload-sirius pack --model ./llama-3-70b-int4 --verify
 """
 
-_ENGINE = EngineConfig()
 
-
+@with_flag_groups
 def pack(
-    model: flags.Model = _ENGINE.model,
+    *,
+    model: settings.Model = EngineConfig.model,
     out: Annotated[
         str | None,
         typer.Option(
@@ -44,11 +45,8 @@ def pack(
             metavar="KIND",
             rich_help_panel=flags.MODEL,
         ),
-    ] = _ENGINE.quantize,
-    quantize_group: flags.QuantizeGroup = _ENGINE.quantize_group,
-    keep_blocks: flags.KeepBlocks = _ENGINE.keep_blocks,
-    quantize_head: flags.QuantizeHead = _ENGINE.quantize_head,
-    dtype: flags.Dtype = _ENGINE.dtype,
+    ] = EngineConfig.quantize,
+    form: Annotated[Values, settings.ENGINE.only("quantize_group", "keep_blocks", "quantize_head", "dtype")],
     report: Annotated[
         bool,
         typer.Option("--report", help="Say how far each layer is from what it was quantised from.", rich_help_panel=flags.OUTPUT),
@@ -71,14 +69,7 @@ def pack(
     Quantised layers, too, can then stay on disk. The copy gives bit for bit what the model gives with the same --quantize. It is
     a model when all of it is written: what was interrupted goes on where it was when the same command is given again.
     """
-    config = EngineConfig(
-        model=model,
-        dtype=dtype,  # type: ignore[arg-type]  # checked by EngineConfig, as is the next
-        quantize=quantize,  # type: ignore[arg-type]
-        quantize_group=quantize_group,
-        keep_blocks=keep_blocks,
-        quantize_head=quantize_head,  # type: ignore[arg-type]
-    )
+    config = EngineConfig(model=model, quantize=quantize, **form)  # type: ignore[arg-type]  # checked by EngineConfig
     if out is None:
         _require_something_else(config, asked=report or verify)
     found, verified_nbytes = _packed(config, out, verify=verify)
@@ -97,9 +88,9 @@ def _require_something_else(config: EngineConfig, *, asked: bool) -> None:
     if not asked:
         raise ConfigError("--out is missing; give the folder to write, or --verify or --report with a --model that is packed")
     for flag, found, usual in (
-        ("quantize", config.quantize, _ENGINE.quantize),
-        ("quantize-head", config.quantize_head, _ENGINE.quantize_head),
-        ("dtype", config.dtype, _ENGINE.dtype),
+        ("quantize", config.quantize, EngineConfig.quantize),
+        ("quantize-head", config.quantize_head, EngineConfig.quantize_head),
+        ("dtype", config.dtype, EngineConfig.dtype),
     ):
         if found != usual:
             raise ConfigError(f"--{flag} is {found}; it must be left out without --out, as nothing is written")

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from offload_sirius.cli import flags
-from offload_sirius.config import DecodingConfig, EngineConfig, PlanConfig
+from offload_sirius.cli import flags, settings
+from offload_sirius.cli.flag_group import with_flag_groups
+from offload_sirius.config import EngineConfig, PlanConfig
 from offload_sirius.units import GIB
 
 if TYPE_CHECKING:
@@ -29,40 +30,17 @@ Examples:
 MORE_NBYTES = 4 * GIB
 """What the plan is made with once more, to say what buying it would bring."""
 
-_ENGINE, _DECODING, _PLAN = EngineConfig(), DecodingConfig(), PlanConfig()
+ENGINE = settings.ENGINE.without(
+    "cats_threshold", "accept", "threshold", "refresh", "refresh_decay", "overlap", "threads", "shared_host_buffers"
+)
+"""What a prediction depends on."""
 
 
+@with_flag_groups
 def plan(
-    model: flags.Model = _ENGINE.model,
-    mode: flags.Mode = _DECODING.mode,
-    sparsity: flags.Sparsity = _DECODING.sparsity,
-    keep: flags.Keep = _DECODING.keep,
-    window: flags.Window = str(_DECODING.window),
-    draft: flags.Draft = _DECODING.draft,
-    draft_quantize: flags.DraftQuantize = _DECODING.draft_quantize,
-    resident_first: flags.ResidentFirst = _DECODING.resident_first,
-    prior: flags.Prior = _DECODING.prior,
-    draft_keep: flags.DraftKeep = _DECODING.draft_keep,
-    tree_width: flags.TreeWidth = _DECODING.tree_width,
-    lookup: flags.Lookup = None,
-    device: flags.Device = _ENGINE.device,
-    device_memory: flags.DeviceMemory = _ENGINE.device_memory,
-    host_memory: flags.HostMemory = _ENGINE.host_memory,
-    link_gbps: flags.LinkGbps = _ENGINE.link_gbps,
-    dtype: flags.Dtype = _ENGINE.dtype,
-    quantize: flags.Quantize = _ENGINE.quantize,
-    quantize_group: flags.QuantizeGroup = _ENGINE.quantize_group,
-    quantize_head: flags.QuantizeHead = _ENGINE.quantize_head,
-    keep_blocks: flags.KeepBlocks = _ENGINE.keep_blocks,
-    max_context: flags.MaxContext = _ENGINE.max_context,
-    kv_dtype: flags.KvDtype = _ENGINE.kv_dtype,
-    parallel: flags.Parallel = _ENGINE.parallel,
-    auto: flags.Auto = _ENGINE.auto,
-    cuda_graphs: flags.CudaGraphs = _ENGINE.cuda_graphs,
-    device_tflops: flags.DeviceTflops = _PLAN.device_tflops,
-    device_gbps: flags.DeviceGbps = _PLAN.device_gbps,
-    disk_gbps: flags.DiskGbps = _PLAN.disk_gbps,
-    prompt_tokens: flags.PromptTokens = _PLAN.prompt_tokens,
+    *,
+    config: Annotated[EngineConfig, ENGINE],
+    asked: Annotated[PlanConfig, settings.PLAN],
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object instead of tables.", rich_help_panel=flags.OUTPUT)
     ] = False,
@@ -77,38 +55,6 @@ def plan(
     Rates of a device (--device-tflops, --device-gbps) describe one with memory of its own; so do a size in bytes for
     --device-memory and a --link-gbps where this machine has less. --link-gbps is then its link's real rate.
     """
-    decoding = DecodingConfig(
-        mode=mode,  # type: ignore[arg-type]  # checked by DecodingConfig
-        sparsity=sparsity,  # type: ignore[arg-type]
-        keep=keep,
-        window=window,
-        draft=draft,  # type: ignore[arg-type]
-        draft_quantize=draft_quantize,  # type: ignore[arg-type]
-        resident_first=resident_first,  # type: ignore[arg-type]
-        prior=prior,
-        draft_keep=draft_keep,
-        tree_width=tree_width,
-        lookup=lookup,
-    )
-    config = EngineConfig(
-        model=model,
-        device=device,
-        device_memory=device_memory,
-        host_memory=host_memory,
-        link_gbps=link_gbps,
-        dtype=dtype,  # type: ignore[arg-type]  # checked by EngineConfig
-        quantize=quantize,  # type: ignore[arg-type]
-        quantize_group=quantize_group,
-        quantize_head=quantize_head,  # type: ignore[arg-type]
-        keep_blocks=keep_blocks,
-        max_context=max_context,
-        kv_dtype=kv_dtype,  # type: ignore[arg-type]
-        parallel=parallel,
-        auto=auto,
-        cuda_graphs=cuda_graphs,
-        decoding=decoding,
-    )
-    asked = PlanConfig(device_tflops=device_tflops, device_gbps=device_gbps, disk_gbps=disk_gbps, prompt_tokens=prompt_tokens)
     report = _report(config, asked)
     if as_json:
         typer.echo(json.dumps(report.as_json()))

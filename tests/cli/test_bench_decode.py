@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from offload_sirius.config import DecodingConfig, EngineConfig, GenerationConfig, SamplingConfig
 
 from .conftest import TINY, Run
 
@@ -106,3 +109,32 @@ def test_long_runs_say_how_far_they_are(run: Run, monkeypatch: pytest.MonkeyPatc
 def test_what_cannot_be_measured_is_refused_in_one_line(arguments: list[str], message: str, run: Run) -> None:
     ran = run(*DECODE, *arguments)
     assert (ran.code, ran.out, ran.err) == (2, "", f"error: {message}\n")
+
+
+def test_what_is_given_is_common_to_all_rows(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    got: list[Any] = []
+    monkeypatch.setattr("offload_sirius.cli.bench_decode._measure", lambda *given, **more: got.extend((*given, more)))
+    monkeypatch.setattr("offload_sirius.cli.bench_decode.table", lambda _: [])
+    model = ("--model", "synthetic:tiny", "--shared-host-buffers", "2", "--kv-dtype", "int8", "--device-memory", "20MiB")
+    decoding = (
+        "--modes",
+        "sirius",
+        "--sparsity",
+        "griffin,cats",
+        "--cats-threshold",
+        "0.5",
+        "--draft-keep",
+        "0.25",
+        "--no-overlap",
+    )
+    assert run("bench", "decode", *model, *decoding, "--seed", "3", "--no-chat", "--ignore-eos").code == 0
+    config, bench, *_, more = got
+    assert config == EngineConfig(model="synthetic:tiny", shared_host_buffers=2, kv_dtype="int8", device_memory="20MiB")
+    assert more["all_streamed"] is False
+    assert bench.generation == GenerationConfig(
+        sampling=SamplingConfig(seed=3), max_new_tokens=64, ignore_eos=True, chat=False, reuse=False
+    )
+    assert bench.variants == (
+        DecodingConfig(draft_keep=0.25, overlap=False, prior=False),
+        DecodingConfig(sparsity="cats", cats_threshold=0.5, overlap=False, prior=False),
+    )
