@@ -13,12 +13,13 @@ NOISE = 0.1
 class DepthTuner:
     """Tries a few queue depths in turn, over real reads, and then keeps the fastest.
 
-    A quarter, half, two thirds and all of the readers are each timed over two windows. All of them is the safest guess on
-    solid-state disks, so a smaller depth is kept only where it is faster by more than the noise.
+    An eighth, a quarter, half and all of the readers are each timed over two windows. All of them is the safest guess on
+    solid-state disks, so a smaller depth is kept only where it is faster by more than the noise. Some virtual disks like very few:
+    one was seen to read 4 MiB at a time 1.2 times as fast by 3 readers as by 20.
     """
 
     def __init__(self, num_readers: int, window_nbytes: int = WINDOW_NBYTES) -> None:
-        shares = (num_readers // 4, num_readers // 2, num_readers * 2 // 3, num_readers)
+        shares = (num_readers // 8, num_readers // 4, num_readers // 2, num_readers)
         self._candidates = sorted({max(share, 1) for share in shares}, reverse=True)
         self._rates: dict[int, float] = {}
         self._window_nbytes = window_nbytes

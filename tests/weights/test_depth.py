@@ -16,19 +16,19 @@ def run(tuner: DepthTuner, rates: dict[int, float], num_windows: int) -> list[in
 
 
 def test_all_readers_are_used_first_and_each_depth_is_tried_twice() -> None:
-    assert run(DepthTuner(16, 100), {16: 5, 10: 5, 8: 5, 4: 5}, 8) == [16, 16, 10, 10, 8, 8, 4, 4]
+    assert run(DepthTuner(16, 100), {16: 5, 8: 5, 4: 5, 2: 5}, 8) == [16, 16, 8, 8, 4, 4, 2, 2]
 
 
 def test_the_fastest_depth_is_kept() -> None:
     tuner = DepthTuner(16, 100)
-    run(tuner, {16: 50, 10: 60, 8: 80, 4: 40}, 8)
-    assert tuner.depth == 8
+    run(tuner, {16: 50, 8: 60, 4: 80, 2: 40}, 8)
+    assert tuner.depth == 4
     assert tuner.best_bytes_per_second == 80
 
 
 def test_a_smaller_depth_that_is_hardly_faster_is_taken_for_chance() -> None:
     tuner = DepthTuner(16, 100)
-    run(tuner, {16: 50, 10: 52, 8: 54, 4: 40}, 8)
+    run(tuner, {16: 50, 8: 52, 4: 54, 2: 40}, 8)
     assert tuner.depth == 16
 
 
@@ -45,7 +45,7 @@ def test_one_reader_has_one_depth() -> None:
 
 def test_trials_begin_anew_where_the_work_becomes_another() -> None:
     tuner = DepthTuner(16, 100)
-    run(tuner, {16: 10, 10: 60, 8: 80, 4: 40}, 8)
+    run(tuner, {16: 10, 8: 60, 4: 80, 2: 40}, 8)
     tuner.restart(1000.0)
     tuner.record(50, 1001.0)
     assert tuner.depth == 16
