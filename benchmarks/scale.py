@@ -1,6 +1,6 @@
 """How does cost grow? With layers, width, context, window, nodes of a tree, answers together, kept neurons; and as predicted?
 
-    python benchmarks/scale.py                        # eight minutes on two cores
+    python benchmarks/scale.py                        # ten minutes on two cores
     python benchmarks/scale.py --only nodes batch
     python benchmarks/scale.py --quick --out sample.json
 
@@ -20,7 +20,7 @@ keep            Streamed draft steps: attention blocks and the kept neurons.
 Exponents are slopes of a line through the logarithms of medians, each beside the one that is expected; lowest and highest are
 those of single runs of all points. Where a part is fixed, it is the exponent of what points have beyond the smallest one. The
 plan's prediction stands beside every point, by rates measured in the same run. A point whose runs differ by more than 1.4 times
-is measured again, twice at most.
+is measured again, twice at most, and with one that nothing but computing bounds the rates are.
 
 Must hold: time by bytes, of layers and width together, has an exponent of 0.95 to 1.05 over a range of at least 8 times; the
 largest tree takes at most 1.1 times a full step of one token over the link; predictions are within 15 % of every point.
@@ -45,6 +45,7 @@ from passes import NUM_PROMPT, NUM_WARMUPS, SinglePasses, Timed, loaded, rounds
 from rates_now import measured_rates
 from report import RESULTS, finish, machine_facts
 
+from offload_sirius.bench.rates import ROUNDS
 from offload_sirius.bench.stream import PROMPT, run_passes
 from offload_sirius.config import DecodingConfig
 from offload_sirius.engine import Engine, NoProgress
@@ -135,8 +136,8 @@ class Scale:
         self.emulated_gbps: float | None = options.link_gbps or (EMULATED_GBPS if self.kind == "cpu" else None)
         self.num_passes: int = options.passes
         self.quick: bool = options.quick
-        print("measuring the rates of this machine", flush=True)
-        self.rates: Rates = measured_rates("bfloat16", options.disk, device=options.device, rounds=1 if self.quick else 3)
+        self.disk: Path | None = options.disk
+        self.rates = self._rates_now(1 if self.quick else ROUNDS)
 
     @property
     def link_bytes_per_second(self) -> float:
@@ -154,8 +155,10 @@ class Scale:
             yield self._token("width", width, self._shape(width=width))
 
     def contexts(self) -> Iterator[Point]:
-        model = self._shape(width=self.width // 2, kv_heads=NUM_HEADS)
-        for setting, contexts, each in (("resident", CONTEXTS, STEPS_AT_ONCE), ("link", LINK_CONTEXTS, 1)):
+        model = self._shape(kv_heads=NUM_HEADS)
+        settings: tuple[tuple[Setting, Sequence[int], int], ...]
+        settings = (("resident", CONTEXTS, STEPS_AT_ONCE), ("link", LINK_CONTEXTS, 1))
+        for setting, contexts, each in settings:
             for positions in self._some(contexts):
                 with self._loaded(model, setting, positions + 1, FULL) as (engine, planned):
                     passes = SinglePasses(engine, positions)
@@ -165,7 +168,7 @@ class Scale:
                         setting=setting,
                         what="full step",
                         size=positions,
-                        predicted=planned.predict(self.rates, positions).seconds_per_pass,
+                        predict=partial(self._seconds_per_pass, planned, positions),
                     )
 
     def windows(self) -> Iterator[Point]:
@@ -210,21 +213,19 @@ class Scale:
                     setting="link",
                     what="full step",
                     size=size,
-                    predicted=planned.predict(self.rates, 2).seconds_per_pass,
+                    predict=partial(self._seconds_per_pass, planned, 2),
                 )
 
     def keeps(self) -> Iterator[Point]:
         for keep in self._some(KEEPS):
             with self._loaded(self._shape(), "link", NUM_PROMPT + 2, replace(DRAFTING, keep=keep, window=2)) as (engine, planned):
-                passes, predicted = SinglePasses(engine), planned.predict(self.rates, NUM_PROMPT).draft
-                assert predicted is not None
                 yield self._steady(
-                    partial(passes.timed, "draft", self.num_passes),
+                    partial(SinglePasses(engine).timed, "draft", self.num_passes),
                     sweep="keep",
                     setting="link",
                     what="draft step",
                     size=keep,
-                    predicted=predicted.seconds,
+                    predict=partial(self._seconds_of_draft, planned),
                 )
 
     def _token(self, sweep: str, size: float, model: str) -> Point:
@@ -235,23 +236,41 @@ class Scale:
                 found = run_passes(engine, self.num_passes, NoProgress())
                 return Timed(seconds=list(found.seconds), nbytes=found.result.link.bytes.full // found.result.passes.full)
 
-            predicted = planned.predict(self.rates, len(PROMPT)).seconds_per_token
-            return self._steady(tokens, sweep=sweep, setting="link", what="token", size=size, predicted=predicted)
+            predict = partial(self._seconds_per_pass, planned, len(PROMPT))
+            return self._steady(tokens, sweep=sweep, setting="link", what="token", size=size, predict=predict)
 
     def _verified(self, passes: SinglePasses, size: int) -> Timed:
         return passes.timed_once("full" if size == 1 else "correction", size, branches=BRANCHES)
 
+    def _rates_now(self, num_rounds: int) -> Rates:
+        print("measuring the rates of this machine", flush=True)
+        return measured_rates("bfloat16", self.disk, device=self.device, rounds=num_rounds)
+
+    def _seconds_per_pass(self, planned: Planned, num_prompt: int) -> float:
+        """Predicted, of the full model, as are the others."""
+        return planned.predict(self.rates, num_prompt).seconds_per_pass
+
+    def _seconds_of_draft(self, planned: Planned) -> float:
+        draft = planned.predict(self.rates, NUM_PROMPT).draft
+        assert draft is not None
+        return draft.seconds
+
     def _seconds_of_step(self, planned: Planned, num_tokens: int) -> float:
-        """Predicted, of steps of so many tokens one behind the other."""
+        """Steps of so many tokens, one behind the other."""
         return predict_draft(planned.setting(self.rates), planned._step_work(NUM_PROMPT, num_tokens)).seconds
 
-    def _steady(self, measure: Callable[[], Timed], **about: Any) -> Point:
-        """The first of a few measurements during which the machine did nothing else, or the last."""
+    def _steady(self, measure: Callable[[], Timed], predict: Callable[[], float], *, setting: Setting, **about: Any) -> Point:
+        """The first of a few measurements during which the machine did nothing else, or the last.
+
+        Where no link bounds a pass, a prediction is as good as the rates: they are then measured again, too.
+        """
         for num_disturbed in range(MOST_ATTEMPTS):
-            found = self._point(measure(), num_disturbed=num_disturbed, **about)
-            if max(found.all_seconds) <= STEADY * min(found.all_seconds):
+            if num_disturbed and setting == "resident":
+                self.rates = self._rates_now(1)
+            timed = measure()
+            if max(timed.seconds) <= STEADY * min(timed.seconds):
                 break
-        return found
+        return self._point(timed, predicted=predict(), setting=setting, num_disturbed=num_disturbed, **about)
 
     def _point(
         self,
@@ -279,7 +298,7 @@ class Scale:
         )
 
     def _loaded(
-        self, model: str, setting: str, context: int, decoding: DecodingConfig, **settings: Any
+        self, model: str, setting: Setting, context: int, decoding: DecodingConfig, **settings: Any
     ) -> AbstractContextManager[tuple[Engine, Planned]]:
         link = {"link_gbps": self.emulated_gbps} if setting == "link" else {}
         return loaded(
@@ -307,9 +326,10 @@ class Scale:
 
 
 SWEEPS: dict[str, Callable[[Scale], Iterator[Point]]] = {
+    # First, while the rates are new: its resident points are as fast as the machine is.
+    "context": Scale.contexts,
     "layers": Scale.layers,
     "width": Scale.widths,
-    "context": Scale.contexts,
     "window": Scale.windows,
     "nodes": Scale.nodes,
     "batch": Scale.batches,
@@ -425,7 +445,9 @@ class Held:
     """Something that must hold."""
 
     what: str
+    value: float
     found: str
+    """The value in words."""
     holds: bool
 
 
@@ -443,6 +465,7 @@ def linear_in_bytes(points: Sequence[Point]) -> Held | None:
     fit, times = power_law(sizes, [point.all_seconds for point in chosen]), max(sizes) / min(sizes)
     return Held(
         what=f"seconds by bytes, exponent {LEAST_EXPONENT:g} to {MOST_EXPONENT:g} over {LEAST_RANGE:g} times or more",
+        value=fit.exponent,
         found=f"{fit.exponent:.3f} ({fit.lowest:.3f} to {fit.highest:.3f}) over {times:.1f} times",
         holds=LEAST_EXPONENT <= fit.exponent <= MOST_EXPONENT and times >= LEAST_RANGE,
     )
@@ -457,6 +480,7 @@ def flat_in_nodes(points: Sequence[Point]) -> Held | None:
     ratio = median(tree / single for tree, single in zip(most.all_seconds, one.all_seconds, strict=True))
     return Held(
         what=f"a tree of {most.size:g} nodes, at most {MOST_TREE_RATIO:g} of one token with the same bytes",
+        value=ratio,
         found=f"{ratio:.3f}",
         holds=ratio <= MOST_TREE_RATIO and most.nbytes == one.nbytes,
     )
@@ -466,6 +490,7 @@ def as_planned(points: Sequence[Point]) -> Held:
     worst = max(points, key=lambda point: abs(point.error))
     return Held(
         what=f"predictions within {TOLERANCE:.0%}",
+        value=worst.error,
         found=f"worst {worst.error:+.1%}: {worst.sweep} {worst.size:g}, {worst.setting}, {worst.what}",
         holds=abs(worst.error) <= TOLERANCE,
     )
