@@ -1,10 +1,10 @@
 """What is mode sirius worth on a model that agrees with itself, with a third of the model's bytes? A table of peers.py.
 
 SmolLM2-135M in float32, head in 8 bits, 538 MB as it is stored; a third of that is what all weights, buffers and the KV cache
-may take. Once as device and host memory together, in a cgroup of that third and what the program itself takes, layers read from
-the disk: drafts must read, too, as resident ones need all layers in host memory. Once as device memory behind an emulated link
-that is as slow beside computing as PCIe 4 is for a 70B model in 4 bits (see hotset.py), all layers in host memory, drafts on an
-int4 copy on the device.
+may take. Once as device and host memory together, in a cgroup of that third, what the program itself takes and the reserve that
+it plans without, layers read from the disk: drafts must read, too, as resident ones need all layers in host memory. Once as
+device memory behind an emulated link that is as slow beside computing as PCIe 4 is for a 70B model in 4 bits (see hotset.py), all
+layers in host memory, drafts on an int4 copy on the device.
 
 Prompts are the first of each category; of each one answer of mode full and one of mode sirius, exact, in turn. Each process is
 one answer. Seconds a token are those behind the first; an answer of mode full is cut short, as each of its tokens takes as long
@@ -29,6 +29,7 @@ from peer_models import as_text, prepared, write_folder
 
 from offload_sirius.cache import safe_name
 from offload_sirius.engine import open_model
+from offload_sirius.engine.planning import HOST_RESERVE_NBYTES
 from offload_sirius.units import MIB
 
 MODEL = "smollm2-135m"
@@ -38,9 +39,6 @@ READERS_NBYTES = 57 * MIB
 """Of the third, in the row whose layers are on the disk: what its readers and the embedding's rows take."""
 
 ON_DISK, BEHIND_LINK = "on disk, in a cgroup", "behind a link"
-
-LIBRARIES_NBYTES = 48 * MIB
-"""Files that are read into the file cache as the program starts, at a time."""
 
 Figures = dict[str, Any]
 
@@ -64,7 +62,7 @@ def third_table(options: argparse.Namespace, keep: Callable[[Figures], None]) ->
     prompts = [as_text(source.encode(prompt)) for prompt in first_prompts()[: options.third_prompts]]
     ask = partial(ask_child, options, str(folder))
     unlimited = places_of(weights_nbytes // 3, None, options.third_link_gbps)[0]
-    own = program_nbytes(ask(unlimited, "full", prompts[0], 2))
+    own = program_nbytes(answered(ask(unlimited, "full", prompts[0], 2)))
     places = places_of(weights_nbytes // 3, own, options.third_link_gbps)
     head = {
         "model": MODEL,
@@ -77,7 +75,7 @@ def third_table(options: argparse.Namespace, keep: Callable[[Figures], None]) ->
         "full_tokens": min(NUM_FULL_TOKENS, options.third_tokens),
     }
     resident = Place(name="resident", memory=("--device-memory", "0.9"), drafts=())
-    references = [ask(resident, "full", prompt, options.third_tokens) for prompt in prompts]
+    references = [answered(ask(resident, "full", prompt, options.third_tokens)) for prompt in prompts]
     rows: list[Figures] = []
     for place in places:
         pairs: list[tuple[Child, Child]] = []
@@ -112,11 +110,16 @@ def places_of(budget_nbytes: int, own_nbytes: int | None, link_gbps: float) -> l
 
 
 def program_nbytes(alone: Child) -> int:
-    """Of an answer without a limit, memory that no plan has: Python, torch, libraries, threads; and room to read those through."""
-    if alone.figures is None:
-        raise OSError(f"without a limit: {alone.error}")
-    memory = alone.figures["memory"]
-    return int(alone.resident_peak_nbytes - memory["device_plan_bytes"] - memory["host_plan_bytes"] + LIBRARIES_NBYTES)
+    """Of an answer without a limit, memory that is in no plan: Python, torch, threads; and what the program never plans with."""
+    memory = (alone.figures or {})["memory"]
+    return int(alone.resident_peak_nbytes - memory["device_plan_bytes"] - memory["host_plan_bytes"] + HOST_RESERVE_NBYTES)
+
+
+def answered(child: Child) -> Child:
+    """Raises OSError for one that failed: without a limit and without drafts none may."""
+    if child.error is not None:
+        raise OSError(f"mode full does not run here: {child.error}")
+    return child
 
 
 def ask_child(options: argparse.Namespace, folder: str, place: Place, mode: str, prompt: str, num_tokens: int) -> Child:

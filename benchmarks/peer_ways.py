@@ -68,7 +68,7 @@ def ways_to_answer(
 ) -> tuple[list[Way], dict[str, str]]:
     """All systems that could be made ready, mode full first; names of those that could not, and why."""
     wanted = (*REQUIREMENTS, "memory") if options.peers is None else options.peers
-    pythons = dict(each.split("=", 1) for each in options.environment)
+    pythons = environments_of(options.environment)
     ways, failed = [our_way(options, folder, prompt, mode) for mode in ("full", "sirius")], {}
     makers: dict[str, tuple[str, Callable[[Path], Way]]] = {
         "llama_cpp": (LLAMA_CPP, partial(llama_cpp_way, options, ids)),
@@ -90,6 +90,15 @@ def ways_to_answer(
             failed[name] = f"not prepared: {error}"
             print(f"{name}: {failed[name]}", flush=True)
     return ways, failed
+
+
+def environments_of(words: Sequence[str]) -> dict[str, str]:
+    """Name -> interpreter. Raises ValueError."""
+    pairs = [word.partition("=") for word in words]
+    for name, _, python in pairs:
+        if name not in REQUIREMENTS or not Path(python).is_file():
+            raise ValueError(f"--environment {name}={python}: give NAME=PYTHON, a file, NAME one of {', '.join(REQUIREMENTS)}")
+    return {name: python for name, _, python in pairs}
 
 
 class NotPreparedError(Exception):

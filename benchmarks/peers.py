@@ -85,7 +85,7 @@ def arguments() -> argparse.Namespace:
 
 
 def measure(options: argparse.Namespace) -> int:
-    """All tables that are asked for. What is known is in OUT.partial until the end. Raises USER_ERRORS, OSError, ValueError."""
+    """All tables that are asked for. What is known stands in OUT.partial. Raises USER_ERRORS, OSError, ValueError."""
     facts = machine_facts()
     has_cuda = torch.cuda.is_available() if options.device == "auto" else options.device == "cuda"
     tables = options.tables or (["link"] if has_cuda else ["memory", "third"])
@@ -94,17 +94,12 @@ def measure(options: argparse.Namespace) -> int:
     result: dict[str, Any] = {"tables": tables}
     status = KEPT
     out.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        for name in tables:
-            keep = partial(keep_partial, partial_out, result, name)
-            table = {"memory": memory_table, "third": third_table, "link": link_table}[name](options, keep)
-            result[name] = table
-            status = max(status, table_status(table))
-    finally:
-        facts_and_rows = result | facts
-        partial_out.write_text(json.dumps(facts_and_rows) + "\n")
-    finish("peers", facts_and_rows, out)
-    partial_out.unlink()
+    for name in tables:
+        keep = partial(keep_partial, partial_out, result | facts, name)
+        result[name] = {"memory": memory_table, "third": third_table, "link": link_table}[name](options, keep)
+        status = max(status, table_status(result[name]))
+    finish("peers", result | facts, out)
+    partial_out.unlink(missing_ok=True)
     return status
 
 

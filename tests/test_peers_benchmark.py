@@ -92,7 +92,7 @@ def test_a_table_has_a_row_of_each_system_the_floor_and_why_one_is_missing(
 
     monkeypatch.setattr(scripts["peer_ways"], "interpreter", refuse)
     words = ["--model", "synthetic:tiny", "--limit", "none", "--rounds", "2", "--new-tokens", "4", "--folder", str(tmp_path)]
-    words += ["--environment", "accelerate=/a", "airllm=/b", "--gguf", "model.gguf"]
+    words += ["--environment", f"accelerate={sys.executable}", f"airllm={sys.executable}", "--gguf", "model.gguf"]
     kept: list[dict[str, Any]] = []
     table = scripts["peer_table"].memory_table(options_of(scripts, monkeypatch, *words), kept.append)
 
@@ -179,6 +179,29 @@ def test_our_figures_are_read_from_the_real_command(
     assert answer.seconds_per_token > 0
     assert answer.read_nbytes_per_token == 0, "all of it fits"
     assert "PYTHONPATH" not in scripts["peer_ways"].environment_of(options, is_ours=False)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--tables", "memory", "--model", "gpt-5"], "--model is 'gpt-5'; give synthetic:SHAPE, or a folder"),
+        (["--tables", "memory", "--model", "synthetic:tiny", "--environment", "vllm=x"], "give NAME=PYTHON, a file, NAME one of"),
+    ],
+)
+def test_a_wrong_word_is_one_line(
+    scripts: dict[str, ModuleType],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    words: list[str],
+    said: str,
+) -> None:
+    monkeypatch.setattr(scripts["peer_table"], "drop_page_cache", lambda: False)
+    monkeypatch.setattr(
+        sys, "argv", ["peers.py", *words, "--limit", "none", "--folder", str(tmp_path), "--out", str(tmp_path / "o")]
+    )
+    assert scripts["peers"].main() == 2
+    assert said in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_a_gguf_copy_of_random_weights_is_the_same_model(scripts: dict[str, ModuleType], tmp_path: Path) -> None:
