@@ -20,7 +20,8 @@ from offload_sirius_loaders import open_checkpoint
 
 RUNNERS = Path(__file__).resolve().parent / "peer_runners"
 
-FULL, SIRIUS = "ours, full", "ours, sirius"
+FULL, PACKED, SIRIUS = "ours, full", "ours, full, packed", "ours, sirius"
+OURS = (FULL, PACKED, SIRIUS)
 LLAMA_CPP, DISK_OFFLOAD, AIRLLM, IN_MEMORY = (
     "llama.cpp, mmap",
     "accelerate, disk offload",
@@ -69,7 +70,7 @@ def ways_to_answer(
     """All systems that could be made ready, mode full first; names of those that could not, and why."""
     wanted = (*REQUIREMENTS, "memory") if options.peers is None else options.peers
     pythons = environments_of(options.environment)
-    ways, failed = [our_way(options, folder, prompt, mode) for mode in ("full", "sirius")], {}
+    ways, failed = our_ways(options, folder, prompt), {}
     makers: dict[str, tuple[str, Callable[[Path], Way]]] = {
         "llama_cpp": (LLAMA_CPP, partial(llama_cpp_way, options, ids)),
         "accelerate": (DISK_OFFLOAD, partial(disk_offload_way, options, folder, ids, limit_nbytes)),
@@ -105,14 +106,36 @@ class NotPreparedError(Exception):
     """A system's own files could not be written; says why in one line."""
 
 
-def our_way(options: argparse.Namespace, folder: Path, prompt: str, mode: str) -> Way:
+def our_ways(options: argparse.Namespace, folder: Path, prompt: str) -> list[Way]:
+    """The checkpoint as it is in both modes, and a packed copy, whose layers need not be rearranged as they arrive."""
+    packed = options.folder / f"{safe_name(options.model)}-packed"
+    cost = prepared(packed, partial(pack, options, folder))
+    return [
+        our_way(options, FULL, folder, prompt, "full"),
+        our_way(options, PACKED, packed, prompt, "full", cost),
+        our_way(options, SIRIUS, folder, prompt, "sirius"),
+    ]
+
+
+def pack(options: argparse.Namespace, folder: Path, packed: Path) -> None:
+    """Raises OSError."""
+    command = (sys.executable, "-m", "offload_sirius", "pack", "--model", str(folder), "--out", str(packed), "--json")
+    child = run_child(command, environment=environment_of(options, is_ours=True), limit_seconds=10 * options.seconds)
+    if child.error is not None:
+        raise OSError(f"the model cannot be packed: {child.error}")
+
+
+def our_way(
+    options: argparse.Namespace, name: str, folder: Path, prompt: str, mode: str, preparation: Preparation | None = None
+) -> Way:
     """Memory is left to the program, which obeys the cgroup."""
     command = (
         *(sys.executable, "-m", "offload_sirius", "generate", "--model", str(folder), "--mode", mode),
         *("--device", "cpu", "--prompt", prompt, "--no-chat", "--max-new-tokens", str(options.new_tokens), "--ignore-eos"),
         *("--threads", str(options.threads), "--json"),
     )
-    return Way(name={"full": FULL, "sirius": SIRIUS}[mode], attempts=(Attempt(command=command),), read=our_answer, is_ours=True)
+    attempts = (Attempt(command=command),)
+    return Way(name=name, attempts=attempts, read=our_answer, is_ours=True, preparation=preparation)
 
 
 def our_answer(figures: dict[str, Any]) -> Answer:

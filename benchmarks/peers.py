@@ -8,8 +8,9 @@ memory: 1.1 billion random weights of the shape of TinyLlama, 2.2 GB in bfloat16
 the page cache dropped before each run. What a system keeps of its files in the cache of its group is its own to use. The floor
 is the best plain O_DIRECT read of the bytes that mode full reads for a token, taken before and after each of its runs. A round is
 one run of each; the first does not count, and finds out how much of the weights accelerate may keep in memory without being
-killed. Seconds a token are those behind the first token. Those of the first are counted from where loading begins: imports are
-not in them. Random weights agree with no draft: what mode sirius costs at worst is seen here, not what it gains.
+killed. A packed copy is what `offload-sirius pack` writes. Seconds a token are those behind the first token; those of the first
+are counted from where loading begins, without imports. Random weights agree with no draft: what mode sirius costs at worst
+is seen here, not what it gains.
 
 third: SmolLM2-135M in float32 with a third of its bytes: what mode sirius gains on a real model. See a_third.py.
 

@@ -50,6 +50,9 @@ class Processes:
         self.commands.append(words)
         if "--memory" in command and int(command[command.index("--memory") + 1]) > 500:
             return self.child(None, "killed for want of memory")
+        if "pack" in command:
+            Path(command[command.index("--out") + 1]).write_bytes(bytes(55))
+            return self.child({}, None)
         if "--split" in command:
             Path(command[command.index("--shards") + 1]).write_bytes(bytes(77))
             return self.child({}, None)
@@ -100,6 +103,7 @@ def test_a_table_has_a_row_of_each_system_the_floor_and_why_one_is_missing(
     assert list(rows) == [
         "raw reads",
         "ours, full",
+        "ours, full, packed",
         "ours, sirius",
         "accelerate, disk offload",
         "AirLLM",
@@ -114,7 +118,8 @@ def test_a_table_has_a_row_of_each_system_the_floor_and_why_one_is_missing(
     assert rows["AirLLM"]["first_equal_ids"] == 2
     assert rows["transformers, all in memory"]["capped"] is False
     assert rows["llama.cpp, mmap"]["error"] == "not installed: pip could not install it: no such release"
-    assert len(kept[-1]["rows"]) == 7, "what is known is kept after each round"
+    assert rows["ours, full, packed"]["written_bytes"] == 55
+    assert len(kept[-1]["rows"]) == 8, "what is known is kept after each round"
     assert table["promises"] == {
         "ours, full answered every time": True,
         "ours, full within 1.15 of the raw reads": True,
@@ -172,7 +177,7 @@ def test_our_figures_are_read_from_the_real_command(
     text, ids = scripts["peer_table"].prompt_of(options, folder, has_digits=True)
     assert ids == list(range(300, 316)), "the tokenizer of digits gives the ids themselves"
     assert cost.nbytes > 0
-    way = scripts["peer_ways"].our_way(options, folder, text, "full")
+    way = scripts["peer_ways"].our_way(options, "ours", folder, text, "full")
     assert main(list(way.attempts[0].command[3:])) == 0
     answer = way.read(json.loads(capsys.readouterr().out.splitlines()[-1]))
     assert len(answer.ids) == 3
