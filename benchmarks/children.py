@@ -33,6 +33,8 @@ class Child:
     """In one line; None where it did not fail."""
     seconds: float
     """From its start to its end."""
+    cpu_seconds: float
+    """Of all its threads, the kernel's work for them included."""
     read_nbytes: int
     """From the disk, what its page faults made the kernel read included."""
     resident_peak_nbytes: int
@@ -73,6 +75,7 @@ def run_child(
             figures=figures,
             error=error if error != LATE else f"{LATE} {limit_seconds:.0f} s",
             seconds=seconds,
+            cpu_seconds=usage.ru_utime + usage.ru_stime,
             read_nbytes=usage.ru_inblock * SECTOR_NBYTES,
             resident_peak_nbytes=usage.ru_maxrss * 1024,
             cgroup_peak_nbytes=None if group is None else group.peak_nbytes,

@@ -218,6 +218,7 @@ def row_of(one: Measured, full: Measured, floors: Floors) -> dict[str, Any]:
         "read_bytes_per_token": statistics.median(answer.read_nbytes_per_token for answer in answers),
         "read_bytes": statistics.median(child.read_nbytes for child in children),
         "process_seconds": statistics.median(child.seconds for child in children),
+        "cpu_seconds": statistics.median(child.cpu_seconds for child in children),
         "resident_peak_bytes": max(child.resident_peak_nbytes for child in children),
         "cgroup_peak_bytes": max(child.cgroup_peak_nbytes or 0 for child in children) or None,
         "first_equal_ids": equal_ids(answers[0].ids, full.answers[0].ids),

@@ -64,7 +64,13 @@ class Processes:
 
     def child(self, figures: dict[str, Any] | None, error: str | None) -> Any:
         return self.children.Child(
-            figures=figures, error=error, seconds=9.0, read_nbytes=100, resident_peak_nbytes=200, cgroup_peak_nbytes=None
+            figures=figures,
+            error=error,
+            seconds=9.0,
+            cpu_seconds=8.0,
+            read_nbytes=100,
+            resident_peak_nbytes=200,
+            cgroup_peak_nbytes=None,
         )
 
 
