@@ -5,7 +5,8 @@
 
 Both hold every layer in host memory and none on the device, and continue a short prompt greedily. accelerate's model is
 transformers' own, with hooks that bring each module's weights to the device when it is called. Seconds a token are medians behind
-the first token; the ratio is accelerate's over ours.
+the first token; the ratio is accelerate's over ours. On CUDA the ceiling is the bytes of a pass at the best rate from
+pinned memory. peers.py runs this several times.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import Any
 import torch
 from report import finish, machine_facts
 
+from offload_sirius.bench.link import pinned_upload_bytes_per_second
 from offload_sirius.bench.stream import pass_seconds, streaming_config
 from offload_sirius.config import EngineConfig
 from offload_sirius.engine import NoProgress, build, open_model
@@ -33,7 +35,7 @@ FILL = 0.01
 
 def main() -> None:
     options = arguments()
-    ours = our_seconds(options)
+    ours, ceiling = our_seconds(options)
     gc.collect()
     theirs = their_seconds(options)
     ratio = statistics.median(theirs) / statistics.median(ours)
@@ -44,7 +46,14 @@ def main() -> None:
 
     facts = machine_facts()
     facts["versions"] |= {"accelerate": accelerate.__version__, "transformers": transformers.__version__}
-    result = {"model": options.model, "device": options.device, "seconds": ours, "accelerate_seconds": theirs, "ratio": ratio}
+    result = {
+        "model": options.model,
+        "device": options.device,
+        "seconds": ours,
+        "accelerate_seconds": theirs,
+        "ceiling_seconds": ceiling,
+        "ratio": ratio,
+    }
     finish("accelerate-offload", {**result, **facts}, options.out)
 
 
@@ -57,13 +66,15 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def our_seconds(options: argparse.Namespace) -> list[float]:
-    """A token each, everything streamed."""
+def our_seconds(options: argparse.Namespace) -> tuple[list[float], float | None]:
+    """A token each, everything streamed; and the same bytes at the best rate from pinned memory, None without a GPU."""
     model = open_model(options.model)
     config = EngineConfig(model=options.model, device=options.device, dtype="bfloat16")
     config = streaming_config(model, config, num_passes=options.passes, all_streamed=True)
     with build(model, config, NoProgress()) as engine:
-        return pass_seconds(engine, options.passes)
+        seconds, nbytes = pass_seconds(engine, options.passes), engine.plan.pass_nbytes
+    device = torch.device(options.device)
+    return seconds, nbytes / pinned_upload_bytes_per_second(device) if device.type == "cuda" else None
 
 
 def their_seconds(options: argparse.Namespace) -> list[float]:

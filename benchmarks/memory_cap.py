@@ -16,12 +16,11 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from cgroup import Cgroup, new_cgroup
 from report import finish, machine_facts
 
 from offload_sirius.cache import cache_folder
@@ -64,63 +63,6 @@ CASES = (
     Case(limit="1.2GB"),
     Case(limit="1.2GB", device_memory="450MB", host_memory="150MB"),
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class CgroupVersion:
-    """Where groups are made, and what a version calls its files."""
-
-    root: Path
-    limit: str
-    swap: tuple[str, bool]
-    """File of the limit that covers swap, and whether it counts memory as well; absent where the kernel does not count swap."""
-    peak: str
-    events: str
-    """Has a line `oom_kill N`."""
-
-
-VERSIONS = (
-    CgroupVersion(
-        root=Path("/sys/fs/cgroup/memory"),
-        limit="memory.limit_in_bytes",
-        swap=("memory.memsw.limit_in_bytes", True),
-        peak="memory.max_usage_in_bytes",
-        events="memory.oom_control",
-    ),
-    CgroupVersion(
-        root=Path("/sys/fs/cgroup"),
-        limit="memory.max",
-        swap=("memory.swap.max", False),
-        peak="memory.peak",
-        events="memory.events",
-    ),
-)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Cgroup:
-    """A group that exists."""
-
-    version: CgroupVersion
-    folder: Path
-
-    def limit_to(self, limit_nbytes: int) -> None:
-        """No more memory than that, and nothing of it swapped out instead."""
-        (self.folder / self.version.limit).write_text(str(limit_nbytes))
-        name, counts_memory = self.version.swap
-        if (self.folder / name).exists():
-            (self.folder / name).write_text(str(limit_nbytes if counts_memory else 0))
-
-    @property
-    def peak_nbytes(self) -> int:
-        """The most memory its processes ever had together, their file cache included."""
-        return int((self.folder / self.version.peak).read_text())
-
-    @property
-    def num_kills(self) -> int:
-        """Processes that were killed for want of memory."""
-        lines = (self.folder / self.version.events).read_text().splitlines()
-        return int(dict(line.split() for line in lines)["oom_kill"])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,26 +135,8 @@ def run(case: Case, cache: Path) -> Outcome:
         )
 
 
-@contextmanager
-def new_cgroup() -> Iterator[Cgroup]:
-    """A group of the version whose memory controller is there; removed at the end. Raises OSError."""
-    for version in VERSIONS:
-        folder = version.root / f"offload-sirius-{os.getpid()}"
-        if not version.root.is_dir():
-            continue
-        folder.mkdir()
-        try:
-            if (folder / version.limit).exists():
-                yield Cgroup(version=version, folder=folder)
-                return
-        finally:
-            folder.rmdir()
-    raise FileNotFoundError("no memory controller under " + " or ".join(str(version.root) for version in VERSIONS))
-
-
 def generate_within(group: Cgroup, case: Case, cache: Path) -> subprocess.CompletedProcess[str]:
-    """Run the command in the group, from its first byte of memory on: a shell enters it and becomes the command."""
-    enter = ["sh", "-c", 'echo $$ > "$0" && exec "$@"', str(group.folder / "cgroup.procs")]
+    """Run the command in the group."""
     generate = [
         sys.executable,
         "-m",
@@ -226,7 +150,7 @@ def generate_within(group: Cgroup, case: Case, cache: Path) -> subprocess.Comple
         "hi",
         "--json",
     ]
-    command = [*enter, *generate, "--max-new-tokens", str(NUM_NEW), "--ignore-eos", *case.flags]
+    command = group.entered_by([*generate, "--max-new-tokens", str(NUM_NEW), "--ignore-eos", *case.flags])
     environment = os.environ | {"OFFLOAD_SIRIUS_CACHE": str(cache)}
     return subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=False)
 

@@ -22,7 +22,7 @@ from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter
 from gguf.quants import dequantize, quantize
 
 from offload_sirius_loaders import open_checkpoint
-from offload_sirius_loaders.checkpoint import Checkpoint
+from offload_sirius_loaders.checkpoint import Checkpoint, Key
 from offload_sirius_loaders.errors import CheckpointError
 from offload_sirius_loaders.gguf import _LAYER_TENSORS, _MODEL_TENSORS
 from offload_sirius_loaders.hub import demo_gguf
@@ -88,10 +88,20 @@ def stored_matrices(reader: GGUFReader) -> Iterator[Matrix]:
 
 
 def synthetic_matrices(checkpoint: Checkpoint) -> Iterator[Matrix]:
-    """The order of a llama file's rows means nothing where they are random."""
+    """In the order of a llama file's rows, so that other programs compute the same model."""
     for layer, role in checkpoint.tensors:
         name = _MODEL_TENSORS[role] if layer is None else f"blk.{layer}.{_LAYER_TENSORS[role]}"
-        yield name, lambda key=(layer, role): checkpoint.read(*key), checkpoint.tensors[layer, role].shape
+        head_dim = checkpoint.spec.head_dim if role in ("q", "k") else None
+
+        def numbers(key: Key = (layer, role), head_dim: int | None = head_dim) -> npt.NDArray[np.float32]:
+            return checkpoint.read(*key) if head_dim is None else pairs_from_halves(checkpoint.read(*key), head_dim)
+
+        yield name, numbers, checkpoint.tensors[layer, role].shape
+
+
+def pairs_from_halves(rows: npt.NDArray[np.float32], head_dim: int) -> npt.NDArray[np.float32]:
+    """Rows of queries or keys: those that turn together lie side by side in a llama file, half a head apart elsewhere."""
+    return rows.reshape(-1, 2, head_dim // 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
 
 
 def describe(writer: GGUFWriter, checkpoint: Checkpoint) -> None:

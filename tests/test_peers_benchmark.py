@@ -1,0 +1,253 @@
+"""The comparison with other systems: its arithmetic, what it makes of processes that fail, and its table with scripted ones."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+
+from offload_sirius.cli import main
+from offload_sirius_loaders import open_checkpoint
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def scripts() -> Iterator[dict[str, ModuleType]]:
+    before = list(sys.path)
+    sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "tools")]
+    names = ("children", "peer_table", "peer_ways", "peer_models", "peer_environments", "peers", "a_third", "gguf_copy")
+    yield {name: importlib.import_module(name) for name in names}
+    sys.path[:] = before
+
+
+def options_of(scripts: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch, *words: str) -> argparse.Namespace:
+    monkeypatch.setattr(sys, "argv", ["peers.py", *words])
+    options: argparse.Namespace = scripts["peers"].arguments()
+    return options
+
+
+class Processes:
+    """In place of real ones: what each system prints, and how it fails."""
+
+    def __init__(self, children: ModuleType) -> None:
+        self.children = children
+        self.commands: list[str] = []
+        self.seconds = {"--mode full": 1.0, "--mode sirius": 3.0, "run_llama_cpp": 1.5, "run_airllm": 5.0, "run_accelerate": 0.1}
+
+    def run(self, command: tuple[str, ...], **settings: Any) -> Any:
+        words = " ".join(command)
+        self.commands.append(words)
+        if "--memory" in command and int(command[command.index("--memory") + 1]) > 500:
+            return self.child(None, "killed for want of memory")
+        if "pack" in command:
+            Path(command[command.index("--out") + 1]).write_bytes(bytes(55))
+            return self.child({}, None)
+        if "--split" in command:
+            Path(command[command.index("--shards") + 1]).write_bytes(bytes(77))
+            return self.child({}, None)
+        seconds = next(seconds for name, seconds in self.seconds.items() if name in words)
+        if "-m" in command:
+            return self.child(generated(seconds, num_new=4, nbytes=3 * 4096), None)
+        figures = {"ids": [7, 8, 1, 9], "load_seconds": 2.0, "ttft_seconds": 0.5, "seconds_per_token": seconds}
+        return self.child(figures | {"read_bytes_per_token": 11.0, "versions": {"peer": "1"}}, None)
+
+    def child(self, figures: dict[str, Any] | None, error: str | None) -> Any:
+        return self.children.Child(
+            figures=figures,
+            error=error,
+            seconds=9.0,
+            cpu_seconds=8.0,
+            read_nbytes=100,
+            resident_peak_nbytes=200,
+            cgroup_peak_nbytes=None,
+        )
+
+
+def generated(seconds: float, *, num_new: int, nbytes: int) -> dict[str, Any]:
+    """What `generate --json` says of them."""
+    return {
+        "token_ids": [7, 8, 9, 9][:num_new],
+        "new_tokens": num_new,
+        "load_seconds": 0.25,
+        "ttft_seconds": 0.5,
+        "decode_seconds": seconds * (num_new - 1),
+        "link": {"bytes": {"draft": 0, "correction": 0, "full": nbytes}},
+        "plan": {"disk_layers": [0, 1]},
+    }
+
+
+def test_a_table_has_a_row_of_each_system_the_floor_and_why_one_is_missing(
+    scripts: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    processes = Processes(scripts["children"])
+    for name in ("peer_table", "peer_ways"):
+        monkeypatch.setattr(scripts[name], "run_child", processes.run)
+    monkeypatch.setattr(scripts["peer_table"], "drop_page_cache", lambda: False)
+    monkeypatch.setattr(scripts["peer_table"], "read_seconds", lambda files, nbytes, depth, read_nbytes: nbytes / 4096 + depth)
+
+    def refuse(name: str, folder: Path) -> Path:
+        raise scripts["peer_environments"].NotInstalledError("pip could not install it: no such release")
+
+    monkeypatch.setattr(scripts["peer_ways"], "interpreter", refuse)
+    words = ["--model", "synthetic:tiny", "--limit", "none", "--rounds", "2", "--new-tokens", "4", "--folder", str(tmp_path)]
+    words += ["--environment", f"accelerate={sys.executable}", f"airllm={sys.executable}", "--gguf", "model.gguf"]
+    kept: list[dict[str, Any]] = []
+    table = scripts["peer_table"].memory_table(options_of(scripts, monkeypatch, *words), kept.append)
+
+    rows = {row["name"]: row for row in table["rows"]}
+    assert list(rows) == [
+        "raw reads",
+        "ours, full",
+        "ours, full, packed",
+        "ours, sirius",
+        "accelerate, disk offload",
+        "AirLLM",
+        "transformers, all in memory",
+        "llama.cpp, mmap",
+    ]
+    assert rows["raw reads"]["all_seconds_per_token"] == [3.0, 3.0], "one page a token, two reads at a time"
+    assert rows["ours, full"]["all_ratios_to_floor"] == [1 / 3, 1 / 3]
+    assert rows["ours, sirius"]["ratio_to_full"] == 3.0
+    assert rows["accelerate, disk offload"]["note"] == "keeps 0% of the limit in memory", "the shares above were killed"
+    assert rows["AirLLM"]["written_bytes"] == 77
+    assert rows["AirLLM"]["first_equal_ids"] == 2
+    assert rows["transformers, all in memory"]["capped"] is False
+    assert rows["llama.cpp, mmap"]["error"] == "not installed: pip could not install it: no such release"
+    assert rows["ours, full, packed"]["written_bytes"] == 55
+    assert len(kept[-1]["rows"]) == 8, "what is known is kept after each round"
+    assert table["promises"] == {
+        "ours, full answered every time": True,
+        "ours, full within 1.15 of the raw reads": True,
+        "ours, full faster than accelerate, disk offload": False,
+        "ours, full faster than AirLLM": True,
+    }
+    json.dumps(table)
+    scripts["peer_table"].table_text(table["rows"])
+
+
+def test_a_system_that_fails_later_keeps_what_it_had_and_is_not_asked_again(scripts: dict[str, ModuleType]) -> None:
+    table, ways = scripts["peer_table"], scripts["peer_ways"]
+    processes = Processes(scripts["children"])
+    answer = ways.Answer(ids=[1], first_token_seconds=1.0, seconds_per_token=2.0, read_nbytes_per_token=0.0)
+    good = table.Run(child=processes.child({}, None), answer=answer)
+    full = table.Measured(name="ours, full", runs=[good, replace(good, answer=replace(answer, seconds_per_token=4.0))])
+    other = table.Measured(name="other", error="killed", runs=[good, replace(good, answer=None)])
+    row = table.row_of(other, full, table.Floors())
+    assert (row["error"], row["all_ratios_to_full"]) == ("killed", [1.0])
+
+
+@pytest.mark.parametrize(
+    ("exit_status", "printed", "said", "settings", "error"),
+    [
+        (0, ["text", '{"a": 1}'], [], {}, None),
+        (0, ["text"], [], {}, "its last line is no JSON"),
+        (1, [], ["Traceback", "ValueError: no"], {}, "exit status 1: ValueError: no"),
+        (-9, [], [], {"num_kills": 1}, "killed for want of memory"),
+        (-9, [], [], {"is_late": True}, "did not end within"),
+    ],
+)
+def test_a_process_that_fails_is_one_line(
+    scripts: dict[str, ModuleType], exit_status: int, printed: list[str], said: list[str], settings: dict[str, Any], error: str
+) -> None:
+    settings = {"is_late": False, "num_kills": 0} | settings
+    figures, found = scripts["children"].outcome(exit_status, printed, said, **settings)
+    assert (figures is None) == (error is not None)
+    assert found == error
+
+
+def test_a_child_that_takes_too_long_is_ended(scripts: dict[str, ModuleType]) -> None:
+    command = [sys.executable, "-c", "import time; time.sleep(60)"]
+    child = scripts["children"].run_child(command, environment=os.environ, limit_seconds=0.2)
+    assert child.error == "did not end within 0 s"
+    assert child.resident_peak_nbytes > 0
+
+
+def test_our_figures_are_read_from_the_real_command(
+    scripts: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("OFFLOAD_SIRIUS_CACHE", str(tmp_path / "cache"))
+    words = ("--model", "synthetic:tiny", "--new-tokens", "3", "--threads", "1", "--folder", str(tmp_path))
+    options = options_of(scripts, monkeypatch, *words)
+    folder, cost = scripts["peer_table"].model_folder(options)
+    text, ids = scripts["peer_table"].prompt_of(options, folder, has_digits=True)
+    assert ids == list(range(300, 316)), "the tokenizer of digits gives the ids themselves"
+    assert cost.nbytes > 0
+    way = scripts["peer_ways"].our_way(options, "ours", folder, text, "full")
+    assert main(list(way.attempts[0].command[3:])) == 0
+    answer = way.read(json.loads(capsys.readouterr().out.splitlines()[-1]))
+    assert len(answer.ids) == 3
+    assert answer.seconds_per_token > 0
+    assert answer.read_nbytes_per_token == 0, "all of it fits"
+    assert "PYTHONPATH" not in scripts["peer_ways"].environment_of(options, is_ours=False)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--tables", "memory", "--model", "gpt-5"], "--model is 'gpt-5'; give synthetic:SHAPE, or a folder"),
+        (["--tables", "memory", "--model", "synthetic:tiny", "--environment", "vllm=x"], "give NAME=PYTHON, a file, NAME one of"),
+    ],
+)
+def test_a_wrong_word_is_one_line(
+    scripts: dict[str, ModuleType],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    words: list[str],
+    said: str,
+) -> None:
+    monkeypatch.setattr(scripts["peer_table"], "drop_page_cache", lambda: False)
+    monkeypatch.setattr(
+        sys, "argv", ["peers.py", *words, "--limit", "none", "--folder", str(tmp_path), "--out", str(tmp_path / "o")]
+    )
+    assert scripts["peers"].main() == 2
+    assert said in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_gguf_copy_of_random_weights_is_the_same_model(scripts: dict[str, ModuleType], tmp_path: Path) -> None:
+    scripts["gguf_copy"].copy("synthetic:tiny", tmp_path / "tiny.gguf", "F32")
+    source, copied = open_checkpoint("synthetic:tiny?dtype=F32"), open_checkpoint(str(tmp_path / "tiny.gguf"))
+    for key in source.tensors:
+        assert np.array_equal(source.read(*key), copied.read(*key)), key
+
+
+def test_rows_of_a_third_compare_each_pair_and_count_answers_that_are_right(scripts: dict[str, ModuleType]) -> None:
+    third, processes = scripts["a_third"], Processes(scripts["children"])
+
+    def child(seconds: float, num_new: int, last: int = 9) -> Any:
+        figures = generated(seconds, num_new=num_new, nbytes=0) | {"aal": 3.0, "acceptance": 0.5, "window": 8}
+        figures["token_ids"][-1] = last
+        return processes.child(figures | {"memory": {"device_plan_bytes": 5}}, None)
+
+    place = third.Place(name=third.BEHIND_LINK, memory=(), drafts=())
+    references = [child(1.0, 4), child(1.0, 4)]
+    row = third.row_of(place, [(child(4.0, 3), child(1.0, 4)), (child(6.0, 3), child(2.0, 4))], references)
+    assert (row["ratio"], row["all_ratios"], row["num_equal"]) == (3.5, [4.0, 3.0], 4)
+    assert all(third.promises([row]).values())
+    wrong = third.row_of(place, [(child(1.0, 3), child(2.0, 4, last=1))], references)
+    assert list(third.promises([wrong]).values()) == [False, False]
+
+
+def test_both_places_of_a_third_have_the_same_bytes(scripts: dict[str, ModuleType]) -> None:
+    disk, link = scripts["a_third"].places_of(10**9, 300, 0.07)
+    assert int(disk.memory[1]) + int(disk.memory[3]) == int(link.memory[1]) == 10**9
+    assert disk.limit_nbytes == 10**9 + 300
+
+
+def test_the_link_table_takes_medians_of_rounds(scripts: dict[str, ModuleType]) -> None:
+    rounds = [{"seconds": [1.0, 2.0, 9.0], "accelerate_seconds": [20.0], "ceiling_seconds": 1.6, "ratio": 10.0}]
+    figures = scripts["peers"].link_figures(rounds)
+    assert (figures["seconds_per_token"], figures["ratio_to_ceiling"], figures["ratio"]) == (2.0, 1.25, 10.0)
+    without_gpu = scripts["peers"].link_figures([rounds[0] | {"ceiling_seconds": None}])
+    assert without_gpu["ratio_to_ceiling"] is None
