@@ -8,12 +8,13 @@ BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 INSTALLED := .venv/installed
 
-.PHONY: help demo test check clean
+.PHONY: help demo test check bench-quick clean
 
 help:
 	@echo "make demo   one answer of SmolLM2-135M, streamed through 90 MB of device memory"
 	@echo "make test   the tests"
-	@echo "make check  format, lint, types, import rules"
+	@echo "make check  format, lint, types, import rules, documents that are what the result files give"
+	@echo "make bench-quick  whether a ratio that matters has become worse than the recorded one: three minutes"
 	@echo "make clean  remove .venv and what tools have cached"
 
 demo: $(INSTALLED)
@@ -29,6 +30,10 @@ check: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python tools/tables.py --check
+
+bench-quick: $(INSTALLED)
+	$(BIN)/python benchmarks/quick.py
 
 clean:
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis build dist

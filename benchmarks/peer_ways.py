@@ -128,11 +128,11 @@ def pack(options: argparse.Namespace, folder: Path, packed: Path) -> None:
 def our_way(
     options: argparse.Namespace, name: str, folder: Path, prompt: str, mode: str, preparation: Preparation | None = None
 ) -> Way:
-    """Memory is left to the program, which obeys the cgroup."""
+    """Memory and threads are left to the program, which obeys the cgroup and leaves a core to its readers."""
     command = (
         *(sys.executable, "-m", "offload_sirius", "generate", "--model", str(folder), "--mode", mode),
         *("--device", "cpu", "--prompt", prompt, "--no-chat", "--max-new-tokens", str(options.new_tokens), "--ignore-eos"),
-        *("--threads", str(options.threads), "--json"),
+        "--json",
     )
     attempts = (Attempt(command=command),)
     return Way(name=name, attempts=attempts, read=our_answer, is_ours=True, preparation=preparation)

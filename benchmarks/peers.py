@@ -75,7 +75,7 @@ def arguments() -> argparse.Namespace:
         "--environment", nargs="+", default=[], metavar="NAME=PYTHON", help="interpreters that have what is needed"
     )
     parser.add_argument("--gguf", help="the model for llama.cpp; a synthetic one is written")
-    parser.add_argument("--threads", type=int, default=physical_cores(), help="of each, default %(default)s")
+    parser.add_argument("--threads", type=int, default=physical_cores(), help="of each but ours in a cgroup, default %(default)s")
     parser.add_argument("--seconds", type=float, default=180.0, help="that a run may take, default %(default)s")
     parser.add_argument("--folder", type=Path, default=cache_folder() / "peers", help="models, environments; default %(default)s")
     parser.add_argument("--third-prompts", type=int, default=5, help="of the table third, default %(default)s")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import datetime
 import json
 import platform
+import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +39,17 @@ def machine_facts() -> dict[str, Any]:
 
 
 def finish(name: str, result: dict[str, Any], out: Path | None = None) -> None:
-    """Print the result as one JSON line and keep it as a dated file."""
+    """Print the result as one JSON line and keep it as a dated file, beside the command that gave it."""
+    result = {"command": command_line(), **result}
     path = out or RESULTS / f"{name}-{result['date']}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result))
+
+
+def command_line() -> str:
+    """As it may be given in a clone: `python benchmarks/stream.py --passes 15`."""
+    script = Path(sys.argv[0]).resolve()
+    root = RESULTS.parents[1]
+    name = str(script.relative_to(root)) if script.is_relative_to(root) else script.name
+    return shlex.join(["python", name, *sys.argv[1:]])
