@@ -29,7 +29,7 @@ from offload_sirius.decode.window import expected_tokens
 from offload_sirius.engine import Engine, NoProgress, build, open_model
 from offload_sirius.engine.placement import find_device, place
 from offload_sirius.engine.planning import DESCRIBED, Planned, plan_model
-from offload_sirius.engine.windows import acceptance_of_copy
+from offload_sirius.engine.windows import acceptance_of_copy, acceptance_of_share
 from offload_sirius.errors import USER_ERRORS
 
 SEVENTY = "synthetic:llama-3-70b"
@@ -292,7 +292,12 @@ def card_loads(base: EngineConfig, card: Card, options: argparse.Namespace, resu
     if with_memory.quantize != "none":
         streamed = without_residents(open_model(base.model), replace(base, quantize=with_memory.quantize))
         loads.append(Load(group=card.group, config=streamed, cases=[full_case("full, every layer streamed", options)]))
-    cases = sirius_cases("hot set", hot, options, base.model) + scripted_cases("hot set", hot, options, result["acceptance"])
+    share_of_kept = planned.plan.hot.num_hot / hot.num_kept(planned.spec.ffn_width)
+    cases = [
+        *sirius_cases("hot set", hot, options, base.model),
+        assumed_case("hot set", hot, options, acceptance_of_share(share_of_kept)),
+        *scripted_cases("hot set", hot, options, result["acceptance"]),
+    ]
     return [
         *loads,
         Load(group=card.group, config=with_memory, cases=[full_case("full, same device memory", options)]),
@@ -308,16 +313,7 @@ def copy_load(base: EngineConfig, card: Card, options: argparse.Namespace) -> Lo
     cases = sirius_cases("copy in 4 bits", copied, options, config.model)
     hot = place(planned.checkpoint, config).plan.hot
     assert hot is not None
-    accepted = acceptance_of_copy(COPY, hot.num_hot / planned.spec.ffn_width)
-    aal = Fraction(str(round(expected_tokens(accepted, OWN_WINDOW), 2)))
-    cases.append(
-        Case(
-            name=f"copy in 4 bits, windows of {OWN_WINDOW}, {accepted:.2f} of the drafted tokens stand as the planner assumes",
-            decoding=replace(copied, window=OWN_WINDOW),
-            num_units=options.windows,
-            aal=aal,
-        )
-    )
+    cases.append(assumed_case("copy in 4 bits", copied, options, acceptance_of_copy(COPY, hot.num_hot / planned.spec.ffn_width)))
     return Load(group=card.group, config=config, cases=cases)
 
 
@@ -350,6 +346,16 @@ def scripted_cases(
         )
         for each in acceptance
     ]
+
+
+def assumed_case(name: str, decoding: DecodingConfig, options: argparse.Namespace, acceptance: float) -> Case:
+    """By the acceptance that the planner assumes of large models' drafts."""
+    return Case(
+        name=f"{name}, {acceptance:.2f} accepted as the planner assumes, windows of {OWN_WINDOW}",
+        decoding=replace(decoding, window=OWN_WINDOW),
+        num_units=options.windows,
+        aal=Fraction(str(round(expected_tokens(acceptance, OWN_WINDOW), 2))),
+    )
 
 
 def drafting(**settings: Any) -> DecodingConfig:
