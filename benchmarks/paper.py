@@ -19,7 +19,7 @@ arithmetic, ((W - 1) * d + 1) / AAL of mode full, d = 0.588 being a draft step's
 
 Ablations. SmolLM2-135M in float32, one prompt of each of some categories: threshold, window, tree width, keys and values
 rewritten by corrections or left as drafts wrote them, rejected tokens taken back or left, and the refresh of resident drafts.
-Bytes are what counts for a larger model; the seconds are those of a link that is fast beside this machine's computing.
+Bytes are what counts for a larger model: they are the ratio of seconds where the link is all that takes time.
 
 Rows go into the result file as they come; with --only the other half of that file stays.
 """
@@ -31,6 +31,7 @@ import json
 import os
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,7 @@ def main() -> int:
         with tempfile.TemporaryDirectory() as folder:  # a prior of earlier runs would change drafts
             os.environ["OFFLOAD_SIRIUS_CACHE"] = folder
             for name in names:
-                result[name] = PARTS[name](options, lambda part, name=name: write(out, result | {name: part}))
+                result[name] = PARTS[name](options, partial(write_half, out, result, name))
     except USER_ERRORS as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -91,10 +92,10 @@ def known(out: Path, names: list[str]) -> dict[str, Any]:
     return {name: found[name] for name in names if name in found}
 
 
-def write(out: Path, result: dict[str, Any]) -> None:
-    """Keep what there is."""
+def write_half(out: Path, result: dict[str, Any], name: str, half: dict[str, Any]) -> None:
+    """Keep what there is of one half, beside the other."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(result, indent=1) + "\n")
+    out.write_text(json.dumps(result | {name: half}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

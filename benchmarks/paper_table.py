@@ -10,6 +10,7 @@ import argparse
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
+from functools import partial
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -198,8 +199,8 @@ def paper_table(options: argparse.Namespace, keep: Callable[[dict[str, Any]], No
     table = _Table(result, keep)
     table.measure(paper_load(base, options))
     for card in CARDS:
-        table.plan_and_measure(card.group, "hot set", lambda card=card: card_loads(base, card, options, result))
-    table.plan_and_measure(CARDS[-1].group, "copy in 4 bits", lambda: [copy_load(base, CARDS[-1], options)])
+        table.plan_and_measure(card.group, "hot set", partial(card_loads, base, card, options, result))
+    table.plan_and_measure(CARDS[-1].group, "copy in 4 bits", partial(copy_loads, base, CARDS[-1], options))
     return result
 
 
@@ -305,7 +306,7 @@ def card_loads(base: EngineConfig, card: Card, options: argparse.Namespace, resu
     ]
 
 
-def copy_load(base: EngineConfig, card: Card, options: argparse.Namespace) -> Load:
+def copy_loads(base: EngineConfig, card: Card, options: argparse.Namespace) -> list[Load]:
     """Drafts on a copy in 4 bits: by the paper's script, and by what the planner expects of a large model's."""
     copied = drafting(draft="resident", draft_quantize=COPY, window=WINDOW)
     with_memory, _, planned = on_card(base, drafting(draft="resident", window=WINDOW), card.quantize)
@@ -314,7 +315,7 @@ def copy_load(base: EngineConfig, card: Card, options: argparse.Namespace) -> Lo
     hot = place(planned.checkpoint, config).plan.hot
     assert hot is not None
     cases.append(assumed_case("copy in 4 bits", copied, options, acceptance_of_copy(COPY, hot.num_hot / planned.spec.ffn_width)))
-    return Load(group=card.group, config=config, cases=cases)
+    return [Load(group=card.group, config=config, cases=cases)]
 
 
 def full_case(name: str, options: argparse.Namespace) -> Case:
@@ -360,7 +361,8 @@ def assumed_case(name: str, decoding: DecodingConfig, options: argparse.Namespac
 
 def drafting(**settings: Any) -> DecodingConfig:
     """Coarse drafts that keep half of the neurons. Which rule accepts does not matter where a script does."""
-    return DecodingConfig(**{"mode": "sirius", "keep": KEEP, "draft": "streamed", "lookup": False, "prior": False} | settings)
+    usual: dict[str, Any] = {"mode": "sirius", "keep": KEEP, "draft": "streamed", "lookup": False, "prior": False}
+    return DecodingConfig(**usual | settings)
 
 
 def on_card(base: EngineConfig, hot: DecodingConfig, quantize: Quantize) -> tuple[EngineConfig, float, Planned]:
@@ -390,7 +392,7 @@ def own_acceptance(options: argparse.Namespace, hot_share: float) -> list[dict[s
     prompts, num_tokens = options.prompts, options.max_new_tokens
     found = []
     hot = drafting(draft="resident", keep=hot_share, window=WINDOW)
-    loaded = {"keep_blocks": False, "device": options.device, "max_context": REAL_CONTEXT, "decoding": hot}
+    loaded: dict[str, Any] = {"keep_blocks": False, "device": options.device, "max_context": REAL_CONTEXT, "decoding": hot}
     with offload_sirius.load(options.real_model, **loaded) as engine:
         for way in ways:
             asked = way | {"max_new_tokens": num_tokens, "ignore_eos": True, "reuse": False}

@@ -111,6 +111,9 @@ def test_the_ablations_have_one_thing_changed_each(result: dict[str, Any]) -> No
     # With the same neurons, wherever they are, drafts are the same.
     assert rows["refresh", "off"]["aal"] == rows["window", "16"]["aal"]
     assert rows["refresh", "off"]["bytes_ratio"] < rows["window", "16"]["bytes_ratio"]
+    # Bytes that are reckoned for the base are those that are counted where it goes over the link.
+    assert ablations["on_link"]["base"]["nbytes_per_token"] == pytest.approx(rows["window", "16"]["nbytes_per_token"])
+    assert [key for key, row in rows.items() if row["on_link"]] == [("window", "auto"), ("refresh", "off"), ("refresh", "on")]
     assert len(json.dumps(result, indent=1)) < 60_000
 
 
