@@ -11,27 +11,24 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from functools import partial
-from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
 from budgets import layers_share, share_nbytes
+from paper_cases import Case, Timed, measured, nbytes_per_token
 
 import offload_sirius
-from offload_sirius.bench.forced import ForcedAcceptance
 from offload_sirius.bench.link import pinned_upload_bytes_per_second
-from offload_sirius.bench.prompts import BUILT_IN
 from offload_sirius.bench.stream import without_residents
-from offload_sirius.bench.variants import FULL, forced_tokens
-from offload_sirius.config import DecodingConfig, EngineConfig, GenerationConfig, Quantize, ResidentFirst
-from offload_sirius.decode.accept import AcceptanceRule
-from offload_sirius.decode.result import Generation
+from offload_sirius.bench.variants import FULL
+from offload_sirius.config import DecodingConfig, EngineConfig, Quantize, ResidentFirst
 from offload_sirius.decode.window import expected_tokens
 from offload_sirius.engine import Engine, NoProgress, build, open_model
 from offload_sirius.engine.placement import find_device, place
 from offload_sirius.engine.planning import DESCRIBED, Planned, plan_model
 from offload_sirius.engine.windows import acceptance_of_copy, acceptance_of_share
 from offload_sirius.errors import USER_ERRORS
+from offload_sirius.quantization import Kind
 
 SEVENTY = "synthetic:llama-3-70b"
 SHRUNK = f"{SEVENTY}?width=512&heads=8&kv_heads=1&ffn=1792&vocab=512&positions=1024"
@@ -43,10 +40,9 @@ SHRUNK_LINK_GBPS = 0.25
 CARD = "24GB"
 KEEP, WINDOW, OWN_WINDOW = 0.5, 16, 8
 PAPERS_AAL = Fraction("15.2")
-PROMPT = "Sixty-four letters of a prompt, which random weights do not read"
 CONTEXT, REAL_CONTEXT = 512, 1024
 NUM_SHARED_BUFFERS = 8
-COPY = "int4"
+COPY: Kind = "int4"
 
 PUBLISHED = {
     "model": "Llama-3-70B-Instruct, bfloat16, 25 GB/s",
@@ -59,31 +55,6 @@ PUBLISHED = {
 }
 """arXiv 2409.03856; scores on GSM8K. The floor is that of windows of 16 of which every token stands, from its own sparse and full
 steps: its Sirius is below, as its timed loop ends before the last correction."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Case:
-    """One way to decode."""
-
-    name: str
-    decoding: DecodingConfig
-    num_units: int
-    """Tokens that are timed, one by one; windows where a script decides; answers where models do."""
-    aal: Fraction | None = None
-    """Tokens that windows give on average by the script. None: there are no windows, or models decide."""
-
-    @property
-    def models_decide(self) -> bool:
-        """Whether windows end where the full model's tokens leave the draft's."""
-        return self.decoding.mode == "sirius" and self.aal is None
-
-    @property
-    def sizes(self) -> list[int]:
-        """Tokens of each unit behind the first token of the answer."""
-        if self.aal is None:
-            return [1] * self.num_units
-        totals = [forced_tokens(self.aal, count) for count in range(self.num_units + 1)]
-        return [after - before for before, after in pairwise(totals)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,21 +80,6 @@ CARDS = (
     # Not even all attention blocks have room beside slots.
     Card(group="bfloat16 on the card", quantize="none", resident_first="layers"),
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Timed:
-    """What came of a case."""
-
-    unit_seconds: list[float]
-    sizes: list[int]
-    """Tokens of each unit."""
-    answers: list[Generation]
-
-    @property
-    def seconds_per_token(self) -> float:
-        """Over all units."""
-        return sum(self.unit_seconds) / sum(self.sizes)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -405,43 +361,6 @@ def own_acceptance(options: argparse.Namespace, hot_share: float) -> list[dict[s
     return found
 
 
-def measured(engine: Engine, case: Case) -> Timed:
-    """Time a case; a short answer before it warms up."""
-    engine.generate(PROMPT, decoding=case.decoding, max_new_tokens=3, ignore_eos=True, chat=False, reuse=False)
-    if not case.models_decide:
-        return answered(engine, case, PROMPT)
-    prompts = BUILT_IN[: case.num_units]
-    found = [answered(engine, case, prompt) for prompt in prompts]
-    return Timed(
-        unit_seconds=[seconds for each in found for seconds in each.unit_seconds],
-        sizes=[size for each in found for size in each.sizes],
-        answers=[answer for each in found for answer in each.answers],
-    )
-
-
-def answered(engine: Engine, case: Case, prompt: str) -> Timed:
-    """One answer, unit by unit. The last window is a whole one, and its correction counts."""
-    sizes = [64] if case.models_decide else case.sizes
-    num_tokens = 1 + sum(sizes)
-    rule: AcceptanceRule | None = None if case.aal is None else ForcedAcceptance(case.aal)
-    generation = GenerationConfig(
-        decoding=case.decoding,
-        # Behind a script's last window there is room for one more, so that it drafts as many tokens as all others.
-        max_new_tokens=num_tokens + (case.decoding.max_window if rule else 0),
-        ignore_eos=True,
-        chat=case.models_decide,
-        reuse=False,
-    )
-    stream, moments = engine.stream(prompt, generation, rule=rule), list[float]()
-    for piece in stream:
-        if piece.token_id is not None:
-            moments.append(piece.seconds)
-        if len(moments) == num_tokens:
-            break
-    ends = [moments[end] for end in accumulate(sizes, initial=0)]
-    return Timed(unit_seconds=[after - before for before, after in pairwise(ends)], sizes=sizes, answers=[stream.interrupt()])
-
-
 def row_of(
     load: Load,
     engine: Engine,
@@ -482,12 +401,6 @@ def row_of(
         hot_share=hot.num_hot / engine.spec.ffn_width if hot else None,
         runs=[spent / size for spent, size in zip(timed.unit_seconds, timed.sizes, strict=True)],
     )
-
-
-def nbytes_per_token(timed: Timed) -> float:
-    """Of layers, over the link, for tokens behind the first."""
-    moved = [answer.link.bytes for answer in timed.answers]
-    return sum(each.draft + each.correction + each.full for each in moved) / sum(timed.sizes)
 
 
 def line_of(row: Row) -> str:

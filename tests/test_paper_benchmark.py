@@ -42,7 +42,8 @@ def result(paper: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, r
 
 
 def test_five_windows_of_the_papers_aal_are_76_tokens(paper: ModuleType) -> None:
-    from paper_table import PAPERS_AAL, Case
+    from paper_cases import Case
+    from paper_table import PAPERS_AAL
 
     case = Case(name="", decoding=DecodingConfig(window=16), num_units=5, aal=PAPERS_AAL)
     assert (case.sizes, case.models_decide) == ([15, 15, 15, 15, 16], False)
