@@ -27,6 +27,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from budgets import fewest_slots_nbytes
 from rates_now import measured_rates
 from report import finish, machine_facts
 
@@ -34,7 +35,6 @@ import offload_sirius
 from offload_sirius.config import DecodingConfig, EngineConfig
 from offload_sirius.decode.result import Generation
 from offload_sirius.engine import open_model
-from offload_sirius.engine.placement import place
 from offload_sirius.engine.planning import host_hardware, plan_model
 from offload_sirius.rates import Rates
 
@@ -152,12 +152,11 @@ def first_prompts() -> list[str]:
 
 
 def device_budget(model: str) -> int:
-    """See above: of the plan that has all its neurons, what is not slots, and two of those."""
-    checkpoint = open_model(model).checkpoint
+    """See above."""
     decoding = DecodingConfig(mode="sirius", draft="resident", keep=HOT_SHARE, prior=False)
-    config = EngineConfig(model=model, dtype="float32", keep_blocks=False, device="cpu", max_context=CONTEXT, decoding=decoding)
-    plan, layout = place(checkpoint, config).plan, place(checkpoint, config).layout
-    return plan.device_nbytes - plan.device_bill["slots"] + 2 * layout.records_nbytes
+    return fewest_slots_nbytes(
+        EngineConfig(model=model, dtype="float32", keep_blocks=False, device="cpu", max_context=CONTEXT, decoding=decoding)
+    )
 
 
 def config_of(row: Row, options: argparse.Namespace, budget: int) -> EngineConfig:
