@@ -238,8 +238,12 @@ class Planned:
 
     @property
     def libraries(self) -> list[Name]:
-        """Of functions in C that compute on them."""
-        needed: dict[Name, bool] = {"products": bool(self.quantized_kinds), "blocks": self._has_blocks}
+        """Of functions in C that compute on them, or put them in place in every pass."""
+        needed: dict[Name, bool] = {
+            "products": bool(self.quantized_kinds),
+            "blocks": self._has_blocks,
+            "rows": bool(self.plan.disk_layers),
+        }
         return [name for name, is_needed in needed.items() if is_needed]
 
     @property

@@ -61,7 +61,7 @@ def native(name: Name) -> Native:
             path.unlink(missing_ok=True)
             return Native(library=ctypes.CDLL(str(compiled(name, made_cache_folder(), find_compiler()))))
     except (ConfigError, OSError) as error:
-        return Native(library=None, problem=f"weights are computed with at a fraction of this CPU's speed: {error}")
+        return Native(library=None, problem=f"this CPU takes a few times longer than it has to: {error}")
 
 
 def find_compiler() -> str:

@@ -234,7 +234,7 @@ def write_rows(place: Tensor, first_row: int, rows: Tensor, scratch: Tensor) -> 
     costs a page fault for every 4 KiB, and many threads that fault at once wait for each other in the kernel.
     """
     own = place[first_row : first_row + rows.shape[0]]
-    if own.dim() == 2 and put_rows(own, rows):
+    if put_rows(*((own, rows) if own.dim() == 2 else (own[None], rows[None]))):
         return
     if own.dim() == 1 or own.stride(1) == 1:
         own.copy_(rows)

@@ -14,8 +14,8 @@ class DepthTuner:
     """Tries a few queue depths in turn, over real reads, and then keeps the fastest.
 
     An eighth, a quarter, half and all of the readers are each timed over two windows. All of them is the safest guess on
-    solid-state disks, so a smaller depth is kept only where it is faster by more than the noise. Some virtual disks like very few:
-    one was seen to read 4 MiB at a time 1.2 times as fast by 3 readers as by 20.
+    solid-state disks, so a smaller depth is kept only where it is faster by more than the noise. Some virtual disks like very
+    few: one was seen to read 4 MiB at a time 1.2 times as fast by 3 readers as by 20.
     """
 
     def __init__(self, num_readers: int, window_nbytes: int = WINDOW_NBYTES) -> None:

@@ -2,8 +2,8 @@
 
 Files are read past the page cache (O_DIRECT), many pieces at a time: weights that exceed memory would only push each other out
 of the cache, and one copy through it costs half the disk's rate. Where the file system refuses O_DIRECT, reads are buffered.
-Several threads rather than an asynchronous interface: a blocking pread releases the interpreter's lock, and the thread that has
-read a piece also turns it into its place while others read on.
+Several threads rather than an asynchronous interface: a blocking pread releases the interpreter's lock, and others turn what has
+been read into its place meanwhile.
 """
 
 from __future__ import annotations
@@ -24,11 +24,12 @@ import torch
 from torch import Tensor
 
 from offload_sirius.errors import WeightReadError
-from offload_sirius.kernels.block_products import write_outputs
 from offload_sirius.kernels import rows as row_kernels
+from offload_sirius.kernels.block_products import write_outputs
 from offload_sirius.kernels.blocks import BlockRows, NeuronRows
 from offload_sirius.kernels.matrix import Matrix
 from offload_sirius.kernels.packed import QuantizedRows
+from offload_sirius.machine import physical_cores
 from offload_sirius.weights.buffers import write_rows
 from offload_sirius.weights.depth import DepthTuner
 from offload_sirius.weights.layout import align
@@ -36,9 +37,9 @@ from offload_sirius.weights.mapping import HUGE_PAGE_NBYTES, map_memory
 from offload_sirius.weights.pieces import BLOCK_NBYTES, PIECE_NBYTES, Piece, buffer_nbytes, pieces_of
 from offload_sirius_loaders.checkpoint import ByteRange, Checkpoint, TensorInfo
 
-READER_NICENESS = 10
-"""Scheduling priority of reader threads below that of whoever computes, on Linux's scale of 0 to 19. Measured with as many
-compute threads as cores: passes from disk take 1.1 times the disk's own time, and 1.4 times at equal priority."""
+PLACER_NICENESS = 10
+"""Scheduling priority of threads that put pieces in place below that of whoever computes, on Linux's scale of 0 to 19. Measured
+with as many compute threads as cores: passes from disk took 1.1 times the disk's own time, and 1.4 times at equal priority."""
 
 
 @dataclass(frozen=True)
@@ -213,7 +214,11 @@ def read_buffers(count: int, nbytes: int) -> list[memoryview]:
 
 
 class ReaderPool:
-    """Threads that read pieces of one checkpoint, in the order they were asked for, as many at a time as is fastest."""
+    """Threads that read pieces of one checkpoint, in the order they were asked for, as many at a time as is fastest.
+
+    Others, as many as there are cores, turn what has been read into its place. Readers only wait for the disk, and ask it for the
+    next piece as soon as they have one: where they put it in place themselves, a disk that likes few reads at a time idles.
+    """
 
     def __init__(self, checkpoint: Checkpoint, num_readers: int) -> None:
         self._checkpoint = checkpoint
@@ -221,8 +226,12 @@ class ReaderPool:
         self._jobs: deque[tuple[Job, Fill]] = deque()
         self._mutex = threading.Lock()
         self._wake = threading.Condition(self._mutex)
+        """Told of jobs, of ended reads and of free buffers."""
+        self._arrived: deque[tuple[Job, Fill, npt.NDArray[np.uint8], memoryview]] = deque()
+        self._arrival = threading.Condition(self._mutex)
+        """Told of pieces that have been read."""
         self._reading = 0
-        self._closed = False
+        self._closed = self._all_read = False
         self._tuner = DepthTuner(num_readers)
         self.nbytes_read = 0
         """Stored bytes read so far."""
@@ -230,16 +239,20 @@ class ReaderPool:
         """Time in which at least one read was under way."""
         self._busy_since = 0.0
         # Made here and not by the threads, so that memory that runs out is an error of whoever opens the pool.
-        self._buffers = read_buffers(num_readers, buffer_nbytes(checkpoint))
+        self._free = read_buffers(num_readers, buffer_nbytes(checkpoint))
+        """Buffers that nobody reads into. The last one given back is taken next: it is nearer to the cores than the others."""
         row_kernels.library()  # compiled, if it has to be, before many threads ask for it
-        self._threads = [
+        self._readers = [
+            threading.Thread(target=self._read_all, name=f"reader-{index}", daemon=True) for index in range(num_readers)
+        ]
+        self._placers = [
             threading.Thread(
-                target=self._run, args=(buffer, torch.empty(PIECE_NBYTES, dtype=torch.uint8)), name=f"reader-{index}", daemon=True
+                target=self._place_all, args=(torch.empty(PIECE_NBYTES, dtype=torch.uint8),), name=f"placer-{index}", daemon=True
             )
-            for index, buffer in enumerate(self._buffers)
+            for index in range(min(num_readers, physical_cores()))
         ]
         try:
-            for thread in self._threads:
+            for thread in (*self._placers, *self._readers):
                 thread.start()
         except RuntimeError:  # no more threads: those that run would wait for work for ever
             self.close()
@@ -265,7 +278,7 @@ class ReaderPool:
                 self._jobs.extendleft(reversed(pairs))
             else:
                 self._jobs.extend(pairs)
-            self._wake.notify_all()
+            self._wake_reader()
         return fill
 
     def close(self) -> None:
@@ -274,49 +287,108 @@ class ReaderPool:
             self._closed = True
             self._jobs.clear()
             self._wake.notify_all()
-        for thread in self._threads:
-            if thread.ident is not None:
-                thread.join()
+        self._join(self._readers)
+        with self._arrival:
+            self._all_read = True
+            self._arrival.notify_all()
+        self._join(self._placers)
         for file in self._files.values():
             file.close()
         self._files.clear()
-        self._threads.clear()
-        self._buffers.clear()
+        self._free.clear()
 
-    def _run(self, buffer: memoryview, scratch: Tensor) -> None:
-        # Where memory has run out settings fail, and a reader reads all the same: who waits for it has the better message.
+    def _join(self, threads: list[threading.Thread]) -> None:
+        for thread in threads:
+            if thread.ident is not None:
+                thread.join()
+        threads.clear()
+
+    def _read_all(self) -> None:
+        """A reader."""
+        with self._wake:
+            taken = self._take()
+        while taken is not None:
+            job, fill, buffer = taken
+            try:
+                raw = self._read_ranges(job.piece.ranges, buffer)
+            except BaseException as error:
+                with self._wake:
+                    self._end_read(job.piece.nbytes)
+                    self._free.append(buffer)
+                fill.piece_failed(error)
+                with self._wake:
+                    taken = self._take()
+            else:
+                with self._wake:  # once: whoever has read a piece begins with the next before anybody else is woken
+                    self._end_read(job.piece.nbytes)
+                    self._arrived.append((job, fill, raw, buffer))
+                    self._arrival.notify()
+                    taken = self._take()
+
+    def _place_all(self, scratch: Tensor) -> None:
+        """One who puts pieces in place."""
+        # Where memory has run out settings fail, and pieces are put in place all the same: who waits has the better message.
         with suppress(MemoryError, RuntimeError, OSError):
-            # Copies of a piece are short: one thread each, or every reader would bring up a team of its own on the same cores.
+            # Copies of a piece are short: one thread each, or each of these would bring up a team of its own on the same cores.
             torch.set_num_threads(1)
             # The disk is what is waited for, not the few milliseconds in which a piece is put in place; the matmuls, whose
             # threads wait for each other, lose a time slice with every one of theirs that is pushed off its core.
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), READER_NICENESS)
-        while (taken := self._take()) is not None:
-            job, fill = taken
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), PLACER_NICENESS)
+        while (arrived := self._next_arrived()) is not None:
+            job, fill, raw, buffer = arrived
             try:
-                self._put(job, self._read(job.piece, buffer), scratch)
-                fill.piece_done(job.piece.nbytes)
+                self._put(job, raw, scratch)
             except BaseException as error:
+                self._give_back(buffer)
                 fill.piece_failed(error)
+            else:
+                self._give_back(buffer)
+                fill.piece_done(job.piece.nbytes)
 
-    def _take(self) -> tuple[Job, Fill] | None:
+    def _next_arrived(self) -> tuple[Job, Fill, npt.NDArray[np.uint8], memoryview] | None:
+        with self._arrival:
+            while not self._arrived and not self._all_read:
+                self._arrival.wait()
+            return self._arrived.popleft() if self._arrived else None
+
+    def _give_back(self, buffer: memoryview) -> None:
         with self._wake:
-            while not self._closed and not (self._jobs and self._reading < self._tuner.depth):
-                self._wake.wait()
-            if self._closed:
-                return None
-            if self._reading == 0:
-                self._busy_since = time.perf_counter()
-            self._reading += 1
-            job, fill = self._jobs.popleft()
-            fill.piece_taken()
-            return job, fill
+            self._free.append(buffer)
+            self._wake_reader()
 
-    def _read(self, piece: Piece, buffer: memoryview) -> npt.NDArray[np.uint8]:
-        try:
-            return self._read_ranges(piece.ranges, buffer)
-        finally:
-            self._finished_reading(piece.nbytes)
+    def _take(self) -> tuple[Job, Fill, memoryview] | None:
+        """The next piece to read, and a buffer for it; None at the end. Waits, with the lock that the caller holds."""
+        while not self._closed and not self._may_read:
+            self._wake.wait()
+        if self._closed:
+            return None
+        if self._reading == 0:
+            self._busy_since = time.perf_counter()
+        self._reading += 1
+        job, fill = self._jobs.popleft()
+        fill.piece_taken()
+        buffer = self._free.pop()
+        self._wake_reader()
+        return job, fill, buffer
+
+    @property
+    def _may_read(self) -> bool:
+        return bool(self._jobs and self._free) and self._reading < self._tuner.depth
+
+    def _wake_reader(self) -> None:
+        """One more, if it has something to do: it wakes the next. With the lock."""
+        if self._may_read:
+            self._wake.notify()
+
+    def _end_read(self, nbytes: int) -> None:
+        """Count a read. With the lock."""
+        now = time.perf_counter()
+        self._reading -= 1
+        self.nbytes_read += nbytes
+        # Busy time is counted in slices that end with each read, so that it is right while reads are under way.
+        self.busy_seconds += now - self._busy_since
+        self._busy_since = now
+        self._tuner.record(nbytes, self.busy_seconds)
 
     def _read_ranges(self, ranges: list[ByteRange], buffer: memoryview) -> npt.NDArray[np.uint8]:
         """The bytes of all ranges one behind the other, none where there are none: a view of the buffer."""
@@ -334,18 +406,6 @@ class ReaderPool:
             whole[end : end + nbytes] = self._file(file).read(offset, nbytes, buffer[align(end, BLOCK_NBYTES) :])
             end += nbytes
         return whole[start:end]
-
-    def _finished_reading(self, nbytes: int) -> None:
-        with self._wake:
-            now = time.perf_counter()
-            self._reading -= 1
-            self.nbytes_read += nbytes
-            # Busy time is counted in slices that end with each read, so that it is right while reads are under way.
-            self.busy_seconds += now - self._busy_since
-            self._busy_since = now
-            self._tuner.record(nbytes, self.busy_seconds)
-            # Two, not one: the tuner may have allowed one more than there were.
-            self._wake.notify(2)
 
     def _file(self, path: Path) -> DirectFile:
         with self._wake:

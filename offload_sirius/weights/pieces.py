@@ -23,6 +23,9 @@ ends that O_DIRECT reads along, it fills its huge pages."""
 LINE_ROWS = 32
 """Rows whose numbers of two bytes fill a line of the cache: turned, a piece of so many writes whole lines."""
 
+LEAST_SHARE = 0.75
+"""Of the largest piece, what one of whole lines has to be."""
+
 
 @dataclass(frozen=True)
 class Piece:
@@ -52,9 +55,11 @@ class Piece:
 def pieces_of(info: TensorInfo) -> list[Piece]:
     """Cut a tensor into pieces of at most PIECE_NBYTES, stored (companions apart) and decoded, where its rows allow it."""
     per_row = max(info.stored_shape[-1] * _element_nbytes(info), info.row_nbytes, 1)
+    most = PIECE_NBYTES // per_row
     whole_lines = lcm(info.row_multiple, LINE_ROWS)
-    multiple = whole_lines if whole_lines * per_row <= PIECE_NBYTES else info.row_multiple
-    step = max(PIECE_NBYTES // per_row // multiple, 1) * multiple
+    # Reads that are much smaller would cost more than turning lines in parts does.
+    multiple = whole_lines if most // whole_lines * whole_lines >= LEAST_SHARE * most > 0 else info.row_multiple
+    step = max(most // multiple, 1) * multiple
     return [Piece(info, start, min(step, info.num_rows - start)) for start in range(0, info.num_rows, step)]
 
 

@@ -51,7 +51,7 @@ MOMENTS = {
 def _nothing_is_left() -> Iterator[None]:
     before = signal.getsignal(signal.SIGTERM)
     yield
-    assert [each.name for each in threading.enumerate() if each.name.startswith(("reader", "copier"))] == []
+    assert [each.name for each in threading.enumerate() if each.name.startswith(("reader", "placer", "copier"))] == []
     assert signal.getsignal(signal.SIGTERM) is before
 
 

@@ -9,6 +9,7 @@ import torch
 
 from offload_sirius.blocks import BLOCK_FORMATS
 from offload_sirius.kernels.blocks import NeuronRows
+from offload_sirius.weights import buffers
 from offload_sirius.weights.buffers import TRANSPOSE_ROWS, LayerBuffer, kept_neurons, write_rows
 from offload_sirius.weights.layout import layer_layout, model_layout
 from offload_sirius_loaders import open_checkpoint
@@ -49,7 +50,12 @@ def test_what_is_written_by_role_is_read_by_neuron_and_nothing_overlaps() -> Non
 @pytest.mark.parametrize("first_row", [0, 7])
 @pytest.mark.parametrize("num_rows", [1, TRANSPOSE_ROWS, TRANSPOSE_ROWS + 3])
 @pytest.mark.parametrize("scratch_rows", [1, 1000])
-def test_rows_land_at_their_row_in_a_transposed_place(first_row: int, num_rows: int, scratch_rows: int) -> None:
+@pytest.mark.parametrize("by_torch", [True, False])
+def test_rows_land_at_their_row_in_a_transposed_place(
+    first_row: int, num_rows: int, scratch_rows: int, by_torch: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if by_torch:
+        monkeypatch.setattr(buffers, "put_rows", lambda place, rows: False)
     place = torch.zeros(5, 2, TRANSPOSE_ROWS + 20)[:, 1].t()
     rows = torch.randn(num_rows, 5)
     write_rows(place, first_row, rows, scratch(scratch_rows))

@@ -53,8 +53,8 @@ def companion(name: str, num_rows: int, row_nbytes: int, span: int) -> Companion
 
 def test_pieces_begin_at_whole_lines_of_a_turned_matrix_where_so_many_rows_fit() -> None:
     assert all(piece.first_row % LINE_ROWS == 0 for piece in pieces_of(info(5000, 4096)))
-    wide = PIECE_NBYTES // 4 // (LINE_ROWS - 1)
-    assert [piece.num_rows for piece in pieces_of(info(LINE_ROWS, wide))] == [LINE_ROWS - 1, 1]
+    wide = PIECE_NBYTES // 4 // (2 * LINE_ROWS - 1)
+    assert pieces_of(info(200, wide))[0].num_rows == 2 * LINE_ROWS - 1, "whole lines would halve the reads"
 
 
 def test_each_piece_brings_the_rows_of_companions_that_it_needs() -> None:
