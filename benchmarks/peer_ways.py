@@ -28,7 +28,7 @@ LLAMA_CPP, DISK_OFFLOAD, AIRLLM, IN_MEMORY = (
     "AirLLM",
     "transformers, all in memory",
 )
-MEMORY_SHARES = (0.6, 0.45, 0.3, 0.0)
+MEMORY_SHARES = (0.9, 0.8, 0.75, 0.7, 0.6, 0.45, 0.3, 0.0)
 """Of the limit, that accelerate is told to keep weights in: the first that it survives."""
 
 
@@ -131,7 +131,18 @@ def our_way(
     """Memory and threads are left to the program, which obeys the cgroup and leaves a core to its readers."""
     command = (
         *(sys.executable, "-m", "offload_sirius", "generate", "--model", str(folder), "--mode", mode),
-        *("--device", "cpu", "--prompt", prompt, "--no-chat", "--max-new-tokens", str(options.new_tokens), "--ignore-eos"),
+        *(
+            "--device",
+            "cpu",
+            "--dtype",
+            "bfloat16",
+            "--prompt",
+            prompt,
+            "--no-chat",
+            "--max-new-tokens",
+            str(options.new_tokens),
+            "--ignore-eos",
+        ),
         "--json",
     )
     attempts = (Attempt(command=command),)
@@ -139,15 +150,20 @@ def our_way(
 
 
 def our_answer(figures: dict[str, Any]) -> Answer:
-    """From the JSON of `generate`. What is read is counted where layers are used, all of which come from the disk or none."""
+    """From the JSON of `generate`. Bytes are counted where layers are used; of them, the disk's share of the layers was read.
+
+    Drafts read no layer whose neurons are kept in host memory.
+    """
     steps = figures["new_tokens"] - 1
     moved, plan = figures["link"]["bytes"], figures["plan"]
-    nbytes = (moved["draft"] + moved["correction"] + moved["full"]) / steps
+    on_disk = set(plan["disk_layers"])
+    num_streamed = max(len(on_disk) + len(plan["host_layers"]), 1)
+    full_share, draft_share = len(on_disk) / num_streamed, len(on_disk - set(plan["kept_layers"])) / num_streamed
     return Answer(
         ids=list(figures["token_ids"]),
         first_token_seconds=figures["load_seconds"] + figures["ttft_seconds"],
         seconds_per_token=figures["decode_seconds"] / steps,
-        read_nbytes_per_token=nbytes if plan["disk_layers"] else 0.0,
+        read_nbytes_per_token=(full_share * (moved["correction"] + moved["full"]) + draft_share * moved["draft"]) / steps,
     )
 
 

@@ -83,7 +83,7 @@ def generated(seconds: float, *, num_new: int, nbytes: int) -> dict[str, Any]:
         "ttft_seconds": 0.5,
         "decode_seconds": seconds * (num_new - 1),
         "link": {"bytes": {"draft": 0, "correction": 0, "full": nbytes}},
-        "plan": {"disk_layers": [0, 1]},
+        "plan": {"disk_layers": [0, 1], "host_layers": [], "kept_layers": []},
     }
 
 
@@ -147,6 +147,40 @@ def test_a_system_that_fails_later_keeps_what_it_had_and_is_not_asked_again(scri
     assert (row["error"], row["all_ratios_to_full"]) == ("killed", [1.0])
 
 
+def test_where_mode_full_never_answered_others_have_no_ratio_to_it(scripts: dict[str, ModuleType]) -> None:
+    table, ways = scripts["peer_table"], scripts["peer_ways"]
+    answer = ways.Answer(ids=[1], first_token_seconds=1.0, seconds_per_token=2.0, read_nbytes_per_token=0.0)
+    run = table.Run(child=Processes(scripts["children"]).child({}, None), answer=answer)
+    measured = [table.Measured(name="ours, full", error="killed"), table.Measured(name="other", runs=[run])]
+    rows = table.rows_of(measured, table.Floors())
+    assert rows[2]["seconds_per_token"] == 2.0
+    assert "ratio_to_full" not in rows[2]
+    assert table.promises(rows) == {"ours, full answered every time": False}
+    table.table_text(rows)
+
+
+def test_of_what_passes_bring_the_disk_s_share_of_the_layers_is_read(scripts: dict[str, ModuleType]) -> None:
+    figures = generated(1.0, num_new=3, nbytes=800)
+    figures["link"]["bytes"] |= {"draft": 80}
+    figures["plan"] = {"disk_layers": [0, 1], "host_layers": [2, 3], "kept_layers": [0]}
+    assert scripts["peer_ways"].our_answer(figures).read_nbytes_per_token == (800 / 2 + 80 / 4) / 2
+
+
+def test_a_table_of_another_run_stays_in_the_result_file(
+    scripts: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "peers.json"
+    out.write_text(json.dumps({"memory": {"rows": [1]}, "third": "before", "date": "before"}))
+    monkeypatch.setattr(scripts["peers"], "third_table", lambda options, keep: {"rows": [2], "promises": {}})
+    monkeypatch.setattr(sys, "argv", ["peers.py", "--tables", "third", "--out", str(out)])
+    assert scripts["peers"].main() == 0
+    result = json.loads(out.read_text())
+    assert (result["tables"], result["memory"], result["third"]["rows"]) == (["memory", "third"], {"rows": [1]}, [2])
+    out.write_text("{")
+    assert scripts["peers"].main() == 2
+    assert capsys.readouterr().err.endswith("is no result file (JSONDecodeError); remove it, or give another with --out\n")
+
+
 @pytest.mark.parametrize(
     ("exit_status", "printed", "said", "settings", "error"),
     [
@@ -195,6 +229,8 @@ def test_our_figures_are_read_from_the_real_command(
 @pytest.mark.parametrize(
     ("words", "said"),
     [
+        (["--tables", "memory", "--new-tokens", "1"], "error: --new-tokens is 1; give 2 or more"),
+        (["--tables", "memory", "--rounds", "0"], "error: --rounds is 0; give 1 or more"),
         (["--tables", "memory", "--model", "gpt-5"], "--model is 'gpt-5'; give synthetic:SHAPE, or a folder"),
         (["--tables", "memory", "--model", "synthetic:tiny", "--environment", "vllm=x"], "give NAME=PYTHON, a file, NAME one of"),
     ],
