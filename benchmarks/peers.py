@@ -43,6 +43,7 @@ from a_third import third_table
 from asked import require
 from children import run_child
 from peer_environments import REQUIREMENTS
+from peer_models import NotPreparedError
 from peer_table import memory_table
 from peer_ways import environment_of
 from report import RESULTS, command_line, finish, machine_facts, parts_of
@@ -62,7 +63,7 @@ def main() -> int:
     options = arguments()
     try:
         return measure(options)
-    except (*USER_ERRORS, OSError, ValueError) as error:
+    except (*USER_ERRORS, NotPreparedError, OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return NO_CGROUP
     except KeyboardInterrupt:

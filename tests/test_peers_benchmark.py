@@ -6,6 +6,8 @@ import argparse
 import importlib
 import json
 import os
+import signal
+import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -43,6 +45,7 @@ class Processes:
     def __init__(self, children: ModuleType) -> None:
         self.children = children
         self.commands: list[str] = []
+        self.no_pack: str | None = None
         self.seconds = {"--mode full": 1.0, "--mode sirius": 3.0, "run_llama_cpp": 1.5, "run_airllm": 5.0, "run_accelerate": 0.1}
 
     def run(self, command: tuple[str, ...], **settings: Any) -> Any:
@@ -50,6 +53,8 @@ class Processes:
         self.commands.append(words)
         if "--memory" in command and int(command[command.index("--memory") + 1]) > 500:
             return self.child(None, "killed for want of memory")
+        if "pack" in command and self.no_pack is not None:
+            return self.child(None, self.no_pack)
         if "pack" in command:
             Path(command[command.index("--out") + 1]).write_bytes(bytes(55))
             return self.child({}, None)
@@ -198,6 +203,62 @@ def test_a_process_that_fails_is_one_line(
     figures, found = scripts["children"].outcome(exit_status, printed, said, **settings)
     assert (figures is None) == (error is not None)
     assert found == error
+
+
+def test_a_copy_that_cannot_be_packed_is_a_row(
+    scripts: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    processes = Processes(scripts["children"])
+    processes.no_pack = "exit status 1: error: no"
+    monkeypatch.setattr(scripts["peer_ways"], "run_child", processes.run)
+    options = options_of(scripts, monkeypatch, "--model", "synthetic:tiny", "--folder", str(tmp_path), "--peers")
+    ways, failed = scripts["peer_ways"].ways_to_answer(options, tmp_path, "1 2", [1, 2], None)
+    assert [way.name for way in ways] == ["ours, full", "ours, sirius"]
+    assert failed == {"ours, full, packed": "not prepared: exit status 1: error: no"}
+
+
+def test_a_copy_is_made_anew_where_its_source_has_changed(scripts: dict[str, ModuleType], tmp_path: Path) -> None:
+    models, source, copies = scripts["peer_models"], tmp_path / "source", list[Path]()
+
+    def write(path: Path) -> None:
+        copies.append(path)
+        path.write_bytes(bytes(3))
+
+    source.mkdir()
+    for num_copies, content in ((1, "a"), (1, None), (2, "ab")):
+        if content is not None:
+            (source / "config.json").write_text(content)
+        assert models.prepared(tmp_path / "copy", write, source=source).nbytes == 3
+        assert len(copies) == num_copies
+
+
+def test_what_still_runs_in_a_group_ends_with_it(scripts: dict[str, ModuleType], tmp_path: Path) -> None:
+    cgroup = importlib.import_module("cgroup")
+    group = cgroup.Cgroup(version=cgroup.VERSIONS[1], folder=tmp_path / "group")
+    group.folder.mkdir()
+    assert group.peak_nbytes is None, "an older kernel has no such file"
+    with subprocess.Popen(["sleep", "60"]) as process:
+        (group.folder / "cgroup.procs").write_text(f"{process.pid}\n")
+        group._kill()
+        assert process.wait() == -signal.SIGKILL
+
+
+def test_an_interrupted_child_does_not_go_on(scripts: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch) -> None:
+    children, started = scripts["children"], list[subprocess.Popen[str]]()
+    popen = subprocess.Popen
+
+    def start(*words: Any, **settings: Any) -> Any:
+        started.append(popen(*words, **settings))
+        return started[-1]
+
+    def interrupt(pid: int, flags: int) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(children.subprocess, "Popen", start)
+    monkeypatch.setattr(children.os, "wait4", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        children.run_child(["sleep", "60"], environment=os.environ, limit_seconds=60)
+    assert started[0].returncode == -signal.SIGKILL
 
 
 def test_a_child_that_takes_too_long_is_ended(scripts: dict[str, ModuleType]) -> None:
