@@ -319,6 +319,16 @@ def test_a_gguf_copy_of_random_weights_is_the_same_model(scripts: dict[str, Modu
         assert np.array_equal(source.read(*key), copied.read(*key)), key
 
 
+def test_a_synthetic_model_that_is_no_llama_is_not_written(
+    scripts: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "qwen.gguf"
+    monkeypatch.setattr(sys, "argv", ["gguf_copy.py", str(file), "BF16", "--source", "synthetic:qwen2.5-32b?layers=1"])
+    assert scripts["gguf_copy"].main() == 2
+    assert capsys.readouterr().err.endswith("is a qwen2; only llamas are written from random weights\n")
+    assert not file.exists()
+
+
 def test_rows_of_a_third_compare_each_pair_and_count_answers_that_are_right(scripts: dict[str, ModuleType]) -> None:
     third, processes = scripts["a_third"], Processes(scripts["children"])
 
