@@ -337,19 +337,24 @@ def test_rows_of_a_third_compare_each_pair_and_count_answers_that_are_right(scri
         figures["token_ids"][-1] = last
         return processes.child(figures | {"memory": {"device_plan_bytes": 5}}, None)
 
-    place = third.Place(name=third.BEHIND_LINK, memory=(), drafts=())
+    place = third.Place(name=third.BEHIND_LINK, memory={"device_memory": "5"}, drafts={})
     references = [child(1.0, 4), child(1.0, 4)]
     row = third.row_of(place, [(child(4.0, 3), child(1.0, 4)), (child(6.0, 3), child(2.0, 4))], references)
     assert (row["ratio"], row["all_ratios"], row["num_equal"]) == (3.5, [4.0, 3.0], 4)
+    assert (row["num_sirius_equal"], row["memory"]) == (2, ["--device-memory", "5"])
     assert all(third.promises([row]).values())
+    failed = third.row_of(place, [(child(1.0, 3), processes.child(None, "killed"))], references)
+    assert third.promises([failed])["behind a link: every process answered"] is False
     wrong = third.row_of(place, [(child(1.0, 3), child(2.0, 4, last=1))], references)
-    assert list(third.promises([wrong]).values()) == [False, False]
+    assert list(third.promises([wrong]).values()) == [True, False, False]
 
 
 def test_both_places_of_a_third_have_the_same_bytes(scripts: dict[str, ModuleType]) -> None:
     disk, link = scripts["a_third"].places_of(10**9, 300, 0.07)
-    assert int(disk.memory[1]) + int(disk.memory[3]) == int(link.memory[1]) == 10**9
+    assert int(disk.memory["device_memory"]) + int(disk.memory["host_memory"]) == int(link.memory["device_memory"]) == 10**9
     assert disk.limit_nbytes == 10**9 + 300
+    without = scripts["a_third"].places_of(10**9, None, 0.07)[0]
+    assert (without.name, without.limit_nbytes) == ("on disk, no cgroup can be made", None)
 
 
 def test_the_link_table_takes_medians_of_rounds(scripts: dict[str, ModuleType]) -> None:
