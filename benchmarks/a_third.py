@@ -7,19 +7,22 @@ device memory behind an emulated link that is as slow beside computing as PCIe 4
 layers in host memory, drafts on an int4 copy on the device.
 
 Prompts are the first of each category; of each one answer of mode full and one of mode sirius, exact, in turn. Each process is
-one answer. Seconds a token are those behind the first; an answer of mode full is cut short, as each of its tokens takes as long
-as the next. Answers are compared with those of mode full with everything resident.
+one answer; where layers are on the disk, behind some tokens of mode full that do not count, as readers try queue depths over
+the first 2 GB that they read. Seconds a token are those behind the first; an answer of mode full is cut short, as each of its
+tokens takes as long as the next. Answers are compared with those of mode full with everything resident.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import statistics
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from cgroup import new_cgroup
@@ -32,24 +35,31 @@ from offload_sirius.engine import open_model
 from offload_sirius.engine.planning import HOST_RESERVE_NBYTES
 from offload_sirius.units import MIB
 
+ANSWER = Path(__file__).resolve().parent / "warmed_answer.py"
 MODEL = "smollm2-135m"
 CONTEXT = 256
 NUM_FULL_TOKENS = 8
+NUM_WARM_UPS = 8
+"""Tokens of mode full before an answer with layers on the disk, in which some 2.5 GB are read."""
+
 READERS_NBYTES = 57 * MIB
 """Of the third, in the row whose layers are on the disk: what its readers and the embedding's rows take."""
 
 ON_DISK, BEHIND_LINK = "on disk, in a cgroup", "behind a link"
+NO_CGROUP = "on disk, no cgroup can be made"
+"""There the budgets alone hold."""
 
 Figures = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
-    """Where the layers are, and what the command line says of it."""
+    """Where the layers are, by settings of the engine."""
 
     name: str
-    memory: tuple[str, ...]
-    drafts: tuple[str, ...]
+    memory: Figures
+    drafts: Figures
+    from_disk: bool = False
     limit_nbytes: int | None = None
     """Of a cgroup; None without one."""
 
@@ -63,7 +73,7 @@ def third_table(options: argparse.Namespace, keep: Callable[[Figures], None]) ->
     ask = partial(ask_child, options, str(folder))
     unlimited = places_of(weights_nbytes // 3, None, options.third_link_gbps)[0]
     own = program_nbytes(answered(ask(unlimited, "full", prompts[0], 2)))
-    places = places_of(weights_nbytes // 3, own, options.third_link_gbps)
+    places = places_of(weights_nbytes // 3, own if can_group() else None, options.third_link_gbps)
     head = {
         "model": MODEL,
         "weights_bytes": weights_nbytes,
@@ -74,7 +84,7 @@ def third_table(options: argparse.Namespace, keep: Callable[[Figures], None]) ->
         "new_tokens": options.third_tokens,
         "full_tokens": min(NUM_FULL_TOKENS, options.third_tokens),
     }
-    resident = Place(name="resident", memory=("--device-memory", "0.9"), drafts=())
+    resident = Place(name="resident", memory={"device_memory": "0.9"}, drafts={})
     references = [answered(ask(resident, "full", prompt, options.third_tokens)) for prompt in prompts]
     rows: list[Figures] = []
     for place in places:
@@ -96,15 +106,16 @@ def places_of(budget_nbytes: int, own_nbytes: int | None, link_gbps: float) -> l
     device_nbytes = budget_nbytes - READERS_NBYTES
     return [
         Place(
-            name=ON_DISK,
-            memory=("--device-memory", str(device_nbytes), "--host-memory", str(READERS_NBYTES)),
-            drafts=("--draft", "streamed"),
+            name=NO_CGROUP if own_nbytes is None else ON_DISK,
+            memory={"device_memory": str(device_nbytes), "host_memory": str(READERS_NBYTES)},
+            drafts={"draft": "streamed"},
+            from_disk=True,
             limit_nbytes=None if own_nbytes is None else budget_nbytes + own_nbytes,
         ),
         Place(
             name=BEHIND_LINK,
-            memory=("--device-memory", str(budget_nbytes), "--link-gbps", str(link_gbps)),
-            drafts=("--draft", "resident", "--draft-quantize", "int4"),
+            memory={"device_memory": str(budget_nbytes), "link_gbps": link_gbps},
+            drafts={"draft": "resident", "draft_quantize": "int4"},
         ),
     ]
 
@@ -124,29 +135,31 @@ def answered(child: Child) -> Child:
 
 def ask_child(options: argparse.Namespace, folder: str, place: Place, mode: str, prompt: str, num_tokens: int) -> Child:
     """One answer; the page cache is dropped where layers are read from the disk."""
-    command = (
-        *("generate", "--model", folder, "--dtype", "float32", "--device", "cpu", "--quantize-head", "int8", "--mode", mode),
-        *("--prompt", prompt, "--no-chat", "--max-new-tokens", str(num_tokens), "--ignore-eos", "--max-context", str(CONTEXT)),
-        *("--threads", str(options.threads), "--json", *place.memory),
-        *(("--no-prior", *place.drafts) if mode == "sirius" else ()),
-    )
-    if place.limit_nbytes is not None:
+    settings = {
+        "model": folder,
+        "dtype": "float32",
+        "device": "cpu",
+        "quantize_head": "int8",
+        "mode": mode,
+        "max_context": CONTEXT,
+        "threads": options.threads,
+        **place.memory,
+        **({"prior": False, **place.drafts} if mode == "sirius" else {}),
+    }
+    warm_up = ("--warm-up", str(NUM_WARM_UPS)) if place.from_disk else ()
+    if place.from_disk:
         drop_page_cache()
-    return run_ours(options, command, place.limit_nbytes)
-
-
-def run_ours(options: argparse.Namespace, command: Sequence[str], limit_nbytes: int | None = None) -> Child:
     return run_child(
-        (sys.executable, "-m", "offload_sirius", *command),
+        (sys.executable, str(ANSWER), "--settings", json.dumps(settings), "--prompt", prompt, "--new", str(num_tokens), *warm_up),
         environment=os.environ | {"OMP_WAIT_POLICY": "passive"},
         limit_seconds=4 * options.seconds,
-        in_cgroup=limit_nbytes is not None and can_group(),
-        limit_nbytes=limit_nbytes,
+        in_cgroup=place.limit_nbytes is not None,
+        limit_nbytes=place.limit_nbytes,
     )
 
 
 def can_group() -> bool:
-    """Where no cgroup can be made the budgets alone hold, and the row has no peak of one."""
+    """Whether a cgroup can be made here."""
     try:
         with new_cgroup():
             return True
@@ -167,7 +180,8 @@ def seconds_per_token(child: Child) -> float:
 
 def row_of(place: Place, pairs: Sequence[tuple[Child, Child]], references: Sequence[Child]) -> Figures:
     """Medians over the prompts, and of the ratios of each pair."""
-    row: Figures = {"name": place.name, "error": error_of(pairs), "memory": list(place.memory), "limit_bytes": place.limit_nbytes}
+    flags = [word for name, value in place.memory.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    row: Figures = {"name": place.name, "error": error_of(pairs), "memory": flags, "limit_bytes": place.limit_nbytes}
     if row["error"] is not None:
         return row
     full, sirius = ([seconds_per_token(pair[which]) for pair in pairs] for which in (0, 1))
@@ -182,7 +196,8 @@ def row_of(place: Place, pairs: Sequence[tuple[Child, Child]], references: Seque
         "ratio": statistics.median(ratios),
         "all_ratios": ratios,
         "num_prompts": len(pairs),
-        "num_equal": num_equal(pairs, references),
+        "num_equal": num_equal([child for pair in pairs for child in pair], [each for each in references for _ in range(2)]),
+        "num_sirius_equal": num_equal([sirius for _, sirius in pairs], references),
         "aal": mean_of(figures, "aal"),
         "acceptance": mean_of(figures, "acceptance"),
         "window": figures[-1]["window"],
@@ -197,20 +212,20 @@ def mean_of(figures: Sequence[Figures], name: str) -> float | None:
     return statistics.mean(known) if known else None
 
 
-def num_equal(pairs: Sequence[tuple[Child, Child]], references: Sequence[Child]) -> int:
-    """Answers of both modes that are the beginning of the reference's."""
+def num_equal(children: Sequence[Child], references: Sequence[Child]) -> int:
+    """Answers that are the beginning of their reference's."""
     equal = 0
-    for pair, reference in zip(pairs, references, strict=False):
-        whole = (reference.figures or {})["token_ids"]
-        ids = [(child.figures or {})["token_ids"] for child in pair]
-        equal += sum(each == whole[: len(each)] for each in ids)
+    for child, reference in zip(children, references, strict=False):
+        ids, whole = ((each.figures or {})["token_ids"] for each in (child, reference))
+        equal += ids == whole[: len(ids)]
     return equal
 
 
 def promises(rows: Sequence[Figures]) -> dict[str, bool]:
-    """Which is faster is what is asked; that answers are right is what must hold, and that one of the two is faster."""
+    """Which is faster is what is asked; that there are answers, and right ones, must hold, and that one of the two is faster."""
+    kept = {f"{row['name']}: every process answered": row["error"] is None for row in rows}
     ran = [row for row in rows if row["error"] is None]
-    kept = {f"{row['name']}: answers are mode full's": row["num_equal"] == 2 * row["num_prompts"] for row in ran}
+    kept |= {f"{row['name']}: answers are mode full's": row["num_equal"] == 2 * row["num_prompts"] for row in ran}
     behind_link = [row for row in ran if row["name"] == BEHIND_LINK]
     return kept | {"ours, sirius faster than ours, full behind a link": any(row["ratio"] > 1 for row in behind_link)}
 

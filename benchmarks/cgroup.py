@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
+import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +23,9 @@ class CgroupVersion:
     events: str
     """Has a line `oom_kill N`."""
 
+
+REMOVE_SECONDS = 5.0
+"""In which what still runs in a group must have ended, once it is killed."""
 
 VERSIONS = (
     CgroupVersion(
@@ -59,9 +64,10 @@ class Cgroup:
         return ["sh", "-c", 'echo $$ > "$0" && exec "$@"', str(self.folder / "cgroup.procs"), *command]
 
     @property
-    def peak_nbytes(self) -> int:
-        """The most memory its processes ever had together, their file cache included."""
-        return int((self.folder / self.version.peak).read_text())
+    def peak_nbytes(self) -> int | None:
+        """The most memory its processes ever had together, their file cache included; None where the kernel does not keep it."""
+        file = self.folder / self.version.peak
+        return int(file.read_text()) if file.exists() else None
 
     @property
     def num_kills(self) -> int:
@@ -69,19 +75,39 @@ class Cgroup:
         lines = (self.folder / self.version.events).read_text().splitlines()
         return int(dict(line.split() for line in lines)["oom_kill"])
 
+    def remove(self) -> None:
+        """What still runs in it is killed. Raises OSError where that does not end in time."""
+        deadline = time.monotonic() + REMOVE_SECONDS
+        while True:
+            self._kill()
+            try:
+                self.folder.rmdir()
+                return
+            except OSError:
+                if time.monotonic() > deadline:
+                    raise
+            time.sleep(0.02)
+
+    def _kill(self) -> None:
+        procs = self.folder / "cgroup.procs"
+        for pid in procs.read_text().split() if procs.exists() else ():
+            with suppress(ProcessLookupError):
+                os.kill(int(pid), signal.SIGKILL)
+
 
 @contextmanager
 def new_cgroup() -> Iterator[Cgroup]:
-    """A group of the version whose memory controller is there; removed at the end. Raises OSError."""
+    """A group of the version whose memory controller is there; removed at the end, with all that runs in it. Raises OSError."""
     for version in VERSIONS:
         folder = version.root / f"offload-sirius-{os.getpid()}"
         if not version.root.is_dir():
             continue
         folder.mkdir()
+        group = Cgroup(version=version, folder=folder)
         try:
             if (folder / version.limit).exists():
-                yield Cgroup(version=version, folder=folder)
+                yield group
                 return
         finally:
-            folder.rmdir()
+            group.remove()
     raise FileNotFoundError("no memory controller under " + " or ".join(str(version.root) for version in VERSIONS))

@@ -51,11 +51,14 @@ def run_child(
     in_cgroup: bool = False,
     limit_nbytes: int | None = None,
 ) -> Child:
-    """Run it to its end. in_cgroup: in a group of its own, held to limit_nbytes. Raises OSError where no group can be made."""
+    """Run it to its end. in_cgroup: in a group of its own, held to limit_nbytes; nothing of it outlives an interruption.
+
+    Raises OSError where no group can be made.
+    """
     with (
         new_cgroup() if in_cgroup else nullcontext() as group,
-        tempfile.TemporaryFile("w+") as out,
-        tempfile.TemporaryFile("w+") as said,
+        tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as out,
+        tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as said,
     ):
         if group is not None and limit_nbytes is not None:
             group.limit_to(limit_nbytes)
@@ -65,10 +68,15 @@ def run_child(
         )
         alarm = threading.Timer(limit_seconds, process.kill)
         alarm.start()
-        _, status, usage = os.wait4(process.pid, 0)
-        seconds = time.perf_counter() - began
-        process.returncode = os.waitstatus_to_exitcode(status)  # it has been waited for
-        alarm.cancel()
+        try:
+            _, status, usage = os.wait4(process.pid, 0)
+            seconds = time.perf_counter() - began
+            process.returncode = os.waitstatus_to_exitcode(status)  # it has been waited for
+        finally:
+            alarm.cancel()
+            if process.returncode is None:
+                process.kill()
+                process.wait()
         lines = [_lines_of(file) for file in (out, said)]
         figures, error = outcome(process.returncode, *lines, is_late=seconds >= limit_seconds, num_kills=_num_kills(group))
         return Child(

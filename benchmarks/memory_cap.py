@@ -122,10 +122,12 @@ def nbytes_of(size: str) -> int:
 
 
 def run(case: Case, cache: Path) -> Outcome:
-    """One answer within the limit. Raises OSError where no cgroup can be made."""
+    """One answer within the limit. Raises OSError where no cgroup can be made, or none that knows its peak."""
     with new_cgroup() as group:
         group.limit_to(case.limit_nbytes)
         done = generate_within(group, case, cache)
+        if group.peak_nbytes is None:
+            raise FileNotFoundError("the kernel keeps no peak of a group; memory.peak needs Linux 5.19")
         return Outcome(
             case=case,
             peak_nbytes=group.peak_nbytes,

@@ -7,12 +7,13 @@
 
 Table. Full, sparse and Sirius in seconds a token, as in arXiv 2409.03856. Without a GPU: the shape of Llama-3-70B in bfloat16,
 all 80 layers at a sixteenth of the width, over an emulated link at a hundredth of the paper's rate, so that bytes of attention,
-of neurons and of slots stand to each other as in the 70B model. On CUDA: that shape itself. First the paper's own setting: all is
-streamed, drafts too, half of the neurons kept, windows of 16, and 15.2 tokens a window, the paper's AAL, by a script, as random
-weights accept nothing. Every window counts with its correction. Then drafts on the device, with as much of it for layers as a
-card of 24 GB leaves the 70B model in 4 bits, and in bfloat16; there also with the AAL that a real model (SmolLM2-135M) has with
-as many neurons kept. Where --model has weights of its own, its own acceptance is measured, too. Scores are not: random weights
-have none.
+of neurons and of slots stand to each other as in the 70B model. On CUDA: that shape itself. First the paper's own setting: all
+is streamed, drafts too, half of the neurons kept, windows of 16, and 15.2 tokens a window, the paper's AAL, by a script, as
+random weights accept nothing. Every window counts with its correction. Then drafts on the device, with as much of it for layers
+as a card of 24 GB leaves the 70B model in 4 bits, and in bfloat16; there also with the AAL that a real model (SmolLM2-135M) has
+with as many neurons kept as that card's hot set has. Without a GPU the rows "int4 on the card" are of bfloat16 weights, too,
+with the share of the layers on the device that weights in 4 bits would have: products with quantised rows are in none of them.
+Where --model has weights of its own, its own acceptance is measured, too. Scores are not: random weights have none.
 
 The ceiling of a row is the link: its bytes over the link's rate, as a share of its seconds. The floor of the paper's setting is
 arithmetic, ((W - 1) * d + 1) / AAL of mode full, d = 0.588 being a draft step's share of a pass.
@@ -21,7 +22,10 @@ Ablations. SmolLM2-135M in float32, one prompt of each of some categories: thres
 rewritten by corrections or left as drafts wrote them, rejected tokens taken back or left, and the refresh of resident drafts.
 Bytes are what counts for a larger model: they are the ratio of seconds where the link is all that takes time.
 
-Rows go into the result file as they come; with --only the other half of that file stays.
+Rows go into OUT.partial as they come; with --only the other half of the result file stays.
+Exit status: 0 all held, 1 with the paper's AAL its own setting took more than 0.66 of mode full, or the hot set of the card in 4
+bits more than 0.30 of either mode full (not judged with --quick), or a row of the paper's setting is missing, 2 wrong use, 130
+interrupted.
 """
 
 from __future__ import annotations
@@ -35,10 +39,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from asked import require
 from decode import prompts
 from paper_ablations import LINK_GBPS, paper_ablations
 from paper_table import paper_table
-from report import RESULTS, finish, machine_facts
+from report import RESULTS, command_line, finish, machine_facts, parts_of
 
 from offload_sirius.errors import USER_ERRORS
 
@@ -47,20 +52,35 @@ PARTS = {"table": paper_table, "ablations": paper_ablations}
 
 def main() -> int:
     """Returns the exit status."""
-    options, facts = arguments(), machine_facts()
-    out = options.out or RESULTS / f"paper-{facts['date']}.json"
-    names = list(PARTS) if options.only is None else [options.only]
-    result = {**known(out, [name for name in PARTS if name not in names]), **facts}
+    options = arguments()
     try:
-        with tempfile.TemporaryDirectory() as folder:  # a prior of earlier runs would change drafts
-            os.environ["OFFLOAD_SIRIUS_CACHE"] = folder
-            for name in names:
-                result[name] = PARTS[name](options, partial(write_half, out, result, name))
+        return measure(options)
     except USER_ERRORS as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted: what is known stands in the result's .partial file", file=sys.stderr)
+        return 130
+
+
+def measure(options: argparse.Namespace) -> int:
+    """What is asked for, beside the other half. What is known stands in OUT.partial. Raises USER_ERRORS."""
+    require(options, tokens=1, windows=1, num_prompts=1, max_new_tokens=2)
+    facts = machine_facts()
+    out = options.out or RESULTS / f"paper-{facts['date']}.json"
+    partial_out = out.with_name(f"{out.name}.partial")
+    names = list(PARTS) if options.only is None else [options.only]
+    result = {**parts_of(out, [name for name in PARTS if name not in names]), **facts}
+    with tempfile.TemporaryDirectory() as folder:  # a prior of earlier runs would change drafts
+        os.environ["OFFLOAD_SIRIUS_CACHE"] = folder
+        for name in names:
+            result[name] = PARTS[name](options, partial(write_half, partial_out, result, name)) | {"command": command_line()}
+    held = result["table"]["held"] if "table" in names else []
+    for each in held:
+        print(f"{each['what']}: {each['found']}: {'holds' if each['holds'] else 'DOES NOT HOLD'}")
     finish("paper", result, out)
-    return 0
+    partial_out.unlink(missing_ok=True)
+    return int(not all(each["holds"] for each in held))
 
 
 def arguments() -> argparse.Namespace:
@@ -86,16 +106,10 @@ def arguments() -> argparse.Namespace:
     return options
 
 
-def known(out: Path, names: list[str]) -> dict[str, Any]:
-    """What a result file has of these halves."""
-    found = json.loads(out.read_text()) if names and out.exists() else {}
-    return {name: found[name] for name in names if name in found}
-
-
-def write_half(out: Path, result: dict[str, Any], name: str, half: dict[str, Any]) -> None:
+def write_half(path: Path, result: dict[str, Any], name: str, half: dict[str, Any]) -> None:
     """Keep what there is of one half, beside the other."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(result | {name: half}, indent=1) + "\n")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result | {name: half}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

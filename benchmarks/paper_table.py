@@ -38,6 +38,9 @@ SHRUNK_LINK_GBPS = 0.25
 """A hundredth of the paper's link."""
 
 CARD = "24GB"
+MOST_OF_FULL, MOST_OF_FULL_HOT = 0.66, 0.30
+"""Of mode full's seconds, what the paper's setting may take and what a hot set in 4 bits may, with the paper's AAL."""
+
 KEEP, WINDOW, OWN_WINDOW = 0.5, 16, 8
 PAPERS_AAL = Fraction("15.2")
 CONTEXT, REAL_CONTEXT = 512, 1024
@@ -74,6 +77,9 @@ class Card:
     quantize: Quantize
     resident_first: ResidentFirst
 
+
+PAPER = "paper"
+"""The group of the paper's own setting."""
 
 CARDS = (
     Card(group="int4 on the card", quantize="int4", resident_first="neurons"),
@@ -151,13 +157,51 @@ def paper_table(options: argparse.Namespace, keep: Callable[[dict[str, Any]], No
         "acceptance": [],
         "rows": [],
         "problems": [],
+        "held": [],
     }
     table = _Table(result, keep)
     table.measure(paper_load(base, options))
     for card in CARDS:
         table.plan_and_measure(card.group, "hot set", partial(card_loads, base, card, options, result))
     table.plan_and_measure(CARDS[-1].group, "copy in 4 bits", partial(copy_loads, base, CARDS[-1], options))
+    result["held"] = [asdict(each) for each in held_of(result, is_quick=options.quick)]
+    keep(result)
     return result
+
+
+@dataclass(frozen=True, kw_only=True)
+class Held:
+    """Something that must hold."""
+
+    what: str
+    found: str
+    holds: bool
+
+
+def held_of(result: dict[str, Any], *, is_quick: bool) -> list[Held]:
+    """Of what has been measured. is_quick: one window is no measurement, and what it takes is not judged."""
+    lost = [name for problem in result["problems"] if problem["group"] == PAPER for name in problem["names"]]
+    held = [Held(what="every row of the paper's own setting", found=", ".join(lost) or "none is missing", holds=not lost)]
+    if is_quick:
+        return held
+    return [
+        *held,
+        at_most(result["rows"], PAPER, "sirius", "ratio_to_full", MOST_OF_FULL),
+        *(
+            at_most(result["rows"], CARDS[0].group, "hot set", ratio, MOST_OF_FULL_HOT)
+            for ratio in ("ratio_to_full", "ratio_to_full_same_memory")
+        ),
+    ]
+
+
+def at_most(rows: list[dict[str, Any]], group: str, name: str, ratio: str, most: float) -> Held:
+    """Of the row with the paper's AAL."""
+    found = next((row[ratio] for row in rows if (row["group"], row["name"]) == (group, f"{name}, the paper's AAL")), None)
+    return Held(
+        what=f"{group}: {name}, the paper's AAL, {ratio} at most {most:g}",
+        found="not measured" if found is None else f"{found:.3f}",
+        holds=found is not None and found <= most,
+    )
 
 
 class _Table:
@@ -226,12 +270,12 @@ def paper_load(base: EngineConfig, options: argparse.Namespace) -> Load:
         Case(name="sparse", decoding=sparse, num_units=options.tokens),
         *sirius_cases("sirius", sirius, options, base.model),
     ]
-    return Load(group="paper", config=without_residents(open_model(base.model), replace(base, decoding=sirius)), cases=cases)
+    return Load(group=PAPER, config=without_residents(open_model(base.model), replace(base, decoding=sirius)), cases=cases)
 
 
 def card_loads(base: EngineConfig, card: Card, options: argparse.Namespace, result: dict[str, Any]) -> list[Load]:
     """With the device memory that the card has for layers beside the 70B model. result: is told what that is, and of a real
-    model's acceptance."""
+    model's acceptance with the same share of its neurons."""
     hot = drafting(draft="resident", resident_first=card.resident_first, window=WINDOW)
     with_memory, share, planned = on_card(base, hot, card.quantize)
     assert planned.plan.hot is not None
@@ -243,8 +287,8 @@ def card_loads(base: EngineConfig, card: Card, options: argparse.Namespace, resu
         "num_layers": planned.spec.num_layers,
         "device_budget_nbytes": planned.budgets.device_nbytes,
     }
-    if not result["acceptance"] and base.model.startswith("synthetic:"):
-        result["acceptance"] = own_acceptance(options, hot_share)
+    acceptance = own_acceptance(options, hot_share) if base.model.startswith("synthetic:") else []
+    result["acceptance"] += acceptance
     loads = []
     if with_memory.quantize != "none":
         streamed = without_residents(open_model(base.model), replace(base, quantize=with_memory.quantize))
@@ -253,7 +297,7 @@ def card_loads(base: EngineConfig, card: Card, options: argparse.Namespace, resu
     cases = [
         *sirius_cases("hot set", hot, options, base.model),
         assumed_case("hot set", hot, options, acceptance_of_share(share_of_kept)),
-        *scripted_cases("hot set", hot, options, result["acceptance"]),
+        *scripted_cases("hot set", hot, options, acceptance),
     ]
     return [
         *loads,

@@ -29,7 +29,10 @@ def interpreter(name: str, folder: Path) -> Path:
     python, complete = home / "bin" / "python", home / "complete"
     if not complete.exists():
         print(f"making an environment for {name}: {', '.join(REQUIREMENTS[name])}", flush=True)
-        venv.create(home, with_pip=True, clear=True)
+        try:
+            venv.create(home, with_pip=True, clear=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            raise NotInstalledError(f"python -m venv {home} does not work: {error}") from error
         command = [str(python), "-m", "pip", "install", "--quiet", "-c", str(CONSTRAINTS), *REQUIREMENTS[name]]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode != 0:

@@ -195,7 +195,7 @@ def floor_row(floors: Floors) -> dict[str, Any]:
 
 
 def row_of(one: Measured, full: Measured, floors: Floors) -> dict[str, Any]:
-    """Medians over the rounds, and of the ratios of each round. Peaks are the highest."""
+    """Medians over the rounds, and of the ratios of each round, where mode full ever answered. Peaks are the highest."""
     row: dict[str, Any] = {
         "name": one.name,
         "error": one.error,
@@ -212,8 +212,6 @@ def row_of(one: Measured, full: Measured, floors: Floors) -> dict[str, Any]:
     row |= {
         "seconds_per_token": statistics.median(seconds),
         "all_seconds_per_token": seconds,
-        "ratio_to_full": statistics.median(to_full),
-        "all_ratios_to_full": to_full,
         "first_token_seconds": statistics.median(answer.first_token_seconds for answer in answers),
         "read_bytes_per_token": statistics.median(answer.read_nbytes_per_token for answer in answers),
         "read_bytes": statistics.median(child.read_nbytes for child in children),
@@ -221,10 +219,15 @@ def row_of(one: Measured, full: Measured, floors: Floors) -> dict[str, Any]:
         "cpu_seconds": statistics.median(child.cpu_seconds for child in children),
         "resident_peak_bytes": max(child.resident_peak_nbytes for child in children),
         "cgroup_peak_bytes": max(child.cgroup_peak_nbytes or 0 for child in children) or None,
-        "first_equal_ids": equal_ids(answers[0].ids, full.answers[0].ids),
         "versions": answers[0].versions,
     }
-    if one.name in (FULL, PACKED) and floors.seconds:
+    if full.answers:
+        row |= {
+            "ratio_to_full": statistics.median(to_full),
+            "all_ratios_to_full": to_full,
+            "first_equal_ids": equal_ids(answers[0].ids, full.answers[0].ids),
+        }
+    if one.name in (FULL, PACKED) and floors.seconds and answers[0].read_nbytes_per_token:
         # In proportion, as a packed copy may leave room for more or fewer resident layers.
         rounds = zip(answers, floors.seconds, strict=False)
         to_floor = [each.seconds_per_token / (floor * each.read_nbytes_per_token / floors.nbytes) for each, floor in rounds]

@@ -13,7 +13,7 @@ from typing import Any
 
 from children import run_child
 from peer_environments import REQUIREMENTS, NotInstalledError, interpreter
-from peer_models import Preparation, prepared, write_gguf
+from peer_models import NotPreparedError, Preparation, prepared, write_gguf
 
 from offload_sirius.cache import safe_name
 from offload_sirius_loaders import open_checkpoint
@@ -28,7 +28,7 @@ LLAMA_CPP, DISK_OFFLOAD, AIRLLM, IN_MEMORY = (
     "AirLLM",
     "transformers, all in memory",
 )
-MEMORY_SHARES = (0.6, 0.45, 0.3, 0.0)
+MEMORY_SHARES = (0.9, 0.8, 0.75, 0.7, 0.6, 0.45, 0.3, 0.0)
 """Of the limit, that accelerate is told to keep weights in: the first that it survives."""
 
 
@@ -68,9 +68,22 @@ def ways_to_answer(
     options: argparse.Namespace, folder: Path, prompt: str, ids: list[int], limit_nbytes: int | None
 ) -> tuple[list[Way], dict[str, str]]:
     """All systems that could be made ready, mode full first; names of those that could not, and why."""
+    ways, failed = [our_way(options, FULL, folder, prompt, "full")], dict[str, str]()
+
+    def add(name: str, make: Callable[[], Way]) -> None:
+        try:
+            ways.append(make())
+        except NotInstalledError as error:
+            failed[name] = f"not installed: {error}"
+        except NotPreparedError as error:
+            failed[name] = f"not prepared: {error}"
+        if name in failed:
+            print(f"{name}: {failed[name]}", flush=True)
+
+    add(PACKED, partial(packed_way, options, folder, prompt))
+    ways.append(our_way(options, SIRIUS, folder, prompt, "sirius"))
     wanted = (*REQUIREMENTS, "memory") if options.peers is None else options.peers
     pythons = environments_of(options.environment)
-    ways, failed = our_ways(options, folder, prompt), {}
     makers: dict[str, tuple[str, Callable[[Path], Way]]] = {
         "llama_cpp": (LLAMA_CPP, partial(llama_cpp_way, options, ids)),
         "accelerate": (DISK_OFFLOAD, partial(disk_offload_way, options, folder, ids, limit_nbytes)),
@@ -78,19 +91,15 @@ def ways_to_answer(
         "memory": (IN_MEMORY, partial(in_memory_way, options, folder, ids)),
     }
     for key, (name, make) in makers.items():
-        if key not in wanted:
-            continue
-        environment = "accelerate" if key == "memory" else key
-        try:
-            python = Path(pythons[environment]) if environment in pythons else interpreter(environment, options.folder)
-            ways.append(make(python))
-        except NotInstalledError as error:
-            failed[name] = f"not installed: {error}"
-            print(f"{name}: {failed[name]}", flush=True)
-        except NotPreparedError as error:
-            failed[name] = f"not prepared: {error}"
-            print(f"{name}: {failed[name]}", flush=True)
+        if key in wanted:
+            environment = "accelerate" if key == "memory" else key
+            add(name, partial(with_interpreter, environment, pythons, options.folder, make))
     return ways, failed
+
+
+def with_interpreter(environment: str, pythons: dict[str, str], folder: Path, make: Callable[[Path], Way]) -> Way:
+    """A way whose environment is given, or made. Raises NotInstalledError, NotPreparedError."""
+    return make(Path(pythons[environment]) if environment in pythons else interpreter(environment, folder))
 
 
 def environments_of(words: Sequence[str]) -> dict[str, str]:
@@ -102,27 +111,19 @@ def environments_of(words: Sequence[str]) -> dict[str, str]:
     return {name: python for name, _, python in pairs}
 
 
-class NotPreparedError(Exception):
-    """A system's own files could not be written; says why in one line."""
-
-
-def our_ways(options: argparse.Namespace, folder: Path, prompt: str) -> list[Way]:
-    """The checkpoint as it is in both modes, and a packed copy, whose layers need not be rearranged as they arrive."""
+def packed_way(options: argparse.Namespace, folder: Path, prompt: str) -> Way:
+    """A packed copy, whose layers need not be rearranged as they arrive. Raises NotPreparedError."""
     packed = options.folder / f"{safe_name(options.model)}-packed"
-    cost = prepared(packed, partial(pack, options, folder))
-    return [
-        our_way(options, FULL, folder, prompt, "full"),
-        our_way(options, PACKED, packed, prompt, "full", cost),
-        our_way(options, SIRIUS, folder, prompt, "sirius"),
-    ]
+    cost = prepared(packed, partial(pack, options, folder), source=folder)
+    return our_way(options, PACKED, packed, prompt, "full", cost)
 
 
 def pack(options: argparse.Namespace, folder: Path, packed: Path) -> None:
-    """Raises OSError."""
+    """Raises NotPreparedError."""
     command = (sys.executable, "-m", "offload_sirius", "pack", "--model", str(folder), "--out", str(packed), "--json")
     child = run_child(command, environment=environment_of(options, is_ours=True), limit_seconds=10 * options.seconds)
     if child.error is not None:
-        raise OSError(f"the model cannot be packed: {child.error}")
+        raise NotPreparedError(child.error)
 
 
 def our_way(
@@ -131,7 +132,18 @@ def our_way(
     """Memory and threads are left to the program, which obeys the cgroup and leaves a core to its readers."""
     command = (
         *(sys.executable, "-m", "offload_sirius", "generate", "--model", str(folder), "--mode", mode),
-        *("--device", "cpu", "--prompt", prompt, "--no-chat", "--max-new-tokens", str(options.new_tokens), "--ignore-eos"),
+        *(
+            "--device",
+            "cpu",
+            "--dtype",
+            "bfloat16",
+            "--prompt",
+            prompt,
+            "--no-chat",
+            "--max-new-tokens",
+            str(options.new_tokens),
+            "--ignore-eos",
+        ),
         "--json",
     )
     attempts = (Attempt(command=command),)
@@ -139,15 +151,20 @@ def our_way(
 
 
 def our_answer(figures: dict[str, Any]) -> Answer:
-    """From the JSON of `generate`. What is read is counted where layers are used, all of which come from the disk or none."""
+    """From the JSON of `generate`. Bytes are counted where layers are used; of them, the disk's share of the layers was read.
+
+    Drafts read no layer whose neurons are kept in host memory.
+    """
     steps = figures["new_tokens"] - 1
     moved, plan = figures["link"]["bytes"], figures["plan"]
-    nbytes = (moved["draft"] + moved["correction"] + moved["full"]) / steps
+    on_disk = set(plan["disk_layers"])
+    num_streamed = max(len(on_disk) + len(plan["host_layers"]), 1)
+    full_share, draft_share = len(on_disk) / num_streamed, len(on_disk - set(plan["kept_layers"])) / num_streamed
     return Answer(
         ids=list(figures["token_ids"]),
         first_token_seconds=figures["load_seconds"] + figures["ttft_seconds"],
         seconds_per_token=figures["decode_seconds"] / steps,
-        read_nbytes_per_token=nbytes if plan["disk_layers"] else 0.0,
+        read_nbytes_per_token=(full_share * (moved["correction"] + moved["full"]) + draft_share * moved["draft"]) / steps,
     )
 
 
@@ -227,7 +244,7 @@ def airllm_way(options: argparse.Namespace, folder: Path, ids: list[int], python
         if child.error is not None:
             raise NotPreparedError(child.error)
 
-    cost = prepared(shards, split)
+    cost = prepared(shards, split, source=folder)
     command = runner(python, "run_airllm", folder, "--shards", str(shards), *asked(options, ids))
     return Way(name=AIRLLM, attempts=(Attempt(command=command),), read=peer_answer, preparation=cost)
 

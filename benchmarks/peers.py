@@ -10,15 +10,20 @@ is the best plain O_DIRECT read of the bytes that mode full reads for a token, t
 one run of each; the first does not count, and finds out how much of the weights accelerate may keep in memory without being
 killed. A packed copy is what `offload-sirius pack` writes. Seconds a token are those behind the first token; those of the first
 are counted from where loading begins, without imports. Random weights agree with no draft: what mode sirius costs at worst
-is seen here, not what it gains.
+is seen here, not what it gains. All compute in bfloat16.
+
+Every process gets OMP_WAIT_POLICY=passive, so that threads that wait leave the cores to those that read, and OMP_NUM_THREADS.
+This script has torch's shared libraries loaded, from the same environment as ours: pages of files belong to the group that read
+them first, so some 100 MB of ours are counted outside its group, and as much of others' inside theirs.
 
 third: SmolLM2-135M in float32 with a third of its bytes: what mode sirius gains on a real model. See a_third.py.
 
 link: on CUDA, full passes over the GPU's link beside accelerate's CPU offload and the best copy. See accelerate_offload.py.
 
 Each system has an environment of its own below the cache folder. One that does not install, or is killed, is a row that says so.
+A table that is not asked for stays as it is in the result file.
 Exit status: 0 all held, 1 mode full took more than 1.15 of the floor or was not the fastest in the cgroup, or an answer that has
-to be mode full's was not, 2 wrong use, or no cgroup can be made here.
+to be mode full's was not, 2 wrong use, or no cgroup can be made here, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -35,11 +40,13 @@ from typing import Any
 
 import torch
 from a_third import third_table
+from asked import require
 from children import run_child
 from peer_environments import REQUIREMENTS
+from peer_models import NotPreparedError
 from peer_table import memory_table
 from peer_ways import environment_of
-from report import RESULTS, finish, machine_facts
+from report import RESULTS, command_line, finish, machine_facts, parts_of
 
 from offload_sirius.cache import cache_folder
 from offload_sirius.errors import USER_ERRORS
@@ -47,7 +54,7 @@ from offload_sirius.machine import physical_cores
 
 HERE = Path(__file__).resolve().parent
 
-KEPT, BROKEN, NO_CGROUP = 0, 1, 2
+KEPT, BROKEN, NO_CGROUP, INTERRUPTED = 0, 1, 2, 130
 TABLES = ("memory", "third", "link")
 
 
@@ -56,9 +63,12 @@ def main() -> int:
     options = arguments()
     try:
         return measure(options)
-    except (*USER_ERRORS, OSError, ValueError) as error:
+    except (*USER_ERRORS, NotPreparedError, OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return NO_CGROUP
+    except KeyboardInterrupt:
+        print("interrupted: what is known stands in the result's .partial file", file=sys.stderr)
+        return INTERRUPTED
 
 
 def arguments() -> argparse.Namespace:
@@ -86,18 +96,25 @@ def arguments() -> argparse.Namespace:
 
 
 def measure(options: argparse.Namespace) -> int:
-    """All tables that are asked for. What is known stands in OUT.partial. Raises USER_ERRORS, OSError, ValueError."""
+    """All tables that are asked for, beside the others of the result file. What is known stands in OUT.partial.
+
+    Raises USER_ERRORS, OSError, ValueError.
+    """
+    require(options, new_tokens=2, rounds=1, threads=1, third_prompts=1, third_tokens=2)
     facts = machine_facts()
     has_cuda = torch.cuda.is_available() if options.device == "auto" else options.device == "cuda"
     tables = options.tables or (["link"] if has_cuda else ["memory", "third"])
     out = options.out or RESULTS / f"peers-{facts['date']}.json"
     partial_out = out.with_name(f"{out.name}.partial")
-    result: dict[str, Any] = {"tables": tables}
+    before = parts_of(out, [name for name in TABLES if name not in tables])
+    result: dict[str, Any] = {"tables": [name for name in TABLES if name in (*before, *tables)], **before}
     status = KEPT
     out.parent.mkdir(parents=True, exist_ok=True)
     for name in tables:
         keep = partial(keep_partial, partial_out, result | facts, name)
-        result[name] = {"memory": memory_table, "third": third_table, "link": link_table}[name](options, keep)
+        result[name] = {"memory": memory_table, "third": third_table, "link": link_table}[name](options, keep) | {
+            "command": command_line()
+        }
         status = max(status, table_status(result[name]))
     finish("peers", result | facts, out)
     partial_out.unlink(missing_ok=True)

@@ -18,11 +18,13 @@ eight together       a token of each of eight answers to a token of one, over th
 products             a row, or 16, with 5632 x 2048 weights of bfloat16 or int4, to torch's product in bfloat16; CPU seconds
 resident decode      a token of SmolLM2 in bfloat16, all resident, to its bytes at the rate at which the memory is read
 
-A record has the median of its runs, and as spread the distance between the worst and the best, 2 % of the median at least. A
+A record has all ratios, of each the median of its runs, and as spread the distance between the worst and the best, 2 % of the
+median at least; a spread of more than 25 % is warned of. A ratio that was recorded and cannot be measured fails, too. A
 ratio that is worse by more is measured once more, and the better one counts. The newest record of this machine is taken. Where
 there is none, the newest of another machine is, and only ratios that a link bounds can fail: what kernels, disk and memory reach
 beside each other differs from machine to machine. All is measured on the CPU; tools/gpu_suite.py is for GPUs.
-Exit status: 0 nothing is worse, 1 something is, 2 there is no record, or none that can be read.
+Exit status: 0 nothing is worse, 1 something is, or was not measured, 2 there is no record, or none that can be read or made, 130
+interrupted.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ import json
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, redirect_stdout
 from dataclasses import asdict, dataclass
 from fractions import Fraction
@@ -45,6 +47,7 @@ import hotset
 import products
 import stream
 import torch
+from asked import require
 from passes import NUM_PROMPT, NUM_WARMUPS, SinglePasses, loaded, rounds
 from report import RESULTS, finish, machine_facts
 
@@ -79,9 +82,12 @@ SMOLLM2 = "smollm2-135m"
 HOT_LINK_GBPS, HOT_TOKENS, HOT_FULL_TOKENS = 0.14, 32, 6
 NUM_ANSWERS, ANSWER_TOKENS = 5, 48
 PRODUCT_SHAPE, PRODUCT_ROUNDS = (5632, 2048), 9
+PRODUCT_TOKENS = (1, 16)
 PRODUCTS = {"linear bfloat16": "bfloat16", "linear int4/32": "int4"}
 
-LEAST_SPREAD = 0.02
+LEAST_SPREAD, WIDE_SPREAD = 0.02, 0.25
+"""Shares of a median. With a spread above the second, a ratio can become much worse unnoticed."""
+
 RECORD = "quick-????-??-??.json"
 
 
@@ -190,7 +196,7 @@ def kernels() -> Iterator[Measured]:
         raise ConfigError(str(native("products").problem))
     torch.set_num_threads(1)
     try:
-        for num_tokens in (1, 16):
+        for num_tokens in PRODUCT_TOKENS:
             with redirect_stdout(StringIO()):
                 rows = products.shape_rows(*PRODUCT_SHAPE, num_tokens, time.thread_time, PRODUCT_ROUNDS)
             found = {row["what"]: row for row in rows}
@@ -222,13 +228,24 @@ def over_link(context: int, decoding: DecodingConfig, **settings: Any) -> Abstra
     return loaded(SHAPE, streamed=True, context=max(context, NUM_PROMPT + NUM_NODES), decoding=decoding, **given, **settings)
 
 
-PARTS: dict[str, Callable[[], Iterator[Measured]]] = {
-    "link": link,
-    "drafts": drafts,
-    "disk": disk,
-    "hot": hot,
-    "products": kernels,
-    "resident": resident,
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """What is measured together."""
+
+    measure: Callable[[], Iterator[Measured]]
+    names: tuple[str, ...]
+    """Of its ratios."""
+
+
+PARTS = {
+    "link": Part(measure=link, names=("full pass", "int4 link", "eight together")),
+    "drafts": Part(measure=drafts, names=("tree of 64", "draft step", "forced drafts")),
+    "disk": Part(measure=disk, names=("disk pass",)),
+    "hot": Part(measure=hot, names=("hot set",)),
+    "products": Part(
+        measure=kernels, names=tuple(f"products {shown} {num}" for num in PRODUCT_TOKENS for shown in PRODUCTS.values())
+    ),
+    "resident": Part(measure=resident, names=("resident decode",)),
 }
 
 
@@ -240,6 +257,9 @@ def main() -> int:
     except USER_ERRORS as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted: runs that ended stand in the record's .partial.json", file=sys.stderr)
+        return 130
 
 
 def arguments() -> argparse.Namespace:
@@ -253,20 +273,27 @@ def arguments() -> argparse.Namespace:
 
 
 def record(options: argparse.Namespace) -> int:
-    """Run after run, each of all parts."""
+    """Run after run, each of all parts. Raises ConfigError, and keeps nothing, where one lacks a ratio."""
+    require(options, runs=1)
+    if left_out := [part for part in PARTS if part not in options.only]:
+        raise ConfigError(f"a record has all parts, and --only leaves out {', '.join(left_out)}; leave out --record or --only")
     facts = machine_facts()
     out = options.out or options.records / f"quick-{facts['date']}.json"
     unfinished = out.with_suffix(".partial.json")
     runs = list[dict[str, Measured]]()
     for number in range(options.runs):
         print(f"run {number + 1} of {options.runs}", flush=True)
-        runs.append({each.name: each for part in options.only for each in measured(part, show=True)})
+        runs.append({each.name: each for part in PARTS for each in measured(part, show=True)})
+        if missing := missing_of(PARTS, runs[-1]):
+            raise ConfigError(f"not measured, so nothing is recorded: {', '.join(missing)}")
         unfinished.parent.mkdir(parents=True, exist_ok=True)
         unfinished.write_text(json.dumps({"runs": [[asdict(each) for each in run.values()] for run in runs]}) + "\n")
-    ratios = {name: asdict(each) for name, each in recorded(runs).items()}
-    if not ratios:
-        raise ConfigError("nothing could be measured, so nothing is recorded")
-    finish("quick", {"benchmark": "quick", "num_runs": options.runs, "ratios": ratios, **facts}, out)
+    ratios = recorded(runs)
+    for name, each in ratios.items():
+        if each.spread > WIDE_SPREAD * each.median:
+            print(f"warning: {name}: its runs are {each.spread / each.median:.0%} apart; record it again on a quiet machine")
+    kept = {name: asdict(each) for name, each in ratios.items()}
+    finish("quick", {"benchmark": "quick", "num_runs": options.runs, "ratios": kept, **facts}, out)
     unfinished.unlink()
     return 0
 
@@ -284,18 +311,26 @@ def guard(options: argparse.Namespace) -> int:
         for each in found:
             rows.append(row_of(each, ratios, same_machine=same))
             print(line_of(rows[-1]), flush=True)
+    missing = [name for name in missing_of(options.only, [row["name"] for row in rows]) if name in ratios]
+    for name in missing:
+        print(f"{name}: recorded, and NOT MEASURED")
     num_worse = sum(row["verdict"] == "WORSE" for row in rows)
     print(f"{num_worse} of {len(rows)} ratios are worse than recorded")
-    result = {"benchmark": "quick", "record": path.name, "same_machine": same, "rows": rows, **facts}
+    result = {"benchmark": "quick", "record": path.name, "same_machine": same, "rows": rows, "missing": missing, **facts}
     print(json.dumps(result)) if options.out is None else finish("quick", result, options.out)
-    return int(num_worse > 0)
+    return int(num_worse > 0 or bool(missing))
+
+
+def missing_of(parts: Iterable[str], names: Collection[str]) -> list[str]:
+    """Ratios of these parts that are not among the names."""
+    return [name for part in parts for name in PARTS[part].names if name not in names]
 
 
 def measured(part: str, *, show: bool = False) -> list[Measured]:
     """Its ratios; none, and a line that says why, where it cannot be measured here."""
     found = list[Measured]()
     try:
-        for each in PARTS[part]():
+        for each in PARTS[part].measure():
             found.append(each)
             if show:
                 print(f"{each.name:22} {each.ratio:7.3f}, at best {each.ceiling:.3f}", flush=True)
@@ -305,7 +340,7 @@ def measured(part: str, *, show: bool = False) -> list[Measured]:
 
 
 def recorded(runs: Sequence[Mapping[str, Measured]]) -> dict[str, Recorded]:
-    """Of every ratio that any run has."""
+    """Of every ratio."""
     found: dict[str, Recorded] = {}
     for name in dict.fromkeys(name for run in runs for name in run):
         ratios, ceilings = ([getattr(run[name], of) for run in runs if name in run] for of in ("ratio", "ceiling"))

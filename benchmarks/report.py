@@ -6,7 +6,9 @@ import datetime
 import json
 import platform
 import shlex
+import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import psutil
 import torch
 
 import offload_sirius
+from offload_sirius.errors import ConfigError
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -34,8 +37,30 @@ def machine_facts() -> dict[str, Any]:
             "offload_sirius": offload_sirius.__version__,
             "torch": torch.__version__,
             "python": platform.python_version(),
+            "commit": commit(),
         },
     }
+
+
+def commit() -> str | None:
+    """Of the working tree, short, with a plus where tracked files differ from it; None without git or a repository."""
+    root = RESULTS.parents[1]
+    try:
+        found = subprocess.run(
+            ["git", "describe", "--always", "--exclude=*", "--dirty=+"], cwd=root, capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return found.stdout.strip()
+
+
+def parts_of(path: Path, names: Sequence[str]) -> dict[str, Any]:
+    """Those of these parts that a result file has, for a run that measures others. Raises ConfigError for a damaged file."""
+    try:
+        found = json.loads(path.read_bytes()) if path.exists() else {}
+        return {name: found[name] for name in names if name in found}
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigError(f"{path}: is no result file ({type(error).__name__}); remove it, or give another with --out") from error
 
 
 def finish(name: str, result: dict[str, Any], out: Path | None = None) -> None:

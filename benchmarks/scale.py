@@ -40,6 +40,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any, Literal
 
+from asked import require
 from growth import Line, PowerLaw, beyond_first, line, power_law
 from passes import NUM_PROMPT, NUM_WARMUPS, SinglePasses, Timed, loaded, rounds
 from rates_now import measured_rates
@@ -345,6 +346,9 @@ def main() -> int:
     except USER_ERRORS as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted: what is known stands in the result's .partial.json", file=sys.stderr)
+        return 130
 
 
 def arguments() -> argparse.Namespace:
@@ -364,6 +368,7 @@ def arguments() -> argparse.Namespace:
 
 def measure(options: argparse.Namespace) -> int:
     """All sweeps; what there is so far is kept beside the result file."""
+    require(options, passes=1)
     facts, scale = machine_facts(), Scale(options)
     unfinished = (options.out or RESULTS / f"scale-{facts['date']}.json").with_suffix(".partial.json")
     points = list[Point]()

@@ -175,10 +175,11 @@ def test_growth_the_paper_s_table_and_quality_hold_as_their_figures_say(suite: M
     held = {"what": "tree", "found": "1.02", "holds": True}
     assert suite.judge_scale({"held": [held]}) == (True, "tree: 1.02")
     assert not suite.judge_scale({"held": [held, held | {"holds": False}]})[0]
-    paper = {"group": "paper", "name": "sirius, the paper's AAL", "ratio_to_full": 0.65}
+    # 15 drafts of 0.5884 of a pass and one pass give 15 tokens at 0.6551 each.
+    paper = {"group": "paper", "name": "sirius, the paper's AAL", "ratio_to_full": 0.674, "window": 16, "aal": 15.0}
     hot = {"group": "int4 on the card", "name": "hot set, the paper's AAL", "ratio_to_full": 0.1}
     assert suite.judge_paper({"table": {"rows": [paper, hot]}})[0]
-    assert not suite.judge_paper({"table": {"rows": [paper | {"ratio_to_full": 0.67}, hot]}})[0]
+    assert not suite.judge_paper({"table": {"rows": [paper | {"ratio_to_full": 0.676}, hot]}})[0]
     assert not suite.judge_paper({"table": {"rows": [paper, hot | {"ratio_to_full": 0.31}]}})[0]
     rows = [{"accept": None, "identical": {"value": 0.0}}, {"accept": "exact", "identical": {"value": 1.0}}]
     assert suite.judge_quality({"rows": rows})[0]

@@ -38,6 +38,7 @@ def result(paper: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, r
     rates = ("--link-gbps", "0.5", "--ablations-link-gbps", "0.5")
     monkeypatch.setattr(sys, "argv", ["paper.py", *QUICK, *rates, "--only", request.param, "--out", str(out)])
     assert paper.main() == 0
+    assert list(tmp_path.iterdir()) == [out], "what was written on the way is gone"
     return dict(json.loads(out.read_text()))
 
 
@@ -60,6 +61,23 @@ def test_the_published_sirius_is_below_its_own_floor(paper: ModuleType) -> None:
     assert round(rows["sirius"]["ratio_to_full"], 3) == 0.643
 
 
+def test_what_takes_too_long_or_is_missing_does_not_hold(paper: ModuleType) -> None:
+    from paper_table import held_of
+
+    sirius = {"group": "paper", "name": "sirius, the paper's AAL", "ratio_to_full": 0.66}
+    hot = {"group": "int4 on the card", "name": "hot set, the paper's AAL", "ratio_to_full": 0.1}
+    rows = [sirius, hot | {"ratio_to_full_same_memory": 0.3}]
+    lost = [{"group": "paper", "names": ["sparse"], "problem": "no"}]
+
+    def holds(*rows: dict[str, Any], problems: list[dict[str, Any]], is_quick: bool = False) -> list[bool]:
+        return [each.holds for each in held_of({"rows": rows, "problems": problems}, is_quick=is_quick)]
+
+    assert holds(*rows, problems=[]) == [True] * 4
+    assert holds(rows[0] | {"ratio_to_full": 0.67}, problems=[]) == [True, False, False, False]
+    assert holds(rows[0], hot | {"ratio_to_full_same_memory": 0.31}, problems=lost) == [False, True, True, False]
+    assert holds(problems=lost, is_quick=True) == [False]
+
+
 @pytest.mark.parametrize("result", ["table"], indirect=True)
 def test_the_table_has_the_papers_setting_and_the_cards(result: dict[str, Any]) -> None:
     table = result["table"]
@@ -76,7 +94,11 @@ def test_the_table_has_the_papers_setting_and_the_cards(result: dict[str, Any]) 
     assert list(table["cards"]) == [int4, bfloat16]
     assert table["cards"][int4]["num_hot_layers"] == 24 > table["cards"][bfloat16]["num_hot_layers"] >= 2
     assert table["cards"][int4]["layers_share"] == pytest.approx(0.593, abs=1e-3)
-    assert [(each["accept"], each["window"]) for each in table["acceptance"]] == [("exact", 8), ("threshold", 16)]
+    ways = [(each["accept"], each["window"], each["keep"]) for each in table["acceptance"]]
+    assert ways == [
+        (*way, table["cards"][card]["hot_share"]) for card in (int4, bfloat16) for way in (("exact", 8), ("threshold", 16))
+    ]
+    assert [each["holds"] for each in table["held"]] == [True], "one window is not judged"
     for group in (int4, bfloat16):
         own = rows[group, "full, same device memory"]
         hot = rows[group, "hot set, the paper's AAL"]
@@ -127,3 +149,6 @@ def test_a_users_error_is_one_line(
     assert paper.main() == 2
     assert capsys.readouterr().err.startswith("error: synthetic:none: shape 'none' is not known")
     assert not out.exists()
+    monkeypatch.setattr(sys, "argv", ["paper.py", "--windows", "0", "--out", str(out)])
+    assert paper.main() == 2
+    assert capsys.readouterr().err == "error: --windows is 0; give 1 or more\n"

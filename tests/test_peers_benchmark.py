@@ -6,6 +6,8 @@ import argparse
 import importlib
 import json
 import os
+import signal
+import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -43,6 +45,7 @@ class Processes:
     def __init__(self, children: ModuleType) -> None:
         self.children = children
         self.commands: list[str] = []
+        self.no_pack: str | None = None
         self.seconds = {"--mode full": 1.0, "--mode sirius": 3.0, "run_llama_cpp": 1.5, "run_airllm": 5.0, "run_accelerate": 0.1}
 
     def run(self, command: tuple[str, ...], **settings: Any) -> Any:
@@ -50,6 +53,8 @@ class Processes:
         self.commands.append(words)
         if "--memory" in command and int(command[command.index("--memory") + 1]) > 500:
             return self.child(None, "killed for want of memory")
+        if "pack" in command and self.no_pack is not None:
+            return self.child(None, self.no_pack)
         if "pack" in command:
             Path(command[command.index("--out") + 1]).write_bytes(bytes(55))
             return self.child({}, None)
@@ -83,7 +88,7 @@ def generated(seconds: float, *, num_new: int, nbytes: int) -> dict[str, Any]:
         "ttft_seconds": 0.5,
         "decode_seconds": seconds * (num_new - 1),
         "link": {"bytes": {"draft": 0, "correction": 0, "full": nbytes}},
-        "plan": {"disk_layers": [0, 1]},
+        "plan": {"disk_layers": [0, 1], "host_layers": [], "kept_layers": []},
     }
 
 
@@ -147,6 +152,40 @@ def test_a_system_that_fails_later_keeps_what_it_had_and_is_not_asked_again(scri
     assert (row["error"], row["all_ratios_to_full"]) == ("killed", [1.0])
 
 
+def test_where_mode_full_never_answered_others_have_no_ratio_to_it(scripts: dict[str, ModuleType]) -> None:
+    table, ways = scripts["peer_table"], scripts["peer_ways"]
+    answer = ways.Answer(ids=[1], first_token_seconds=1.0, seconds_per_token=2.0, read_nbytes_per_token=0.0)
+    run = table.Run(child=Processes(scripts["children"]).child({}, None), answer=answer)
+    measured = [table.Measured(name="ours, full", error="killed"), table.Measured(name="other", runs=[run])]
+    rows = table.rows_of(measured, table.Floors())
+    assert rows[2]["seconds_per_token"] == 2.0
+    assert "ratio_to_full" not in rows[2]
+    assert table.promises(rows) == {"ours, full answered every time": False}
+    table.table_text(rows)
+
+
+def test_of_what_passes_bring_the_disk_s_share_of_the_layers_is_read(scripts: dict[str, ModuleType]) -> None:
+    figures = generated(1.0, num_new=3, nbytes=800)
+    figures["link"]["bytes"] |= {"draft": 80}
+    figures["plan"] = {"disk_layers": [0, 1], "host_layers": [2, 3], "kept_layers": [0]}
+    assert scripts["peer_ways"].our_answer(figures).read_nbytes_per_token == (800 / 2 + 80 / 4) / 2
+
+
+def test_a_table_of_another_run_stays_in_the_result_file(
+    scripts: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "peers.json"
+    out.write_text(json.dumps({"memory": {"rows": [1]}, "third": "before", "date": "before"}))
+    monkeypatch.setattr(scripts["peers"], "third_table", lambda options, keep: {"rows": [2], "promises": {}})
+    monkeypatch.setattr(sys, "argv", ["peers.py", "--tables", "third", "--out", str(out)])
+    assert scripts["peers"].main() == 0
+    result = json.loads(out.read_text())
+    assert (result["tables"], result["memory"], result["third"]["rows"]) == (["memory", "third"], {"rows": [1]}, [2])
+    out.write_text("{")
+    assert scripts["peers"].main() == 2
+    assert capsys.readouterr().err.endswith("is no result file (JSONDecodeError); remove it, or give another with --out\n")
+
+
 @pytest.mark.parametrize(
     ("exit_status", "printed", "said", "settings", "error"),
     [
@@ -164,6 +203,62 @@ def test_a_process_that_fails_is_one_line(
     figures, found = scripts["children"].outcome(exit_status, printed, said, **settings)
     assert (figures is None) == (error is not None)
     assert found == error
+
+
+def test_a_copy_that_cannot_be_packed_is_a_row(
+    scripts: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    processes = Processes(scripts["children"])
+    processes.no_pack = "exit status 1: error: no"
+    monkeypatch.setattr(scripts["peer_ways"], "run_child", processes.run)
+    options = options_of(scripts, monkeypatch, "--model", "synthetic:tiny", "--folder", str(tmp_path), "--peers")
+    ways, failed = scripts["peer_ways"].ways_to_answer(options, tmp_path, "1 2", [1, 2], None)
+    assert [way.name for way in ways] == ["ours, full", "ours, sirius"]
+    assert failed == {"ours, full, packed": "not prepared: exit status 1: error: no"}
+
+
+def test_a_copy_is_made_anew_where_its_source_has_changed(scripts: dict[str, ModuleType], tmp_path: Path) -> None:
+    models, source, copies = scripts["peer_models"], tmp_path / "source", list[Path]()
+
+    def write(path: Path) -> None:
+        copies.append(path)
+        path.write_bytes(bytes(3))
+
+    source.mkdir()
+    for num_copies, content in ((1, "a"), (1, None), (2, "ab")):
+        if content is not None:
+            (source / "config.json").write_text(content)
+        assert models.prepared(tmp_path / "copy", write, source=source).nbytes == 3
+        assert len(copies) == num_copies
+
+
+def test_what_still_runs_in_a_group_ends_with_it(scripts: dict[str, ModuleType], tmp_path: Path) -> None:
+    cgroup = importlib.import_module("cgroup")
+    group = cgroup.Cgroup(version=cgroup.VERSIONS[1], folder=tmp_path / "group")
+    group.folder.mkdir()
+    assert group.peak_nbytes is None, "an older kernel has no such file"
+    with subprocess.Popen(["sleep", "60"]) as process:
+        (group.folder / "cgroup.procs").write_text(f"{process.pid}\n")
+        group._kill()
+        assert process.wait() == -signal.SIGKILL
+
+
+def test_an_interrupted_child_does_not_go_on(scripts: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch) -> None:
+    children, started = scripts["children"], list[subprocess.Popen[str]]()
+    popen = subprocess.Popen
+
+    def start(*words: Any, **settings: Any) -> Any:
+        started.append(popen(*words, **settings))
+        return started[-1]
+
+    def interrupt(pid: int, flags: int) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(children.subprocess, "Popen", start)
+    monkeypatch.setattr(children.os, "wait4", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        children.run_child(["sleep", "60"], environment=os.environ, limit_seconds=60)
+    assert started[0].returncode == -signal.SIGKILL
 
 
 def test_a_child_that_takes_too_long_is_ended(scripts: dict[str, ModuleType]) -> None:
@@ -195,6 +290,8 @@ def test_our_figures_are_read_from_the_real_command(
 @pytest.mark.parametrize(
     ("words", "said"),
     [
+        (["--tables", "memory", "--new-tokens", "1"], "error: --new-tokens is 1; give 2 or more"),
+        (["--tables", "memory", "--rounds", "0"], "error: --rounds is 0; give 1 or more"),
         (["--tables", "memory", "--model", "gpt-5"], "--model is 'gpt-5'; give synthetic:SHAPE, or a folder"),
         (["--tables", "memory", "--model", "synthetic:tiny", "--environment", "vllm=x"], "give NAME=PYTHON, a file, NAME one of"),
     ],
@@ -222,6 +319,16 @@ def test_a_gguf_copy_of_random_weights_is_the_same_model(scripts: dict[str, Modu
         assert np.array_equal(source.read(*key), copied.read(*key)), key
 
 
+def test_a_synthetic_model_that_is_no_llama_is_not_written(
+    scripts: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "qwen.gguf"
+    monkeypatch.setattr(sys, "argv", ["gguf_copy.py", str(file), "BF16", "--source", "synthetic:qwen2.5-32b?layers=1"])
+    assert scripts["gguf_copy"].main() == 2
+    assert capsys.readouterr().err.endswith("is a qwen2; only llamas are written from random weights\n")
+    assert not file.exists()
+
+
 def test_rows_of_a_third_compare_each_pair_and_count_answers_that_are_right(scripts: dict[str, ModuleType]) -> None:
     third, processes = scripts["a_third"], Processes(scripts["children"])
 
@@ -230,19 +337,24 @@ def test_rows_of_a_third_compare_each_pair_and_count_answers_that_are_right(scri
         figures["token_ids"][-1] = last
         return processes.child(figures | {"memory": {"device_plan_bytes": 5}}, None)
 
-    place = third.Place(name=third.BEHIND_LINK, memory=(), drafts=())
+    place = third.Place(name=third.BEHIND_LINK, memory={"device_memory": "5"}, drafts={})
     references = [child(1.0, 4), child(1.0, 4)]
     row = third.row_of(place, [(child(4.0, 3), child(1.0, 4)), (child(6.0, 3), child(2.0, 4))], references)
     assert (row["ratio"], row["all_ratios"], row["num_equal"]) == (3.5, [4.0, 3.0], 4)
+    assert (row["num_sirius_equal"], row["memory"]) == (2, ["--device-memory", "5"])
     assert all(third.promises([row]).values())
+    failed = third.row_of(place, [(child(1.0, 3), processes.child(None, "killed"))], references)
+    assert third.promises([failed])["behind a link: every process answered"] is False
     wrong = third.row_of(place, [(child(1.0, 3), child(2.0, 4, last=1))], references)
-    assert list(third.promises([wrong]).values()) == [False, False]
+    assert list(third.promises([wrong]).values()) == [True, False, False]
 
 
 def test_both_places_of_a_third_have_the_same_bytes(scripts: dict[str, ModuleType]) -> None:
     disk, link = scripts["a_third"].places_of(10**9, 300, 0.07)
-    assert int(disk.memory[1]) + int(disk.memory[3]) == int(link.memory[1]) == 10**9
+    assert int(disk.memory["device_memory"]) + int(disk.memory["host_memory"]) == int(link.memory["device_memory"]) == 10**9
     assert disk.limit_nbytes == 10**9 + 300
+    without = scripts["a_third"].places_of(10**9, None, 0.07)[0]
+    assert (without.name, without.limit_nbytes) == ("on disk, no cgroup can be made", None)
 
 
 def test_the_link_table_takes_medians_of_rounds(scripts: dict[str, ModuleType]) -> None:

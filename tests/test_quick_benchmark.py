@@ -42,8 +42,11 @@ def run(quick: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Run:
 
     def main(*flags: str, ratios: list[float], portable: bool = True) -> int:
         left = iter(ratios)
-        part = lambda: iter([quick.Measured(name="ratio", ratio=next(left), ceiling=1.0, portable=portable)])  # noqa: E731
-        monkeypatch.setattr(quick, "PARTS", {"part": part})
+
+        def measure() -> Iterator[object]:
+            return iter([quick.Measured(name="ratio", ratio=next(left), ceiling=1.0, portable=portable)])
+
+        monkeypatch.setattr(quick, "PARTS", {"part": quick.Part(measure=measure, names=("ratio",))})
         monkeypatch.setattr(sys, "argv", ["quick.py", *flags])
         status = int(quick.main())
         assert next(left, None) is None, "all were asked for"
@@ -113,18 +116,32 @@ def test_what_was_not_recorded_does_not_fail(
     assert "not recorded" in capsys.readouterr().out
 
 
-def test_what_cannot_be_measured_says_so(
+def test_what_was_recorded_and_cannot_be_measured_fails_and_no_record_is_kept_without_it(
     quick: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def absent() -> Iterator[object]:
         raise quick.ConfigError("there is none")
         yield
 
-    monkeypatch.setattr(quick, "PARTS", {"part": absent})
+    part = quick.Part(measure=absent, names=("ratio", "new"))
+    monkeypatch.setattr(quick, "PARTS", {"part": part, "other": part})
     write_record(tmp_path, "2026-11-19", HERE, 1.0)
-    monkeypatch.setattr(sys, "argv", ["quick.py"])
-    assert quick.main() == 0
-    assert "part: not measured: there is none\n" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["quick.py", "--only", "part"])
+    assert quick.main() == 1
+    found = capsys.readouterr().out
+    assert "part: not measured: there is none\n" in found
+    assert "ratio: recorded, and NOT MEASURED\n" in found
+    assert "new: recorded" not in found
+    for flags, error in (([], "not measured, so nothing is recorded: ratio, new"), (["--only", "part"], "leaves out other;")):
+        monkeypatch.setattr(sys, "argv", ["quick.py", "--record", *flags])
+        assert quick.main() == 2
+        assert error in capsys.readouterr().err
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_runs_that_differ_much_are_warned_of(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--record", "--runs", "2", ratios=[1.0, 1.4]) == 0
+    assert "warning: ratio: its runs are 33% apart; record it again on a quiet machine\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -150,8 +167,8 @@ def test_without_a_record_there_is_one_line(
 def test_a_small_shape_is_recorded_and_compared(quick: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(quick, "SHAPE", "synthetic:tiny")
     monkeypatch.setattr(quick, "NUM_PASSES", 2)
-    only = ["--only", "drafts"]
-    monkeypatch.setattr(sys, "argv", ["quick.py", "--record", "--runs", "1", *only])
+    monkeypatch.setattr(quick, "PARTS", {"drafts": quick.PARTS["drafts"]})
+    monkeypatch.setattr(sys, "argv", ["quick.py", "--record", "--runs", "1"])
     assert quick.main() == 0
     result = json.loads((tmp_path / "quick-2026-11-20.json").read_text())
     assert list(result["ratios"]) == ["tree of 64", "draft step", "forced drafts"]

@@ -135,3 +135,11 @@ def test_a_device_that_is_not_there_is_one_line(
     error = capsys.readouterr().err
     assert error.startswith("error: --device cuda:99")
     assert error.count("\n") == 1
+
+
+def test_no_measurements_of_a_point_are_refused(
+    scale: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["scale.py", "--passes", "0"])
+    assert scale.main() == 2
+    assert capsys.readouterr().err == "error: --passes is 0; give 1 or more\n"

@@ -24,7 +24,7 @@ from gguf.quants import dequantize, quantize
 from offload_sirius_loaders import open_checkpoint
 from offload_sirius_loaders.checkpoint import Checkpoint, Key
 from offload_sirius_loaders.errors import CheckpointError
-from offload_sirius_loaders.gguf import _LAYER_TENSORS, _MODEL_TENSORS
+from offload_sirius_loaders.gguf import _INTERLEAVED_ROLES, _LAYER_TENSORS, _MODEL_TENSORS
 from offload_sirius_loaders.hub import demo_gguf
 from offload_sirius_loaders.synthetic import PREFIX
 
@@ -65,6 +65,8 @@ def copy(source: str, file: Path, form: str) -> None:
     """Write it. Raises CheckpointError, or OSError."""
     if source.startswith(PREFIX):
         checkpoint = open_checkpoint(f"{source}{'&' if '?' in source else '?'}dtype=F32")
+        if checkpoint.spec.architecture != "llama":
+            raise CheckpointError(f"{source}: is a {checkpoint.spec.architecture}; only llamas are written from random weights")
         writer = GGUFWriter(file, "llama")
         describe(writer, checkpoint)
         write(writer, list(synthetic_matrices(checkpoint)), form)
@@ -91,7 +93,7 @@ def synthetic_matrices(checkpoint: Checkpoint) -> Iterator[Matrix]:
     """In the order of a llama file's rows, so that other programs compute the same model."""
     for layer, role in checkpoint.tensors:
         name = _MODEL_TENSORS[role] if layer is None else f"blk.{layer}.{_LAYER_TENSORS[role]}"
-        head_dim = checkpoint.spec.head_dim if role in ("q", "k") else None
+        head_dim = checkpoint.spec.head_dim if role in _INTERLEAVED_ROLES else None
 
         def numbers(key: Key = (layer, role), head_dim: int | None = head_dim) -> npt.NDArray[np.float32]:
             return checkpoint.read(*key) if head_dim is None else pairs_from_halves(checkpoint.read(*key), head_dim)
@@ -100,7 +102,8 @@ def synthetic_matrices(checkpoint: Checkpoint) -> Iterator[Matrix]:
 
 
 def pairs_from_halves(rows: npt.NDArray[np.float32], head_dim: int) -> npt.NDArray[np.float32]:
-    """Rows of queries or keys: those that turn together lie side by side in a llama file, half a head apart elsewhere."""
+    """Rows of queries or keys, or their biases: those that turn together lie side by side in a llama file, else
+    half a head apart."""
     return rows.reshape(-1, 2, head_dim // 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
 
 
