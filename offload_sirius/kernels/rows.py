@@ -33,10 +33,10 @@ def put_rows(place: Tensor, rows: Tensor) -> bool:
 
     Both in host memory. Returns whether it was done: not without the library, between types, or for other places.
     """
-    assert place.shape == rows.shape, (place.shape, rows.shape)
     functions, size = library(), rows.element_size()
     if functions is None or place.dtype != rows.dtype or place.device.type != "cpu" or rows.dim() != 2 or rows.stride(1) != 1:
         return False
+    assert place.shape == rows.shape, (place.shape, rows.shape)
     num_rows, width = rows.shape
     begin = rows.data_ptr(), rows.stride(0) * size
     if place.stride(1) == 1:
