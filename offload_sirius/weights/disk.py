@@ -337,13 +337,13 @@ class ReaderPool:
         while (arrived := self._next_arrived()) is not None:
             job, fill, raw, buffer = arrived
             try:
-                self._put(job, raw, scratch)
-            except BaseException as error:
-                self._give_back(buffer)
-                fill.piece_failed(error)
-            else:
-                self._give_back(buffer)
+                try:
+                    self._put(job, raw, scratch)
+                finally:
+                    self._give_back(buffer)
                 fill.piece_done(job.piece.nbytes)
+            except BaseException as error:  # of who is told of bytes, too
+                fill.piece_failed(error)
 
     def _next_arrived(self) -> tuple[Job, Fill, npt.NDArray[np.uint8], memoryview] | None:
         with self._arrival:
