@@ -38,8 +38,10 @@ def read_problems(path: Path) -> list[Problem]:
     """Empty lines are passed over. Raises PromptError, naming file and line."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise PromptError(f"problems {path}: cannot be read: {error}; give a JSONL file") from error
+    except OSError as error:
+        raise PromptError(f"problems {path}: {error.strerror}; give a file that can be read") from error
+    except UnicodeDecodeError as error:
+        raise PromptError(f"problems {path}: byte {error.start} is not UTF-8; give a JSONL file") from error
     problems = [_problem(line, f"problems {path}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
     if not problems:
         raise PromptError(

@@ -20,8 +20,10 @@ from offload_sirius.engine.planning import sparsity_of
 from offload_sirius.engine.streamed import FULL_WAYS, StreamedModel, Way
 from offload_sirius.kernels.matrix import combine, project
 from offload_sirius.model.feed_forward import FeedForward, Neurons
+from offload_sirius.model.kv_cache import KVCache
 from offload_sirius.model.ops import gated_activations
 from offload_sirius.model.source import NeuronWeights
+from offload_sirius.model.transformer import Transformer
 from offload_sirius.sparsity.cats import Cats
 from offload_sirius.sparsity.griffin import Griffin
 from offload_sirius.weights.streamer import WeightStreamer
@@ -48,7 +50,7 @@ def give_own_neurons(engine: Engine) -> None:
         drafts = OwnGriffin([Griffin(engine.spec, source, num_kept, dtype=dtype, device=device) for _ in caches])
     else:
         drafts = OwnCats(Cats(engine.spec, streamer, num_kept, caches={}))
-    engine._streamed = OwnNeuronsModel(engine, drafts)
+    engine._streamed = OwnNeuronsModel(transformer, streamer, caches[1:], drafts)
 
 
 class WholeSource:
@@ -123,12 +125,12 @@ class OwnCats:
 class OwnNeuronsModel(StreamedModel):
     """The model with such drafts."""
 
-    def __init__(self, engine: Engine, drafts: OwnGriffin | OwnCats) -> None:
-        """Takes over the caches of the engine's own model, which holds nothing."""
-        transformer = engine._transformer
-        more_caches = [slot.cache for slot in engine._streamed.slots[1:]]
+    def __init__(
+        self, transformer: Transformer, streamer: WeightStreamer, more_caches: Sequence[KVCache], drafts: OwnGriffin | OwnCats
+    ) -> None:
+        """more_caches: as for StreamedModel."""
         self._drafts = drafts
-        super().__init__(transformer, engine.streamer, FULL_WAYS | {"draft": Way(feed_forward=drafts)}, more_caches=more_caches)
+        super().__init__(transformer, streamer, FULL_WAYS | {"draft": Way(feed_forward=drafts)}, more_caches=more_caches)
 
     def run(self, asks: Sequence[Ask]) -> list[Tensor]:
         """See Model. Prompts are read one by one, as each has a statistic of its own."""

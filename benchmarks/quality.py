@@ -38,7 +38,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from decimal import Decimal
 from itertools import product
@@ -58,6 +58,7 @@ from offload_sirius.decode.result import Generation
 from offload_sirius.decode.scoring import TokenScore
 from offload_sirius.decode.stats import DecodeStats
 from offload_sirius.engine import Engine, NoProgress, build, open_model
+from offload_sirius.engine.placement import place
 from offload_sirius.errors import USER_ERRORS, PromptError
 from offload_sirius.sparsity.costs import draft_density
 from offload_sirius_loaders.spec import ModelSpec
@@ -144,18 +145,32 @@ def arguments() -> argparse.Namespace:
     asked = parser.add_mutually_exclusive_group()
     asked.add_argument("--prompts", type=Path, default=ROOT / "data" / "prompts.jsonl", help="JSONL, a prompt a line")
     asked.add_argument("--gsm8k", type=Path, help="JSONL, a question and an answer a line, in place of prompts")
-    parser.add_argument("--shots", type=int, default=0, help="problems of that file that are shown as examples, default none")
-    parser.add_argument("--num-prompts", type=int, help="so many, spread over the file; default all")
-    parser.add_argument("--max-new-tokens", type=int, help="longest answer, default 64, of problems 256")
+    parser.add_argument(
+        "--shots", type=at_least(0), default=0, help="problems of that file that are shown as examples, default none"
+    )
+    parser.add_argument("--num-prompts", type=at_least(1), help="so many, spread over the file; default all")
+    parser.add_argument("--max-new-tokens", type=at_least(1), help="longest answer, default 64, of problems 256")
     parser.add_argument("--sparsity", nargs="+", choices=SPARSITIES, default=list(SPARSITIES), help="default both")
     parser.add_argument("--keep", nargs="+", type=float, default=[0.5, 0.75], help="shares of neurons, default 0.5 0.75")
     parser.add_argument("--accept", nargs="*", choices=ACCEPTS, default=list(ACCEPTS), help="default both")
     parser.add_argument("--threshold", type=float, default=0.1, help="default %(default)s")
     parser.add_argument("--window", type=int, default=16, help="default %(default)s")
     parser.add_argument("--tree-width", nargs="+", type=int, default=[1, 4], help="default 1 4")
-    parser.add_argument("--parallel", type=int, default=16, help="answers that share passes at most, default %(default)s")
+    parser.add_argument("--parallel", type=at_least(1), default=16, help="answers that share passes at most, default %(default)s")
     parser.add_argument("--out", type=Path, help="result file, default benchmarks/results/quality[-gsm8k]-DATE.json")
     return parser.parse_args()
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """Reads a number of the command line."""
+
+    def whole_number(text: str) -> int:
+        number = int(text)
+        if number < least:
+            raise argparse.ArgumentTypeError(f"{text}: it must be {least} or more")
+        return number
+
+    return whole_number
 
 
 def compare(options: argparse.Namespace) -> int:
@@ -165,11 +180,13 @@ def compare(options: argparse.Namespace) -> int:
     out: Path = options.out or RESULTS / f"{name}-{facts['date']}.json"
     partial = out.with_name(out.name + ".partial")
     loads = loads_of(options)
-    spec, questions = questions_of(options)
+    questions = questions_of(options)
+    placement = place(open_model(options.model).checkpoint, engine_config(options, (FULL,), questions))
+    dtype = placement.planned.dtype
     result = {
-        "model": spec.name,
-        "device": options.device,
-        "dtype": options.dtype,
+        "model": placement.planned.spec.name,
+        "device": str(placement.device),
+        "dtype": dtype,
         "prompts": (options.gsm8k or options.prompts).name,
         "shots": options.shots if options.gsm8k else None,
         "num_prompts": len(questions),
@@ -188,12 +205,17 @@ def compare(options: argparse.Namespace) -> int:
             print(line_of(row), flush=True)
             partial.parent.mkdir(parents=True, exist_ok=True)
             partial.write_text(json.dumps(result | {"rows": [asdict(each) for each in rows]} | facts, indent=1) + "\n")
-    exact = [row for row in rows if row.accept == "exact"]
-    held = options.dtype != "float32" or all(row.identical is not None and row.identical.value == 1 for row in exact)
+    held = holds(rows, dtype)
     result |= {"rows": [asdict(row) for row in rows], "held": held, "seconds": time.perf_counter() - began}
     finish(name, result | facts, out)
     partial.unlink(missing_ok=True)
     return HELD if held else NOT_HELD
+
+
+def holds(rows: Sequence[Row], dtype: str) -> bool:
+    """See above."""
+    exact = [row.identical for row in rows if row.accept == "exact"]
+    return dtype != "float32" or all(identical is not None and identical.value == 1 for identical in exact)
 
 
 def max_new_tokens(options: argparse.Namespace) -> int:
@@ -202,8 +224,8 @@ def max_new_tokens(options: argparse.Namespace) -> int:
     return given if given is not None else 64 if options.gsm8k is None else 256
 
 
-def questions_of(options: argparse.Namespace) -> tuple[ModelSpec, list[Question]]:
-    """The model's shape, and what it is asked. Raises PromptError, CheckpointError."""
+def questions_of(options: argparse.Namespace) -> list[Question]:
+    """What the model is asked. Raises PromptError, CheckpointError."""
     model = open_model(options.model)
     if options.gsm8k is None:
         asked: list[tuple[str, Decimal | None]] = [(prompt, None) for prompt in read_prompts(options.prompts)]
@@ -217,7 +239,7 @@ def questions_of(options: argparse.Namespace) -> tuple[ModelSpec, list[Question]
         asked = [(ask(problem, examples), problem.result) for problem in others]
     num_asked = min(options.num_prompts or len(asked), len(asked))
     spread = [asked[index * len(asked) // num_asked] for index in range(num_asked)]
-    return model.spec, [Question(prompt_ids=tuple(model.encode(prompt)), result=result) for prompt, result in spread]
+    return [Question(prompt_ids=tuple(model.encode(prompt)), result=result) for prompt, result in spread]
 
 
 def loads_of(options: argparse.Namespace) -> list[tuple[DecodingConfig, ...]]:

@@ -172,6 +172,16 @@ def test_examples_stand_before_a_problem_without_notes_for_a_calculator(scripts:
         scripts.gsm8k.read_problems(file)
 
 
+def test_an_exact_answer_that_differs_does_not_hold_in_float32(scripts: SimpleNamespace) -> None:
+    def row(accept: str | None, identical: float) -> SimpleNamespace:
+        return SimpleNamespace(accept=accept, identical=SimpleNamespace(value=identical))
+
+    rows = [row(None, 0.1), row("exact", 1.0), row("threshold", 0.5)]
+    assert scripts.quality.holds(rows, "float32")
+    assert not scripts.quality.holds([*rows, row("exact", 47 / 48)], "float32")
+    assert scripts.quality.holds([*rows, row("exact", 47 / 48)], "bfloat16")
+
+
 def test_the_script_keeps_rows_that_a_picture_is_made_of(
     scripts: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -190,8 +200,12 @@ def test_the_script_keeps_rows_that_a_picture_is_made_of(
         assert row["num_same"] <= row["num_tokens"]
     assert result["held"]
     assert not list(tmp_path.glob("*.partial"))
-    scripts.quality_plot.draw(result, tmp_path / "quality.png")
-    assert (tmp_path / "quality.png").stat().st_size > 10_000
+    pictures = [tmp_path / "quality.svg", tmp_path / "again.svg"]
+    for picture in pictures:
+        scripts.quality_plot.draw(result, picture)
+    # Two panels with a point of each row; the same file each time, so that a stale one can be told.
+    assert pictures[0].read_text().count(">0.5</text>") == 2 * (len(names) - 1)
+    assert pictures[0].read_bytes() == pictures[1].read_bytes()
 
     monkeypatch.setattr(sys, "argv", [*command, "--window", "1"])
     assert scripts.quality.main() == 2
