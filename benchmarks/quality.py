@@ -29,7 +29,7 @@ far as these tell (1000 resamples of the prompts, the same for every row).
 
 Must hold: in float32 all exact answers are identical. In bfloat16 a pass over several tokens rounds otherwise than one over a
 single token; what differs is told, with the number of near ties. Exit status: 0 it holds, 1 it does not, 2 wrong use. What is
-done is kept beside the result file, with .partial behind its name, until all is.
+done is kept beside the result file, as .tmp, until all is.
 """
 
 from __future__ import annotations
@@ -178,7 +178,7 @@ def compare(options: argparse.Namespace) -> int:
     began, facts = time.perf_counter(), machine_facts()
     name = "quality" if options.gsm8k is None else "quality-gsm8k"
     out: Path = options.out or RESULTS / f"{name}-{facts['date']}.json"
-    partial = out.with_name(out.name + ".partial")
+    partial = out.with_suffix(".tmp")
     loads = loads_of(options)
     questions = questions_of(options)
     placement = place(open_model(options.model).checkpoint, engine_config(options, (FULL,), questions))
