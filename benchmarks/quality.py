@@ -28,8 +28,8 @@ far as these tell (1000 resamples of the prompts, the same for every row).
     right       answers to problems whose last number is the right one
 
 Must hold: in float32 all exact answers are identical. In bfloat16 a pass over several tokens rounds otherwise than one over a
-single token; what differs is told, with the number of near ties. Exit status: 0 it holds, 1 it does not, 2 wrong use. What is
-done is kept beside the result file, as .tmp, until all is.
+single token; what differs is told, with the number of near ties. Exit status: 0 it holds, 1 it does not, 2 wrong use. A run
+that was broken off goes on behind the rows that it has: they are kept beside the result file, as .tmp, until that is written.
 """
 
 from __future__ import annotations
@@ -41,8 +41,10 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from decimal import Decimal
+from hashlib import sha256
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from bootstrap import CONFIDENCE, NUM_RESAMPLES, SEED, Figure, figure_of
@@ -60,6 +62,7 @@ from offload_sirius.decode.stats import DecodeStats
 from offload_sirius.engine import Engine, NoProgress, build, open_model
 from offload_sirius.engine.placement import place
 from offload_sirius.errors import USER_ERRORS, PromptError
+from offload_sirius.files import write_whole
 from offload_sirius.sparsity.costs import draft_density
 from offload_sirius_loaders.spec import ModelSpec
 
@@ -175,19 +178,16 @@ def at_least(least: int) -> Callable[[str], int]:
 
 def compare(options: argparse.Namespace) -> int:
     """Returns the exit status."""
-    began, facts = time.perf_counter(), machine_facts()
-    name = "quality" if options.gsm8k is None else "quality-gsm8k"
+    facts, name = machine_facts(), "quality" if options.gsm8k is None else "quality-gsm8k"
     out: Path = options.out or RESULTS / f"{name}-{facts['date']}.json"
-    partial = out.with_suffix(".tmp")
-    loads = loads_of(options)
-    questions = questions_of(options)
+    loads, questions = loads_of(options), questions_of(options)
     placement = place(open_model(options.model).checkpoint, engine_config(options, (FULL,), questions))
-    dtype = placement.planned.dtype
-    result = {
+    settings = {
         "model": placement.planned.spec.name,
         "device": str(placement.device),
-        "dtype": dtype,
+        "dtype": placement.planned.dtype,
         "prompts": (options.gsm8k or options.prompts).name,
+        "prompts_sha256": sha256(repr([question.prompt_ids for question in questions]).encode()).hexdigest(),
         "shots": options.shots if options.gsm8k else None,
         "num_prompts": len(questions),
         "prompt_tokens": [len(question.prompt_ids) for question in questions],
@@ -195,21 +195,56 @@ def compare(options: argparse.Namespace) -> int:
         "window": options.window,
         "intervals": {"confidence": CONFIDENCE, "num_resamples": NUM_RESAMPLES, "seed": SEED},
     }
-    rows: list[Row] = []
+    rows = KeptRows(out.with_suffix(".tmp"), settings)
+    measure(options, loads, questions, rows)
+    found = [rows.rows[label_of(variant)] for variants in loads for variant in variants]
+    held = holds(found, placement.planned.dtype)
+    finish(name, settings | {"rows": [asdict(row) for row in found], "held": held} | facts, out)
+    rows.path.unlink()
+    return HELD if held else NOT_HELD
+
+
+class KeptRows:
+    """Rows on disk, each as soon as it has been measured."""
+
+    def __init__(self, path: Path, settings: dict[str, Any]) -> None:
+        """settings: what all rows depend on; a file that was made with others begins anew."""
+        self.path = path
+        self.rows: dict[str, Row] = {}
+        """By name."""
+        self._settings = settings
+        kept = json.loads(path.read_text()) if path.exists() else {}
+        if kept.get("settings") == settings:
+            self.rows = {each["name"]: row_from(each) for each in kept["rows"]}
+
+    def add(self, row: Row) -> None:
+        self.rows[row.name] = row
+        content = {"settings": self._settings, "rows": [asdict(each) for each in self.rows.values()]}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(self.path, json.dumps(content).encode())
+
+
+def row_from(kept: dict[str, Any]) -> Row:
+    """As it is in JSON."""
+    values: dict[str, Any] = {name: Figure(**value) if isinstance(value, dict) else value for name, value in kept.items()}
+    return Row(**values)
+
+
+def measure(
+    options: argparse.Namespace, loads: Sequence[Sequence[DecodingConfig]], questions: Sequence[Question], rows: KeptRows
+) -> None:
+    """Those rows that are not there yet. The full model's answers are what all others are compared with."""
+    missing = [[variant for variant in variants if label_of(variant) not in rows.rows] for variants in loads]
+    if not any(missing):
+        return
+    missing[0] = [FULL]
     full: list[Answer] = []
     forced: Forced = {}
-    for variants in loads:
+    for variants in filter(None, missing):
         for row, answers in measured(options, variants, questions, full, forced):
             full = full or answers
-            rows.append(row)
+            rows.add(row)
             print(line_of(row), flush=True)
-            partial.parent.mkdir(parents=True, exist_ok=True)
-            partial.write_text(json.dumps(result | {"rows": [asdict(each) for each in rows]} | facts, indent=1) + "\n")
-    held = holds(rows, dtype)
-    result |= {"rows": [asdict(row) for row in rows], "held": held, "seconds": time.perf_counter() - began}
-    finish(name, result | facts, out)
-    partial.unlink(missing_ok=True)
-    return HELD if held else NOT_HELD
 
 
 def holds(rows: Sequence[Row], dtype: str) -> bool:

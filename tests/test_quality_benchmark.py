@@ -182,6 +182,23 @@ def test_an_exact_answer_that_differs_does_not_hold_in_float32(scripts: SimpleNa
     assert scripts.quality.holds([*rows, row("exact", 47 / 48)], "bfloat16")
 
 
+def test_a_run_goes_on_behind_rows_of_the_same_settings(
+    scripts: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sample = ["--num-prompts", "1", "--max-new-tokens", "4", "--window", "2", "--sparsity", "cats", "--keep", "0.5"]
+    monkeypatch.setattr(sys, "argv", ["quality.py", "--model", TINY, "--device", "cpu", *sample])
+    options = scripts.quality.arguments()
+    loads, questions = scripts.quality.loads_of(options), scripts.quality.questions_of(options)
+    scripts.quality.measure(options, loads[:2], questions, scripts.quality.KeptRows(tmp_path / "rows.tmp", {"window": 2}))
+    kept = scripts.quality.KeptRows(tmp_path / "rows.tmp", {"window": 2})
+    before = dict(kept.rows)
+    assert list(before) == ["full", "cats 0.5 sparse", "cats 0.5 sirius exact w2", "cats 0.5 sirius threshold 0.1 w2"]
+    scripts.quality.measure(options, loads, questions, kept)
+    assert list(kept.rows) == [*before, "cats 0.5 sirius exact w2 t4", "cats 0.5 sirius threshold 0.1 w2 t4"]
+    assert all(kept.rows[name] is before[name] for name in before if name != "full")
+    assert not scripts.quality.KeptRows(tmp_path / "rows.tmp", {"window": 3}).rows
+
+
 def test_the_script_keeps_rows_that_a_picture_is_made_of(
     scripts: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
