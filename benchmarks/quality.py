@@ -385,9 +385,9 @@ def forced_to(
     found: list[Nearness] = []
     engine.use_threads(prompt=True)
     with engine.answering(texts) as model:
-        num_together = len(model.slots)
-        for first in range(0, len(texts), num_together):
-            found += nearness(model, model.slots, texts[first : first + num_together], window, num_rows)
+        num_slots = len(model.slots)
+        for first in range(0, len(texts), num_slots):
+            found += nearness(model, model.slots, texts[first : first + num_slots], window, num_rows)
     return found
 
 
