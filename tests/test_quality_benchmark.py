@@ -18,20 +18,21 @@ import offload_sirius
 from offload_sirius.config import DecodingConfig, Sparsity
 from offload_sirius.errors import PromptError
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+ROOT = Path(__file__).parents[1]
+FOLDERS = [str(ROOT / "benchmarks"), str(ROOT / "tools")]
 TINY = "synthetic:tiny?dtype=F32"
 
 
 @pytest.fixture(scope="module")
 def scripts() -> Iterator[SimpleNamespace]:
     """The modules beside the script, as it imports them."""
-    sys.path.insert(0, str(BENCHMARKS))
+    sys.path[:0] = FOLDERS
     import bootstrap
     import forced_text
     import gsm8k
     import own_neurons
     import quality
-    import quality_plot
+    from evidence import quality_plot
 
     yield SimpleNamespace(
         bootstrap=bootstrap,
@@ -41,7 +42,8 @@ def scripts() -> Iterator[SimpleNamespace]:
         quality=quality,
         quality_plot=quality_plot,
     )
-    sys.path.remove(str(BENCHMARKS))
+    for folder in FOLDERS:
+        sys.path.remove(folder)
 
 
 @pytest.mark.parametrize("sparsity", ["griffin", "cats"])

@@ -1,6 +1,6 @@
 """Quality against density, with and without correction: a picture of a result of quality.py.
 
-python benchmarks/quality_plot.py benchmarks/results/quality-DATE.json quality.svg
+python tools/evidence/quality_plot.py benchmarks/results/quality-DATE.json quality.svg
 """
 
 from __future__ import annotations

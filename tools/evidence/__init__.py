@@ -1,0 +1,1 @@
+"""Documents made of the benchmarks' result files."""
