@@ -70,3 +70,10 @@ def test_a_plot_is_stale_when_it_was_drawn_from_something_else(tmp_path: Path, m
     assert plots.is_current(plot)
     plot.path.write_text(plot.path.read_text().replace(plot.mark, "<!-- of something else -->\n"))
     assert not plots.is_current(plot)
+
+
+def test_a_table_without_its_end_is_not_taken_for_one() -> None:
+    import tables
+
+    with pytest.raises(AssertionError, match="without its end"):
+        tables.with_tables("<!-- table: decode -->\nprose\n<!-- table: hotset -->\n<!-- end of table -->\n")

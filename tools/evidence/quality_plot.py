@@ -46,7 +46,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
         for panel, name in zip(panels, names, strict=True):
             draw_panel(panel, result["rows"], name)
             panel.set_ylabel(LABELS[name])
-        panels[-1].set_xlabel("density: parameters computed with for a token, as a share of the model's (log scale)")
+        panels[-1].set_xlabel("density: parameters read for a token, as a share of the model's (log scale)")
         asked = f"{result['num_prompts']} prompts, answers of up to {result['max_new_tokens']} tokens"
         panels[0].set_title(f"{result['model']}, {asked}, windows of {result['window']}", fontsize=10)
         figure.legend(handles=legend_of(result["rows"]), loc="outside lower center", ncols=3, frameon=False)

@@ -252,7 +252,7 @@ def scale() -> list[str]:
         points = [
             point
             for point in result["points"]
-            if (point["sweep"], point["setting"], point["what"]) == (fit["sweep"], fit["setting"], fit["what"])
+            if (point["sweep"], point["setting"]) == (fit["sweep"], fit["setting"]) and fit["what"] in (point["what"], "any")
         ]
         power = fit["power"]
         exponent = (
@@ -273,7 +273,7 @@ def scale() -> list[str]:
 
     head = ["What grows", "Setting", "Pass", "From, to", "Exponent expected", "Fitted", "Plan off by at most"]
     held = [f"- {each['what']}: {each['found']}" for each in result["held"]]
-    return [*table(head, map(cells, result["fits"])), "", *held]
+    return [*table(head, map(cells, result["fits"])), "", *held, ""]
 
 
 TABLES: dict[str, Callable[[], list[str]]] = {
