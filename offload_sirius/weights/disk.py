@@ -226,10 +226,10 @@ class ReaderPool:
         self._jobs: deque[tuple[Job, Fill]] = deque()
         self._mutex = threading.Lock()
         self._wake = threading.Condition(self._mutex)
-        """Told of jobs, of ended reads and of free buffers."""
+        """Told where a reader has something to do."""
         self._arrived: deque[tuple[Job, Fill, npt.NDArray[np.uint8], memoryview]] = deque()
         self._arrival = threading.Condition(self._mutex)
-        """Told of pieces that have been read."""
+        """Told of pieces that have been read, and at the end."""
         self._reading = 0
         self._closed = self._all_read = False
         self._tuner = DepthTuner(num_readers)
@@ -269,7 +269,7 @@ class ReaderPool:
             self._tuner.restart(self.busy_seconds)
 
     def submit(self, jobs: Iterable[Job], on_bytes: Callable[[int], None] | None = None, *, urgent: bool = False) -> Fill:
-        """Queue jobs, behind all others or (urgent) before them. Returns at once; on_bytes is called by the readers."""
+        """Queue jobs, behind all others or (urgent) before them. Returns at once; on_bytes is called as pieces are in place."""
         queued = list(jobs)
         fill = Fill(len(queued), on_bytes)
         with self._mutex:  # not the condition, which keeps its lock where Ctrl-C comes as it is entered
