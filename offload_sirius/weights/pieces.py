@@ -71,8 +71,8 @@ def _element_nbytes(info: TensorInfo) -> int:
 
 
 def reader_nbytes(checkpoint: Checkpoint) -> int:
-    """Host memory for one reader at most: its buffer, and for one who puts pieces in place, of whom there are no more than readers,
-    room to turn a piece, and a decoded piece with what decoding needs beside it."""
+    """Host memory for one reader at most: its buffer, and for one who puts pieces in place (there are no more of them than
+    readers) room to turn a piece, and a decoded piece with what decoding needs beside it."""
     buffer = align(buffer_nbytes(checkpoint), HUGE_PAGE_NBYTES)
     return buffer + PIECE_NBYTES + max(decoding_nbytes(info) for info in checkpoint.infos)
 
