@@ -89,11 +89,11 @@ def llama_cpp(result: Result) -> str:
 
 def sirius_exactness(result: Result) -> str:
     resident, copies = newest("sirius-exactness-resident"), newest("sirius-exactness-copies")
-    left = f", {copies['num_pairs_left']} pairs not met" if copies["num_pairs_left"] else ""
+    left = f", {copies['num_pairs_left']} of whose pairs were not tried" if copies["num_pairs_left"] else ""
     return (
         f"{result['num_equal']} of {result['num_rows']} answers equal, greedy and sampled, resident, over a link and from disk; "
         f"with a hot set (`--draft resident`) {resident['num_equal']} of {resident['num_rows']}; with quantised copies among "
-        f"the settings{left}, {copies['num_equal']} of {copies['num_rows']}"
+        f"the settings {copies['num_equal']} of {copies['num_rows']}{left}"
     )
 
 
@@ -191,14 +191,14 @@ QUESTIONS = [
     ),
     Question(
         text="The ids that llama.cpp gives? SmolLM2-135M's file, its numbers written as F32, 48 prompts of 32 tokens",
-        command="python tools/llama_cpp_ids.py --only F32 --threads 1",
+        command="python tools/llama_cpp_ids.py --only F32 --threads 1 --llama-python PYTHON",
         result="llama-cpp-ids",
         answer=llama_cpp_ids,
     ),
     Question(
         text="Is exact acceptance exact? SmolLM2-135M, float32, mode sirius against mode full, 96 tokens: rows in which every "
         "two of prompt, sparsity, keep, window, tree width, lookup, seed, place and `--quantize` meet",
-        command="python tools/sirius_exactness.py",
+        command="python tools/sirius_exactness.py [--draft resident]",
         result="sirius-exactness",
         answer=sirius_exactness,
     ),

@@ -46,6 +46,12 @@ class Result:
         processor = machine["gpu"] or machine["cpu"].replace("(R)", "").replace(" Processor", "")
         return f"{self.figures['date']}, {processor}"
 
+    @property
+    def source(self) -> list[str]:
+        """Lines below a table: `Measured 2026-11-25, AMD EPYC, by ...`."""
+        by = f", by `{self.figures['command']}`" if "command" in self.figures else ""
+        return ["", f"Measured {self.measured}{by}."]
+
 
 @cache
 def newest(name: str) -> Result:

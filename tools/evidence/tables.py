@@ -29,7 +29,7 @@ def decode() -> list[str]:
         return [*ways, aal, accepted, f"{row['nbytes_per_token'] / 1e6:.0f}", percent(row["agreement"])]
 
     head = ["Draft", "Acceptance rule", "Tree width", "AAL", "Accepted", "MB a token", "Agreement with full"]
-    return table(head, map(cells, result.rows))
+    return [*table(head, map(cells, result.rows)), *result.source]
 
 
 def hotset() -> list[str]:
@@ -47,9 +47,9 @@ def hotset() -> list[str]:
             equal,
         ]
 
-    return table(
-        ["Row", "Times full", "AAL", "MB a token", "Link busy", "Answers that are mode full's"], map(cells, newest("hotset").rows)
-    )
+    result = newest("hotset")
+    head = ["Row", "Times full", "AAL", "MB a token", "Link busy", "Answers that are mode full's"]
+    return [*table(head, map(cells, result.rows)), *result.source]
 
 
 def quantization() -> list[str]:
@@ -68,7 +68,8 @@ def quantization() -> list[str]:
         ]
 
     head = ["Weights", "Same likeliest token", "KL", "Perplexity", "Bytes a weight", "Tokens/s over a link, times bfloat16's"]
-    return table(head, map(cells, newest("quantization").rows))
+    result = newest("quantization")
+    return [*table(head, map(cells, result.rows)), *result.source]
 
 
 def quality() -> list[str]:
@@ -111,7 +112,8 @@ def quality() -> list[str]:
         "AAL",
         "Accepted",
     ]
-    return table(head, map(cells, newest("quality").rows))
+    result = newest("quality")
+    return [*table(head, map(cells, result.rows)), *result.source]
 
 
 def peers() -> list[str]:
@@ -127,10 +129,14 @@ def peers() -> list[str]:
         def scaled(key: str, unit: float, form: str) -> str:
             return f"{row[key] / unit:{form}}" if row.get(key) else ""
 
+        def ratio_cell(row: dict[str, Any]) -> str:
+            ratios = row.get("all_ratios_to_full")
+            return f"{row['ratio_to_full']:.2f} ({min(ratios):.2f} to {max(ratios):.2f})" if ratios else ""
+
         return [
             f"{name}: {said}" if said else name,
             f"{row['seconds_per_token']:.2f} ({min(all_seconds):.2f} to {max(all_seconds):.2f})",
-            scaled("ratio_to_full", 1, ".2f"),
+            ratio_cell(row),
             scaled("first_token_seconds", 1, ".2f"),
             scaled("cgroup_peak_bytes", 1e9, ".2f") or scaled("resident_peak_bytes", 1e9, ".2f"),
             scaled("read_bytes_per_token", 1e9, ".2f"),
@@ -151,7 +157,7 @@ def peers() -> list[str]:
         "GB written before",
         "in s",
     ]
-    return table(head, map(cells, found["rows"]))
+    return [*table(head, map(cells, found["rows"])), *newest("peers").source]
 
 
 def third() -> list[str]:
@@ -171,7 +177,8 @@ def third() -> list[str]:
         ]
 
     head = ["Weights", "Mode full, s a token", "Mode sirius", "Times as fast", "Answers mode full's", "AAL", "Device MB"]
-    return table(head, map(cells, newest("peers")["third"]["rows"]))
+    result = newest("peers")
+    return [*table(head, map(cells, result["third"]["rows"])), *result.source]
 
 
 def paper() -> list[str]:
@@ -217,7 +224,8 @@ def paper() -> list[str]:
         "Link's share of the time",
         "Score",
     ]
-    return table(head, [*map(published_cells, ("full", "sparse", "sirius")), *map(cells, found["rows"])])
+    rows = [*map(published_cells, ("full", "sparse", "sirius")), *map(cells, found["rows"])]
+    return [*table(head, rows), *newest("paper").source]
 
 
 def ablations() -> list[str]:
@@ -241,7 +249,8 @@ def ablations() -> list[str]:
         "Tokens of mode full's answer",
         "Bytes a token, of mode full's",
     ]
-    return table(head, map(cells, newest("paper")["ablations"]["rows"]))
+    result = newest("paper")
+    return [*table(head, map(cells, result["ablations"]["rows"])), *result.source]
 
 
 def scale() -> list[str]:
@@ -273,7 +282,7 @@ def scale() -> list[str]:
 
     head = ["What grows", "Setting", "Pass", "From, to", "Exponent expected", "Fitted", "Plan off by at most"]
     held = [f"- {each['what']}: {each['found']}" for each in result["held"]]
-    return [*table(head, map(cells, result["fits"])), "", *held, ""]
+    return [*table(head, map(cells, result["fits"])), "", *held, *result.source]
 
 
 TABLES: dict[str, Callable[[], list[str]]] = {
