@@ -157,7 +157,13 @@ def peers() -> list[str]:
         "GB written before",
         "in s",
     ]
-    return [*table(head, map(cells, found["rows"])), *newest("peers").source]
+    floors = [
+        f"- {row['name']} takes {row['ratio_to_floor']:.2f} times the raw reads (rounds: "
+        f"{', '.join(format(ratio, '.2f') for ratio in row['all_ratios_to_floor'])})"
+        for row in found["rows"]
+        if row.get("ratio_to_floor")
+    ]
+    return [*table(head, map(cells, found["rows"])), "", *floors, *newest("peers").source]
 
 
 def third() -> list[str]:
