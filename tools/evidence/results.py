@@ -49,7 +49,11 @@ class Result:
     @property
     def source(self) -> list[str]:
         """Lines below a table: `Measured 2026-11-25, AMD EPYC, by ...`."""
-        by = f", by `{self.figures['command']}`" if "command" in self.figures else ""
+        return self.source_of(self.figures)
+
+    def source_of(self, part: dict[str, Any]) -> list[str]:
+        """The same of a part that may have a command of its own."""
+        by = f", by `{part['command']}`" if "command" in part else ""
         return ["", f"Measured {self.measured}{by}."]
 
 

@@ -163,7 +163,7 @@ def peers() -> list[str]:
         for row in found["rows"]
         if row.get("ratio_to_floor")
     ]
-    return [*table(head, map(cells, found["rows"])), "", *floors, *newest("peers").source]
+    return [*table(head, map(cells, found["rows"])), "", *floors, *newest("peers").source_of(found)]
 
 
 def third() -> list[str]:
@@ -184,7 +184,7 @@ def third() -> list[str]:
 
     head = ["Weights", "Mode full, s a token", "Mode sirius", "Times as fast", "Answers mode full's", "AAL", "Device MB"]
     result = newest("peers")
-    return [*table(head, map(cells, result["third"]["rows"])), *result.source]
+    return [*table(head, map(cells, result["third"]["rows"])), *result.source_of(result["third"])]
 
 
 def paper() -> list[str]:
@@ -231,7 +231,7 @@ def paper() -> list[str]:
         "Score",
     ]
     rows = [*map(published_cells, ("full", "sparse", "sirius")), *map(cells, found["rows"])]
-    return [*table(head, rows), *newest("paper").source]
+    return [*table(head, rows), *newest("paper").source_of(found)]
 
 
 def ablations() -> list[str]:
@@ -256,7 +256,7 @@ def ablations() -> list[str]:
         "Bytes a token, of mode full's",
     ]
     result = newest("paper")
-    return [*table(head, map(cells, result["ablations"]["rows"])), *result.source]
+    return [*table(head, map(cells, result["ablations"]["rows"])), *result.source_of(result["ablations"])]
 
 
 def scale() -> list[str]:
