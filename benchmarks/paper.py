@@ -39,13 +39,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from asked import require
+from asked import exit_status, require
 from decode import prompts
 from paper_ablations import LINK_GBPS, paper_ablations
 from paper_table import paper_table
 from report import RESULTS, command_line, finish, machine_facts, parts_of
-
-from offload_sirius.errors import USER_ERRORS
 
 PARTS = {"table": paper_table, "ablations": paper_ablations}
 
@@ -53,14 +51,7 @@ PARTS = {"table": paper_table, "ablations": paper_ablations}
 def main() -> int:
     """Returns the exit status."""
     options = arguments()
-    try:
-        return measure(options)
-    except USER_ERRORS as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted: what is known stands in the result's .partial file", file=sys.stderr)
-        return 130
+    return exit_status(lambda: measure(options))
 
 
 def measure(options: argparse.Namespace) -> int:

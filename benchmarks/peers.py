@@ -40,7 +40,7 @@ from typing import Any
 
 import torch
 from a_third import third_table
-from asked import require
+from asked import exit_status, require
 from children import run_child
 from peer_environments import REQUIREMENTS
 from peer_models import NotPreparedError
@@ -49,26 +49,18 @@ from peer_ways import environment_of
 from report import RESULTS, command_line, finish, machine_facts, parts_of
 
 from offload_sirius.cache import cache_folder
-from offload_sirius.errors import USER_ERRORS
 from offload_sirius.machine import physical_cores
 
 HERE = Path(__file__).resolve().parent
 
-KEPT, BROKEN, NO_CGROUP, INTERRUPTED = 0, 1, 2, 130
+KEPT, BROKEN, NO_CGROUP = 0, 1, 2
 TABLES = ("memory", "third", "link")
 
 
 def main() -> int:
     """Returns the exit status."""
     options = arguments()
-    try:
-        return measure(options)
-    except (*USER_ERRORS, NotPreparedError, OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return NO_CGROUP
-    except KeyboardInterrupt:
-        print("interrupted: what is known stands in the result's .partial file", file=sys.stderr)
-        return INTERRUPTED
+    return exit_status(lambda: measure(options), (NotPreparedError, OSError, ValueError))
 
 
 def arguments() -> argparse.Namespace:

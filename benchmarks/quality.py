@@ -47,6 +47,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from asked import exit_status
 from bootstrap import CONFIDENCE, NUM_RESAMPLES, SEED, Figure, figure_of
 from forced_text import Nearness, Text, nearness
 from gsm8k import STOP, ask, is_right, read_problems
@@ -61,12 +62,12 @@ from offload_sirius.decode.scoring import TokenScore
 from offload_sirius.decode.stats import DecodeStats
 from offload_sirius.engine import Engine, NoProgress, build, open_model
 from offload_sirius.engine.placement import place
-from offload_sirius.errors import USER_ERRORS, PromptError
+from offload_sirius.errors import PromptError
 from offload_sirius.files import write_whole
 from offload_sirius.sparsity.costs import draft_density
 from offload_sirius_loaders.spec import ModelSpec
 
-HELD, NOT_HELD, WRONG_USE = 0, 1, 2
+HELD, NOT_HELD = 0, 1
 ROOT = Path(__file__).parents[1]
 
 
@@ -131,11 +132,7 @@ class Row:
 def main() -> int:
     """Returns the exit status."""
     options = arguments()
-    try:
-        return compare(options)
-    except USER_ERRORS as error:
-        print(f"error: {error}", file=sys.stderr)
-        return WRONG_USE
+    return exit_status(lambda: compare(options))
 
 
 def arguments() -> argparse.Namespace:

@@ -47,7 +47,7 @@ import hotset
 import products
 import stream
 import torch
-from asked import require
+from asked import exit_status, require
 from passes import NUM_PROMPT, NUM_WARMUPS, SinglePasses, loaded, rounds
 from report import RESULTS, finish, machine_facts
 
@@ -252,14 +252,7 @@ PARTS = {
 def main() -> int:
     """Returns the exit status."""
     options = arguments()
-    try:
-        return record(options) if options.record else guard(options)
-    except USER_ERRORS as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted: runs that ended stand in the record's .partial.json", file=sys.stderr)
-        return 130
+    return exit_status(lambda: record(options) if options.record else guard(options))
 
 
 def arguments() -> argparse.Namespace:

@@ -40,7 +40,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any, Literal
 
-from asked import require
+from asked import exit_status, require
 from growth import Line, PowerLaw, beyond_first, line, power_law
 from passes import NUM_PROMPT, NUM_WARMUPS, SinglePasses, Timed, loaded, rounds
 from rates_now import measured_rates
@@ -52,7 +52,6 @@ from offload_sirius.config import DecodingConfig
 from offload_sirius.engine import Engine, NoProgress
 from offload_sirius.engine.placement import find_device
 from offload_sirius.engine.planning import Planned
-from offload_sirius.errors import USER_ERRORS
 from offload_sirius.rates import Rates
 from offload_sirius.weights.predict import predict_draft
 
@@ -341,14 +340,7 @@ SWEEPS: dict[str, Callable[[Scale], Iterator[Point]]] = {
 def main() -> int:
     """Returns the exit status."""
     options = arguments()
-    try:
-        return measure(options)
-    except USER_ERRORS as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted: what is known stands in the result's .partial.json", file=sys.stderr)
-        return 130
+    return exit_status(lambda: measure(options))
 
 
 def arguments() -> argparse.Namespace:

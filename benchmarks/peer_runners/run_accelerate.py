@@ -15,6 +15,7 @@ from pathlib import Path
 import accelerate
 import torch
 import transformers
+from greedy import greedy_answer
 from moments import Moments, report
 
 
@@ -33,26 +34,14 @@ def main() -> None:
     if options.memory is not None:
         placed = {"device_map": "auto", "max_memory": {"cpu": options.memory}, "offload_folder": str(options.offload)}
     model = transformers.AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.bfloat16, **placed)
-    prompt = torch.tensor([[int(each) for each in options.ids.split(",")]])
-    moments.begin()
-    with torch.inference_mode():
-        # Without a padding token it would warn; there is nothing to pad.
-        found = model.generate(
-            prompt,
-            attention_mask=torch.ones_like(prompt),
-            do_sample=False,
-            min_new_tokens=options.new,
-            max_new_tokens=options.new,
-            pad_token_id=0,
-            streamer=moments,
-        )
+    ids = greedy_answer(model, options.ids, options.new, moments)
     places = list(getattr(model, "hf_device_map", {"": "cpu"}).values())
     facts = {
         "versions": {"accelerate": accelerate.__version__, "transformers": transformers.__version__, "torch": torch.__version__},
         "modules_in_memory": sum(str(place) != "disk" for place in places),
         "modules_on_disk": sum(str(place) == "disk" for place in places),
     }
-    report(moments, found[0, prompt.shape[1] :].tolist(), facts)
+    report(moments, ids, facts)
 
 
 if __name__ == "__main__":

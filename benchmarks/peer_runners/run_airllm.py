@@ -14,6 +14,7 @@ from importlib.metadata import version
 
 import torch
 from airllm import AutoModel
+from greedy import greedy_answer
 from moments import Moments, report
 
 
@@ -32,20 +33,9 @@ def main() -> None:
     if options.split:
         print(json.dumps({}))
         return
-    prompt = torch.tensor([[int(each) for each in options.ids.split(",")]])
-    moments.begin()
-    with torch.inference_mode():
-        found = model.generate(
-            prompt,
-            attention_mask=torch.ones_like(prompt),
-            do_sample=False,
-            min_new_tokens=options.new,
-            max_new_tokens=options.new,
-            pad_token_id=0,
-            streamer=moments,
-        )
+    ids = greedy_answer(model, options.ids, options.new, moments)
     versions = {name: version(name) for name in ("airllm", "transformers", "accelerate", "torch")}
-    report(moments, found[0, prompt.shape[1] :].tolist(), {"versions": versions})
+    report(moments, ids, {"versions": versions})
 
 
 if __name__ == "__main__":
