@@ -43,7 +43,7 @@ def main() -> int:
         transformer.prefill(torch.arange(1, PROMPT_TOKENS + 1))
         with torch.inference_mode():
             hidden = engine._streamer.embed(torch.tensor([1]))
-            chunk = transformer._line(hidden, transformer.cache.length)
+            chunk = transformer._line(transformer.cache, hidden, transformer.cache.length)
             launched = median_seconds(lambda: transformer._pass([chunk], transformer._dense))
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):

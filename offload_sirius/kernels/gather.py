@@ -15,7 +15,11 @@ import torch
 from torch import Tensor
 
 BLOCK_NBYTES = 8192
-"""Of a record, read by one program: enough programs to have many reads under way, as each takes microseconds over a link."""
+"""Of a record, read by a program at once."""
+
+MAX_PROGRAMS = 64
+"""Half a MiB under way keeps a link busy whose reads take microseconds, and leaves a GPU to whoever computes beside it: with a
+program for each block, products of an H200 waited for the whole of the gathering."""
 
 
 def has_triton() -> bool:
@@ -43,9 +47,10 @@ def gather(records: Tensor, indices: Tensor, kept: Tensor) -> None:
     words_in, words_out = records.view(word), kept.view(word)  # [F, R] -> [F, words], [N, R] -> [N, words]
     num_words = words_in.shape[1]
     block = BLOCK_NBYTES // word.itemsize
-    grid = (len(indices), math.ceil(num_words / block))
+    num_blocks = len(indices) * math.ceil(num_words / block)
+    num_programs = min(num_blocks, MAX_PROGRAMS)
     with torch.cuda.device_of(kept):  # the current device is where Triton runs it
-        _kernel()[grid](words_in, indices, words_out, num_words, BLOCK=block)
+        _kernel()[(num_programs,)](words_in, indices, words_out, num_words, num_blocks, num_programs, BLOCK=block)
 
 
 def _widest_word(records: Tensor, kept: Tensor) -> torch.dtype:
@@ -63,11 +68,21 @@ def _kernel() -> Any:
 
     # No annotations but constexpr: the compiler evaluates them, and knows no names but its own.
     @triton.jit  # type: ignore[untyped-decorator]
-    def gather_records(records, indices, kept, num_words, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: N803
-        row = tl.program_id(0).to(tl.int64)
-        record = tl.load(indices + row)
-        words = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-        inside = words < num_words
-        tl.store(kept + row * num_words + words, tl.load(records + record * num_words + words, mask=inside), mask=inside)
+    def gather_records(  # type: ignore[no-untyped-def]
+        records,
+        indices,
+        kept,
+        num_words,
+        num_blocks,
+        num_programs,
+        BLOCK: tl.constexpr,  # noqa: N803
+    ):
+        blocks_of_row = tl.cdiv(num_words, BLOCK)
+        for block in range(tl.program_id(0), num_blocks, num_programs):
+            row = (block // blocks_of_row).to(tl.int64)
+            record = tl.load(indices + row)
+            words = block % blocks_of_row * BLOCK + tl.arange(0, BLOCK)
+            inside = words < num_words
+            tl.store(kept + row * num_words + words, tl.load(records + record * num_words + words, mask=inside), mask=inside)
 
     return gather_records

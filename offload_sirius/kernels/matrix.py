@@ -15,7 +15,7 @@ from offload_sirius.kernels.block_products import block_down, block_linear, bloc
 from offload_sirius.kernels.blocks import BlockRows, NeuronRows
 from offload_sirius.kernels.cpu import Activation
 from offload_sirius.kernels.packed import QuantizedRows
-from offload_sirius.kernels.quantized import quantized_down, quantized_gate_up, quantized_linear
+from offload_sirius.kernels.quantized import quantized_down, quantized_gate_up, quantized_linear, quantized_weights
 from offload_sirius.quantization import FEW_TOKENS, UNPACKED_ROWS
 
 Matrix = Tensor | QuantizedRows | BlockRows | NeuronRows
@@ -81,7 +81,7 @@ def _few_combined(z: Tensor, matrix: Coded) -> Tensor:
 
 
 def _weights(rows: Coded, dtype: torch.dtype) -> Tensor:
-    return rows.dequantised().to(dtype) if isinstance(rows, QuantizedRows) else block_weights(rows, dtype)
+    return quantized_weights(rows, dtype) if isinstance(rows, QuantizedRows) else block_weights(rows, dtype)
 
 
 def _by_tiles(x: Tensor, matrix: Tensor) -> bool:

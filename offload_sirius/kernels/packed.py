@@ -86,6 +86,17 @@ class QuantizedRows:
         numbers = torch.cat((blocks & 15, blocks >> 4), dim=2).flatten(1)[:, : self.width].float()  # -> [N, blocks, 32] -> [N, D]
         return numbers.sub_(self._spread(self.zeros.float() / ZERO_STEPS)).mul_(scales)
 
+    def without_outliers_at(self, places: Tensor) -> Tensor:
+        """The same at one place of each row, int64 [N, 1] -> float32 [N, 1]."""
+        groups = places // self.form.group
+        scales = self.scales.gather(1, groups).float()
+        if self.form.kind == "int8":
+            return self.integers.gather(1, places) * scales
+        blocks, index = places // BLOCK, places % BLOCK
+        pairs = self.integers.gather(1, blocks * (BLOCK // 2) + index % (BLOCK // 2))
+        numbers = torch.where(index < BLOCK // 2, pairs & 15, pairs >> 4).float()
+        return numbers.sub_(self.zeros.gather(1, groups).float() / ZERO_STEPS).mul_(scales)
+
     def _spread(self, each: Tensor) -> Tensor:
         """One number a group, [N, groups] -> one a weight, [N, D]."""
         return each.repeat_interleave(self.form.group, dim=1)[:, : self.width]

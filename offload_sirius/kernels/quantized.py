@@ -10,6 +10,7 @@ no layers.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import get_args
 
 import torch
@@ -20,6 +21,7 @@ from offload_sirius.kernels import cpu
 from offload_sirius.kernels.cpu import Activation
 from offload_sirius.kernels.gather import has_triton
 from offload_sirius.kernels.packed import QuantizedRows
+from offload_sirius.quantization import UNPACKED_ROWS
 
 ACTIVATIONS: tuple[Activation, ...] = get_args(Activation)
 
@@ -63,18 +65,29 @@ def quantized_gate_up(
 def quantized_down(z: Tensor, rows: QuantizedRows) -> Tensor:
     """y = z rows: z [S, N] of any float type -> float32 [S, D].
 
-    On a GPU weights are rounded to the type of z.
+    On a GPU, of more than one token, weights are rounded to the type of z, and so are sums over some rows.
     """
     if _on_gpu(z):
         from offload_sirius.kernels import quantized_gpu
 
-        return quantized_gpu.down(_contiguous(z), rows)
+        if z.shape[0] == 1:
+            return quantized_gpu.down_of_one(_contiguous(z), rows)
+        return _down_in_parts(z, rows, UNPACKED_ROWS, lambda part: quantized_gpu.weights(part, z.dtype))
     return cpu.down(z, rows) if _by_library(z) else down_reference(z, rows)
+
+
+def quantized_weights(rows: QuantizedRows, dtype: torch.dtype) -> Tensor:
+    """The weights that rows stand for, rounded to a type: [N, D]."""
+    if _on_gpu(rows.rows):
+        from offload_sirius.kernels import quantized_gpu
+
+        return quantized_gpu.weights(rows, dtype)
+    return rows.dequantised().to(dtype)
 
 
 def linear_reference(x: Tensor, rows: QuantizedRows) -> Tensor:
     """quantized_linear in torch."""
-    parts = [functional.linear(x.float(), part.dequantised()) for part in _parts(rows)]
+    parts = [functional.linear(x.float(), part.dequantised()) for part in _parts(rows, REFERENCE_ROWS)]
     return torch.cat(parts, dim=1) if parts else x.new_empty(x.shape[0], 0, dtype=torch.float32)
 
 
@@ -85,9 +98,14 @@ def gate_up_reference(x: Tensor, gate: QuantizedRows, up: QuantizedRows, activat
 
 def down_reference(z: Tensor, rows: QuantizedRows) -> Tensor:
     """quantized_down in torch."""
+    return _down_in_parts(z.float(), rows, REFERENCE_ROWS, QuantizedRows.dequantised)
+
+
+def _down_in_parts(z: Tensor, rows: QuantizedRows, most_rows: int, weights: Callable[[QuantizedRows], Tensor]) -> Tensor:
+    """Weights of some rows at a time, in the type of z."""
     y = z.new_zeros(z.shape[0], rows.width, dtype=torch.float32)
-    for part, values in zip(_parts(rows), z.float().split(REFERENCE_ROWS, dim=1), strict=False):
-        y += values @ part.dequantised()
+    for part, values in zip(_parts(rows, most_rows), z.split(most_rows, dim=1), strict=False):
+        y += values @ weights(part)
     return y
 
 
@@ -111,5 +129,5 @@ def _contiguous(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 else x.contiguous()
 
 
-def _parts(rows: QuantizedRows) -> list[QuantizedRows]:
-    return [rows[start : start + REFERENCE_ROWS] for start in range(0, len(rows), REFERENCE_ROWS)]
+def _parts(rows: QuantizedRows, most_rows: int) -> list[QuantizedRows]:
+    return [rows[start : start + most_rows] for start in range(0, len(rows), most_rows)]

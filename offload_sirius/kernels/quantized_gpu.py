@@ -2,20 +2,25 @@
 
 Importing this file imports Triton: whoever needs it does so when it is first called. Knows no layers.
 
-A product goes group by group. Integers meet the tokens in the tokens' type, which holds them exactly, and scales come in where
-sums are float32 already:
+A product goes group by group. For one token, which is bound by memory, everything is float32. For more of them integers meet the
+tokens in the tokens' type, which holds them exactly, on tensor cores, and scales come in where sums are float32 already:
 
     y += scale * (x . q - zero * sum(x))
 
-`down` sums over rows, each with its own scale, so there weights are rounded to the type of z. A program of it takes some of the
-rows; how many there are depends on the number of rows alone, and their sums are added in order.
+A down projection sums over rows, each with its own scale: for more than one token whoever calls has the weights written and
+multiplies by torch, which was faster here than a kernel that does both (0.4 and 0.9 ms for 17 tokens and 28672 rows of 8192 on an
+H200). A program of it takes some of the rows; how many there are depends on the number of rows alone, and their sums are added in
+order.
+
+Sizes of programs are fixed. They are what was fastest on an H200; to try several on every new shape would take seconds before the
+first token, and memory of the device that no plan knows of.
 """
 
-# ruff: noqa: N803  # what the compiler replaces by its value is written in capitals, as everywhere in Triton
+# ruff: noqa: N803, N806  # what the compiler replaces by its value is written in capitals, as everywhere in Triton
 
 from __future__ import annotations
 
-import os
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,81 +33,118 @@ from offload_sirius.kernels.packed import QuantizedRows
 
 MAX_TOKENS_OF_PROGRAM = 64
 
-DOWN_COLUMNS, DOWN_ROWS = 128, 32
-"""Of a program's step: 64 bytes of an int4 row, and as many rows as a tensor core's product wants at least twice."""
 
-MAX_DOWN_PARTS = 8
-"""Columns alone are too few programs for a large GPU."""
+@dataclass(frozen=True)
+class Size:
+    """Of a program for one token."""
+
+    rows: int
+    """Of a step."""
+    unroll: int
+    """Steps whose loads are under way together."""
+    warps: int
+
+
+LINEAR_SIZE, DOWN_SIZE = Size(rows=16, unroll=8, warps=4), Size(rows=16, unroll=2, warps=2)
+
+MAX_DOWN_PARTS = 64
+"""Groups of columns alone are too few programs for a large GPU."""
+
+FEW_ROWS = 8192
+"""Below so many, programs of many rows each are too few for one."""
+
+WEIGHTS_ROWS = 32
+"""Whose weights a program writes, of one group."""
 
 
 def linear(x: Tensor, rows: QuantizedRows) -> Tensor:
     """x [S, D] -> float32 [S, N]; see quantized.py."""
-    out = torch.empty(x.shape[0], len(rows), device=x.device)
-    _launch(x, rows, rows, out, "none")
-    return out
+    return _linear(x, rows, rows, "none")
 
 
 def gate_up(x: Tensor, gate: QuantizedRows, up: QuantizedRows, activation: Activation) -> Tensor:
     """x [S, D] -> float32 [S, N]; see quantized.py."""
-    out = torch.empty(x.shape[0], len(gate), device=x.device)
-    _launch(x, gate, up, out, activation)
+    return _linear(x, gate, up, activation)
+
+
+def down_of_one(z: Tensor, rows: QuantizedRows) -> Tensor:
+    """z [1, N] -> float32 [1, D]; see quantized.py."""
+    num_rows, step = len(rows), DOWN_SIZE.rows * DOWN_SIZE.unroll
+    num_parts = max(1, min(MAX_DOWN_PARTS, num_rows // (4 * step)))
+    parts = torch.empty(num_parts, rows.width, device=z.device)
+    if parts.numel() == 0 or num_rows == 0:
+        return parts.zero_().sum(0, keepdim=True)
+    with torch.cuda.device_of(z):  # the current device is where Triton runs it
+        _down_of_one[rows.form.num_groups(rows.width), num_parts](
+            z,
+            *_views(rows),
+            parts,
+            num_rows,
+            rows.width,
+            -(-num_rows // (num_parts * step)) * step,
+            **_form(rows),
+            BLOCK_ROWS=DOWN_SIZE.rows,
+            UNROLL=DOWN_SIZE.unroll,
+            num_warps=DOWN_SIZE.warps,
+        )
+    return parts.sum(0, keepdim=True)
+
+
+def weights(rows: QuantizedRows, dtype: torch.dtype) -> Tensor:
+    """The weights that rows stand for, rounded to a type: [N, D]."""
+    out = torch.empty(len(rows), rows.width, dtype=dtype, device=rows.rows.device)
+    if out.numel() == 0:
+        return out
+    with torch.cuda.device_of(out):  # the current device is where Triton runs it
+        _weights[-(-len(rows) // WEIGHTS_ROWS), rows.form.num_groups(rows.width)](
+            *_views(rows), out, len(rows), rows.width, **_form(rows), BLOCK_ROWS=WEIGHTS_ROWS
+        )
     return out
 
 
-def down(z: Tensor, rows: QuantizedRows) -> Tensor:
-    """z [S, N] -> float32 [S, D]; see quantized.py."""
-    num_tokens, num_rows = z.shape
-    num_parts = max(1, min(MAX_DOWN_PARTS, num_rows // (4 * DOWN_ROWS)))
-    parts = torch.empty(num_parts, num_tokens, rows.width, device=z.device)
-    if parts.numel() == 0 or num_rows == 0:
-        return parts.zero_().sum(0)
-    block_tokens = _block_tokens(num_tokens)
-    rows_of_part = -(-num_rows // (num_parts * DOWN_ROWS)) * DOWN_ROWS
-    grid = (-(-rows.width // DOWN_COLUMNS), num_parts, -(-num_tokens // block_tokens))
-    with torch.cuda.device_of(z):  # the current device is where Triton runs it
-        _down_rows[grid](
-            z,
-            z.stride(0),
-            *_views(rows),
-            parts,
-            num_tokens,
-            num_rows,
-            rows.width,
-            rows_of_part,
-            INT4=rows.form.kind == "int4",
-            GROUP=rows.form.group,
-            BLOCK_TOKENS=block_tokens,
-            BLOCK_COLUMNS=DOWN_COLUMNS,
-            BLOCK_ROWS=DOWN_ROWS,
-        )
-    return parts.sum(0)
-
-
-def _launch(x: Tensor, gate: QuantizedRows, up: QuantizedRows, out: Tensor, activation: str) -> None:
+def _linear(x: Tensor, gate: QuantizedRows, up: QuantizedRows, activation: str) -> Tensor:
+    """activation: none where gate's product is all."""
+    num_tokens, num_rows = x.shape[0], len(gate)
+    out = torch.empty(num_tokens, num_rows, device=x.device)
     if out.numel() == 0:
-        return
-    num_tokens, num_rows = out.shape
-    block_tokens = _block_tokens(num_tokens)
+        return out
+    matrices = (*_views(gate), *_views(up), out)
     with torch.cuda.device_of(x):  # the current device is where Triton runs it
-        _linear_rows[lambda tuned: (-(-num_rows // tuned["BLOCK_ROWS"]), -(-num_tokens // block_tokens))](
-            x,
-            x.stride(0),
-            *_views(gate),
-            *_views(up),
-            out,
-            num_tokens,
-            num_rows,
-            gate.width,
-            ACTIVATION=activation,
-            INT4=gate.form.kind == "int4",
-            GROUP=gate.form.group,
-            BLOCK_TOKENS=block_tokens,
-        )
+        if num_tokens == 1:
+            _linear_of_one[(-(-num_rows // LINEAR_SIZE.rows),)](
+                x,
+                *matrices,
+                num_rows,
+                gate.width,
+                ACTIVATION=activation,
+                **_form(gate),
+                BLOCK_ROWS=LINEAR_SIZE.rows,
+                UNROLL=LINEAR_SIZE.unroll,
+                num_warps=LINEAR_SIZE.warps,
+            )
+        else:
+            # A product on tensor cores has 16 tokens at least.
+            block_tokens = max(16, min(MAX_TOKENS_OF_PROGRAM, 1 << (num_tokens - 1).bit_length()))
+            block_rows, stages = (128, 3) if num_rows >= FEW_ROWS else (32, 4)
+            _linear_rows[-(-num_rows // block_rows), -(-num_tokens // block_tokens)](
+                x,
+                x.stride(0),
+                *matrices,
+                num_tokens,
+                num_rows,
+                gate.width,
+                ACTIVATION=activation,
+                **_form(gate),
+                BLOCK_TOKENS=block_tokens,
+                BLOCK_ROWS=block_rows,
+                num_warps=4,
+                num_stages=stages,
+            )
+    return out
 
 
-def _block_tokens(num_tokens: int) -> int:
-    """Tokens of a program: a product on tensor cores has 16 at least."""
-    return max(16, min(MAX_TOKENS_OF_PROGRAM, 1 << (num_tokens - 1).bit_length()))
+def _form(rows: QuantizedRows) -> dict[str, Any]:
+    return {"INT4": rows.form.kind == "int4", "GROUP": rows.form.group}
 
 
 def _views(rows: QuantizedRows) -> tuple[Tensor, int, Tensor, int, Tensor, Tensor, Tensor]:
@@ -113,17 +155,6 @@ def _views(rows: QuantizedRows) -> tuple[Tensor, int, Tensor, int, Tensor, Tenso
     integers, scales = rows.integers, rows.scales
     zeros = rows.zeros if rows.form.kind == "int4" else integers
     return integers, integers.stride(0), scales, scales.stride(0), zeros, rows.outlier_places, rows.outlier_rests
-
-
-def _configs() -> list[Any]:
-    """Which sizes are tried on a new shape; the interpreter can measure nothing."""
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        return [triton.Config({"BLOCK_ROWS": 16})]
-    return [
-        triton.Config({"BLOCK_ROWS": rows}, num_warps=warps, num_stages=stages)
-        for rows, warps in ((16, 2), (32, 4), (64, 4), (128, 8))
-        for stages in (2, 4)
-    ]
 
 
 # No annotations but constexpr: the compiler evaluates them, and knows no names but its own.
@@ -186,10 +217,6 @@ def _activated(g, ACTIVATION: tl.constexpr):  # type: ignore[no-untyped-def]
         return g * (1 - 1 / (tl.exp(2 * u) + 1))
 
 
-# Not tuned anew for each number of rows: a draft keeps other neurons for each token.
-@triton.autotune(  # type: ignore[untyped-decorator]
-    configs=_configs(), key=["width", "ACTIVATION", "INT4", "GROUP", "BLOCK_TOKENS"]
-)
 @triton.jit  # type: ignore[untyped-decorator]
 def _linear_rows(  # type: ignore[no-untyped-def]
     x,
@@ -262,9 +289,152 @@ def _linear_rows(  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _down_rows(  # type: ignore[no-untyped-def]
+def _one_token_group(  # type: ignore[no-untyped-def]
+    x,
+    integers,
+    scales,
+    zeros,
+    inside,
+    group,
+    width,
+    INT4: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    # integers, ...: pointers to rows, [N, 1]. -> float32 [N, GROUP] or, two weights in one, [N, GROUP / 2]: this group's products
+    if INT4:
+        # Byte i of a block of 16 holds the block's integers i and 16 + i.
+        index = tl.arange(0, GROUP // 2)
+        column = group * GROUP + index // 16 * 32 + index % 16
+        low = tl.load(x + column, mask=column < width, other=0).to(tl.float32)[None, :]
+        high = tl.load(x + column + 16, mask=column + 16 < width, other=0).to(tl.float32)[None, :]
+        # The last block is there as a whole, those behind it are not.
+        there = group * GROUP + index // 16 * 32 < width
+        both = tl.load(integers + (group * (GROUP // 2) + index)[None, :], mask=inside & there[None, :], other=0)
+        scale = tl.load(scales + group, mask=inside, other=0).to(tl.float32)
+        zero = tl.load(zeros + group, mask=inside, other=0).to(tl.float32) * 0.0625
+        return (((both & 15).to(tl.float32) - zero) * low + ((both >> 4).to(tl.float32) - zero) * high) * scale
+    else:
+        column = group * GROUP + tl.arange(0, GROUP)
+        values = tl.load(x + column, mask=column < width, other=0).to(tl.float32)[None, :]
+        numbers = tl.load(integers + column[None, :], mask=inside & (column < width)[None, :], other=0)
+        scale = tl.load(scales + group, mask=inside, other=0).to(tl.float32)
+        return numbers.to(tl.float32) * values * scale
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _one_token_rows(  # type: ignore[no-untyped-def]
+    x,
+    integers,
+    stride,
+    scales,
+    scales_stride,
+    zeros,
+    places,
+    rests,
+    row,
+    inside,
+    width,
+    INT4: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    UNROLL: tl.constexpr,
+):
+    # row, inside: [N]. -> float32 [N]
+    HALF: tl.constexpr = GROUP // 2 if INT4 else GROUP
+    sums = tl.zeros((BLOCK_ROWS, HALF), dtype=tl.float32)
+    num_groups = tl.cdiv(width, GROUP)
+    rows_inside = inside[:, None]
+    for first in range(0, num_groups, UNROLL):
+        for offset in tl.static_range(UNROLL):
+            group = first + offset
+            sums += _one_token_group(
+                x,
+                integers + row[:, None] * stride,
+                scales + row[:, None] * scales_stride,
+                zeros + row[:, None] * stride,
+                rows_inside & (group < num_groups),
+                group,
+                width,
+                INT4,
+                GROUP,
+            )
+    at = row * scales_stride
+    column = tl.load(places + at, mask=inside, other=0).to(tl.int32) & 0xFFFF
+    rest = tl.load(rests + at, mask=inside, other=0).to(tl.float32)
+    # Bytes from a file may say anything: a place behind the end is nowhere.
+    value = tl.load(x + column, mask=inside & (column < width), other=0).to(tl.float32)
+    return tl.sum(sums, 1) + value * rest
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _linear_of_one(  # type: ignore[no-untyped-def]
+    x,
+    gate_integers,
+    gate_stride,
+    gate_scales,
+    gate_scales_stride,
+    gate_zeros,
+    gate_places,
+    gate_rests,
+    up_integers,
+    up_stride,
+    up_scales,
+    up_scales_stride,
+    up_zeros,
+    up_places,
+    up_rests,
+    out,
+    num_rows,
+    width,
+    ACTIVATION: tl.constexpr,
+    INT4: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    UNROLL: tl.constexpr,
+):
+    place = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    inside, row = place < num_rows, place.to(tl.int64)
+    y = _one_token_rows(
+        x,
+        gate_integers,
+        gate_stride,
+        gate_scales,
+        gate_scales_stride,
+        gate_zeros,
+        gate_places,
+        gate_rests,
+        row,
+        inside,
+        width,
+        INT4,
+        GROUP,
+        BLOCK_ROWS,
+        UNROLL,
+    )
+    if ACTIVATION != "none":
+        y = _activated(y, ACTIVATION) * _one_token_rows(
+            x,
+            up_integers,
+            up_stride,
+            up_scales,
+            up_scales_stride,
+            up_zeros,
+            up_places,
+            up_rests,
+            row,
+            inside,
+            width,
+            INT4,
+            GROUP,
+            BLOCK_ROWS,
+            UNROLL,
+        )
+    tl.store(out + place, y, mask=inside)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _down_of_one(  # type: ignore[no-untyped-def]
     z,
-    z_stride,
     integers,
     stride,
     scales,
@@ -273,54 +443,87 @@ def _down_rows(  # type: ignore[no-untyped-def]
     places,
     rests,
     parts,
-    num_tokens,
     num_rows,
     width,
     rows_of_part,
     INT4: tl.constexpr,
     GROUP: tl.constexpr,
-    BLOCK_TOKENS: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    UNROLL: tl.constexpr,
+):
+    # A program has the columns of one group, so that a row's scale meets the token's number.
+    group, part = tl.program_id(0), tl.program_id(1)
+    if INT4:
+        index = tl.arange(0, GROUP // 2)
+        column = group * GROUP + index // 16 * 32 + index % 16
+        there = (group * GROUP + index // 16 * 32 < width)[None, :]
+        byte = group * (GROUP // 2) + index
+        low = tl.zeros((BLOCK_ROWS, GROUP // 2), dtype=tl.float32)
+        high = tl.zeros((BLOCK_ROWS, GROUP // 2), dtype=tl.float32)
+    else:
+        column = group * GROUP + tl.arange(0, GROUP)
+        there = (column < width)[None, :]
+        byte = column
+        low = tl.zeros((BLOCK_ROWS, GROUP), dtype=tl.float32)
+    shift = tl.zeros((BLOCK_ROWS, 1), dtype=tl.float32)
+    end = tl.minimum(num_rows, (part + 1) * rows_of_part)
+    for first in range(part * rows_of_part, end, BLOCK_ROWS * UNROLL):
+        for offset in tl.static_range(UNROLL):
+            place = (first + offset * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS))[:, None]
+            inside = place < end
+            row = place.to(tl.int64)
+            value = tl.load(z + place, mask=inside, other=0).to(tl.float32)
+            scale = tl.load(scales + row * scales_stride + group, mask=inside, other=0).to(tl.float32) * value
+            outlier = tl.load(places + row * scales_stride, mask=inside, other=0).to(tl.int32) & 0xFFFF
+            rest = tl.load(rests + row * scales_stride, mask=inside, other=0).to(tl.float32) * value
+            numbers = tl.load(integers + row * stride + byte[None, :], mask=inside & there, other=0)
+            if INT4:
+                zero = tl.load(zeros + row * stride + group, mask=inside, other=0).to(tl.float32) * 0.0625
+                shift += zero * scale
+                low += (numbers & 15).to(tl.float32) * scale + tl.where(column[None, :] == outlier, rest, 0)
+                high += (numbers >> 4).to(tl.float32) * scale + tl.where(column[None, :] + 16 == outlier, rest, 0)
+            else:
+                low += numbers.to(tl.float32) * scale + tl.where(column[None, :] == outlier, rest, 0)
+    out = parts + part.to(tl.int64) * width + column
+    tl.store(out, tl.sum(low - shift, 0), mask=column < width)
+    if INT4:
+        tl.store(out + 16, tl.sum(high - shift, 0), mask=column + 16 < width)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _weights(  # type: ignore[no-untyped-def]
+    integers,
+    stride,
+    scales,
+    scales_stride,
+    zeros,
+    places,
+    rests,
+    out,
+    num_rows,
+    width,
+    INT4: tl.constexpr,
+    GROUP: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
 ):
-    first_column, part = tl.program_id(0) * BLOCK_COLUMNS, tl.program_id(1)
-    token = tl.program_id(2) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
-    z_inside = (token < num_tokens)[:, None]
-    z_rows = z + token.to(tl.int64)[:, None] * z_stride
+    # int4: byte i of a block of 16 holds the block's integers i and 16 + i.
+    place, group = (tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS))[:, None], tl.program_id(1)
+    inside, row = place < num_rows, place.to(tl.int64)
+    scale = tl.load(scales + row * scales_stride + group, mask=inside, other=0).to(tl.float32)
+    outlier = tl.load(places + row * scales_stride, mask=inside, other=0).to(tl.int32) & 0xFFFF
+    rest = tl.load(rests + row * scales_stride, mask=inside, other=0).to(tl.float32)
     if INT4:
-        # Byte i of a block of 16 holds the block's integers i and 16 + i; both are of one group.
-        index = tl.arange(0, BLOCK_COLUMNS // 2)
-        column = first_column + index // 16 * 32 + index % 16
-        there = first_column + index // 16 * 32 < width
-        byte = first_column // 2 + index
-        high = tl.zeros((BLOCK_TOKENS, BLOCK_COLUMNS // 2), dtype=tl.float32)
-        low = tl.zeros((BLOCK_TOKENS, BLOCK_COLUMNS // 2), dtype=tl.float32)
+        index = tl.arange(0, GROUP // 2)[None, :]
+        column = group * GROUP + index // 16 * 32 + index % 16
+        there = inside & (group * GROUP + index // 16 * 32 < width)
+        both = tl.load(integers + row * stride + group * (GROUP // 2) + index, mask=there, other=0)
+        zero = tl.load(zeros + row * stride + group, mask=inside, other=0).to(tl.float32) * 0.0625
+        low = ((both & 15).to(tl.float32) - zero) * scale + tl.where(column == outlier, rest, 0)
+        high = ((both >> 4).to(tl.float32) - zero) * scale + tl.where(column + 16 == outlier, rest, 0)
+        tl.store(out + row * width + column, low, mask=inside & (column < width))
+        tl.store(out + row * width + column + 16, high, mask=inside & (column + 16 < width))
     else:
-        column = first_column + tl.arange(0, BLOCK_COLUMNS)
-        there = column < width
-        byte = column
-        low = tl.zeros((BLOCK_TOKENS, BLOCK_COLUMNS), dtype=tl.float32)
-    for first in range(part * rows_of_part, tl.minimum(num_rows, (part + 1) * rows_of_part), BLOCK_ROWS):
-        place = first + tl.arange(0, BLOCK_ROWS)
-        inside = place < num_rows
-        row = place.to(tl.int64)
-        values = tl.load(z_rows + place[None, :], mask=z_inside & inside[None, :], other=0)
-        mask = inside[:, None] & there[None, :]
-        numbers = tl.load(integers + row[:, None] * stride + byte[None, :], mask=mask, other=0)
-        group = (column // GROUP)[None, :]
-        scale = tl.load(scales + row[:, None] * scales_stride + group, mask=mask, other=0).to(tl.float32)
-        outlier = tl.load(places + row * scales_stride, mask=inside, other=0).to(tl.int32)[:, None] & 0xFFFF
-        rest = tl.load(rests + row * scales_stride, mask=inside, other=0).to(tl.float32)[:, None]
-        if INT4:
-            zero = tl.load(zeros + row[:, None] * stride + group, mask=mask, other=0).to(tl.float32) * 0.0625
-            lows = ((numbers & 15).to(tl.float32) - zero) * scale + tl.where(column[None, :] == outlier, rest, 0)
-            highs = ((numbers >> 4).to(tl.float32) - zero) * scale + tl.where(column[None, :] + 16 == outlier, rest, 0)
-            low = tl.dot(values, lows.to(values.dtype), low, input_precision="ieee")
-            high = tl.dot(values, highs.to(values.dtype), high, input_precision="ieee")
-        else:
-            weights = numbers.to(tl.float32) * scale + tl.where(column[None, :] == outlier, rest, 0)
-            low = tl.dot(values, weights.to(values.dtype), low, input_precision="ieee")
-    out = parts + (part * num_tokens + token).to(tl.int64)[:, None] * width + column[None, :]
-    tl.store(out, low, mask=z_inside & (column < width)[None, :])
-    if INT4:
-        tl.store(out + 16, high, mask=z_inside & (column + 16 < width)[None, :])
+        column = group * GROUP + tl.arange(0, GROUP)[None, :]
+        numbers = tl.load(integers + row * stride + column, mask=inside & (column < width), other=0)
+        value = numbers.to(tl.float32) * scale + tl.where(column == outlier, rest, 0)
+        tl.store(out + row * width + column, value, mask=inside & (column < width))

@@ -147,11 +147,13 @@ class CudaUplink:
         if not (has_triton() and self.reads(records)):
             gathered = records.index_select(0, neuron_ids)
             return self.upload(gathered, destination, last_use=last_use, name=name)
-        indices = neuron_ids.to(self._device)
         rows, place = records.flatten(1), destination.flatten(1)  # [F, R], [N, R]
-        event = self._queue(lambda: gather(rows, indices, place), destination.nbytes, last_use, name)
-        indices.record_stream(self._stream)
-        return event
+
+        def copy() -> None:
+            # On the copy stream too, and out of pinned memory, so that the host waits for nothing.
+            gather(rows, neuron_ids.pin_memory().to(self._device, non_blocking=True), place)
+
+        return self._queue(copy, destination.nbytes, last_use, name)
 
     def _queue(self, copy: Callable[[], object], nbytes: int, last_use: Event, name: str) -> CudaEvent:
         """Have the copy stream do it once the destination's last use is over."""

@@ -39,7 +39,10 @@ BETA = 3.0
 """How soon a residual counts as an outlier: one below beta^(-2/3), half a step, is none."""
 
 CHUNK_WEIGHTS = 1 << 16
-"""Weights that are worked on at once: some copies of them stay in a core's cache."""
+"""Weights that a core works on at once: some copies of them stay in its cache."""
+
+DEVICE_CHUNK_WEIGHTS = 1 << 20
+"""The same of a GPU, for which fewer would be launches and little else; the copies are some 60 MB."""
 
 MAX_INT8, MAX_INT4 = 127, 15
 SMALLEST_SCALE = 2.0**-24
@@ -65,13 +68,18 @@ def quantise_rows(weights: Tensor, form: WeightFormat, out: Tensor | None = None
     num_rows, width = weights.shape
     if out is None:
         out = torch.empty(num_rows, form.row_nbytes(width), dtype=torch.uint8, device=weights.device)
-    step = max(1, CHUNK_WEIGHTS // width)
+    step = _rows_at_once(weights.device, width)
     for start in range(0, num_rows, step):
         rows = QuantizedRows(out[start : start + step], width, form)
         rows.rows.zero_()  # padding has a value, too: the same weights are the same bytes
         quantise_chunk(weights[start : start + step].float(), rows)
         _check(rows)
     return out
+
+
+def _rows_at_once(device: torch.device, width: int) -> int:
+    num_weights = DEVICE_CHUNK_WEIGHTS if device.type == "cuda" else CHUNK_WEIGHTS * torch.get_num_threads()
+    return max(1, num_weights // width)
 
 
 def dequantise_rows(rows: Tensor, width: int, form: WeightFormat) -> Tensor:
@@ -100,8 +108,7 @@ def quantise_chunk(weights: Tensor, rows: QuantizedRows) -> None:
         quantise_reference(left, rows)
     rows.outlier_places.copy_(places)
     # In 8 bits the integer at that place is 0. In 4 bits no integer need stand for 0.
-    stored = rows.without_outliers().gather(1, places) if rows.form.kind == "int4" else 0.0
-    rows.outlier_rests.copy_(weights.gather(1, places) - stored)
+    rows.outlier_rests.copy_(weights.gather(1, places) - rows.without_outliers_at(places))
 
 
 def quantise_reference(weights: Tensor, rows: QuantizedRows) -> None:

@@ -20,6 +20,7 @@ NAMES = {
     "version",
     "demo_model",
     "triton",
+    "compiled_kernels",
     "cpu_cores",
     "cuda_devices",
     "host_memory_free_bytes",

@@ -22,6 +22,7 @@ CASES = [
     (20, 33, torch.bfloat16),
     (5, 2500, torch.float32),
     (3, 2049, torch.int64),
+    (150, 16, torch.uint8),  # more blocks than programs
 ]
 needs_triton = pytest.mark.skipif(not has_triton(), reason="triton is not installed")
 
@@ -79,7 +80,11 @@ def test_the_kernel_compiles_for_a_gpu_and_moves_sixteen_bytes_a_thread(tmp_path
 
     source = triton.compiler.ASTSource(
         _kernel(),
-        signature={"records": "*i64", "indices": "*i64", "kept": "*i64", "num_words": "i32", "BLOCK": "constexpr"},
+        signature={
+            **dict.fromkeys(("records", "indices", "kept"), "*i64"),
+            **dict.fromkeys(("num_words", "num_blocks", "num_programs"), "i32"),
+            "BLOCK": "constexpr",
+        },
         constexprs={"BLOCK": 1024},
         attrs={(argument,): [["tt.divisibility", 16]] for argument in (0, 2, 3)},
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,16 @@ import pytest
 import torch
 
 import offload_sirius
-from offload_sirius.engine import NoProgress
+from offload_sirius.config import DecodingConfig, EngineConfig
+from offload_sirius.engine import NoProgress, build, open_model
+from offload_sirius.engine.placement import place
+from offload_sirius.errors import BudgetError
+from offload_sirius.units import GIB
 from offload_sirius.weights.buffers import LayerBuffer
 from offload_sirius.weights.cuda import CudaClock, CudaGraphs, CudaUplink, numa_node_at
 from offload_sirius.weights.host import HostStore
-from offload_sirius.weights.layout import PAGE_NBYTES, align, layer_layout
-from offload_sirius.weights.plan import MIN_READERS
+from offload_sirius.weights.layout import layer_layout
+from offload_sirius.weights.plan import Plan
 from offload_sirius.weights.streamer import WeightStreamer
 from offload_sirius.weights.uploads import ChunkRoute, Chunks, PinnedRoute, Route, UplinkCopier
 from offload_sirius_loaders import open_checkpoint
@@ -117,21 +122,37 @@ def test_answers_are_those_of_a_resident_model_by_every_route(
         plan = engine.plan
         expected = engine.generate([1, 2, 3], max_new_tokens=20, ignore_eos=True).token_ids
     fixed = plan.device_nbytes - plan.device_bill["resident_layers"] - plan.device_bill["slots"]
-    staging = plan.host_bill["staging"]
-    reading = MIN_READERS * plan.host_bill["readers"] // plan.num_readers + plan.host_bill["embedding"]
-    num_host = {"host": 8, "host and disk": 4, "disk": 0}[where]
-    with offload_sirius.load(
-        model,
-        mode="full",
-        device="cuda",
-        max_context=48,
-        device_memory=str(fixed + 2 * plan.layer_nbytes),
-        host_memory=str(reading + staging + num_host * align(plan.layer_nbytes, PAGE_NBYTES)),
-        progress=NoWarnings(),
-    ) as engine:
-        assert bool(engine.plan.host_layers) == ("host" in where)
-        assert bool(engine.plan.disk_layers) == ("disk" in where)
+    device_memory = str(fixed + 2 * plan.layer_nbytes)
+    config = EngineConfig(
+        model=model, device="cuda", max_context=48, device_memory=device_memory, decoding=DecodingConfig(mode="full")
+    )
+    config = replace(config, host_memory=host_memory_for(where, config))
+    with build(open_model(model), config, NoWarnings()) as engine:
+        assert where == " and ".join(where_layers_are(engine.plan))
         assert engine.generate([1, 2, 3], max_new_tokens=20, ignore_eos=True).token_ids == expected
+
+
+def host_memory_for(where: str, config: EngineConfig) -> str:
+    """A budget with which the layers that are not resident are there: the planner shares it out between them and readers."""
+    checkpoint = open_checkpoint(config.model)
+    least, most = 0, GIB
+    while least < most:
+        budget = (least + most) // 2
+        try:
+            found = where_layers_are(place(checkpoint, replace(config, host_memory=str(budget))).plan)
+        except BudgetError:
+            found = []
+        if where == " and ".join(found):
+            return str(budget)
+        if "host" in found and where != "host":
+            most = budget
+        else:
+            least = budget + 1
+    raise AssertionError(f"no budget puts layers on {where}")
+
+
+def where_layers_are(plan: Plan) -> list[str]:
+    return [name for name, layers in (("host", plan.host_layers), ("disk", plan.disk_layers)) if layers]
 
 
 class NoWarnings(NoProgress):
@@ -231,7 +252,8 @@ def test_recorded_draft_steps_draft_what_launched_ones_do_and_answers_are_the_fu
     device: torch.device, window: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("offload_sirius.model.costs.LEAST_EXTENT", 16)
-    settings: dict[str, Any] = {"draft": "resident", "window": window, "device": "cuda", "max_context": 64}
+    # The second engine must not begin with what the first one has learnt of its neurons.
+    settings: dict[str, Any] = {"draft": "resident", "window": window, "device": "cuda", "max_context": 64, "prior": False}
     answers = {}
     for cuda_graphs in (True, False):
         with offload_sirius.load(
