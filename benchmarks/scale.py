@@ -190,8 +190,8 @@ class Scale:
         decoding = replace(DRAFTING, window=sizes[-1])
         with self._loaded(self._shape(), "link", NUM_PROMPT + sizes[-1], decoding) as (engine, planned):
             passes = SinglePasses(engine)
-            for _ in range(NUM_WARMUPS):
-                passes.step("full")
+            for size in sizes:  # kernels are loaded when they are first needed
+                self._verified(passes, size)
             turns = [[self._verified(passes, size) for size in sizes] for _ in range(self.num_passes)]
             for size, measured in zip(sizes, zip(*turns, strict=True), strict=True):
                 yield self._point(

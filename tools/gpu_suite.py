@@ -23,6 +23,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -190,8 +191,8 @@ def judge_graphs(figures: Figures) -> Verdict:
 
 SEVENTY = "synthetic:llama-3-70b"
 SHARED = ("--shared-host-buffers", "8")
-TRACE = "{folder}/gpu-suite-resident-drafts.trace.json"
-"""Stays beside the result file."""
+TRACES = "{folder}/gpu-suite"
+"""Begins the names of traces, which stay beside the result file."""
 
 PARTS = (
     Part(name="link", command=offload_sirius("bench", "link"), judge=judge_link, needs_cuda=False),
@@ -202,7 +203,11 @@ PARTS = (
         needs_cuda=False,
     ),
     Part(name="stream 1.1B", command=stream("synthetic:tinyllama-1.1b"), judge=judge_stream(0.9)),
-    Part(name="stream 8B", command=stream("synthetic:llama-3-8b"), judge=judge_stream(0.95)),
+    Part(
+        name="stream 8B",
+        command=stream("synthetic:llama-3-8b", "--trace", f"{TRACES}-stream-8b.trace.json"),
+        judge=judge_stream(0.95),
+    ),
     Part(
         name="stream 70B int8-sized",
         command=stream(f"{SEVENTY}?layers=40"),
@@ -212,7 +217,16 @@ PARTS = (
     Part(name="stream 70B bf16, shared buffers", command=stream(SEVENTY, *SHARED), judge=judge_stream(0.97), limit_seconds=150),
     Part(
         name="resident drafts, 70B int8-sized, 24 GiB",
-        command=script("hot_passes", "--model", f"{SEVENTY}?layers=40", *SHARED, "--device-memory", "24GiB", "--trace", TRACE),
+        command=script(
+            "hot_passes",
+            "--model",
+            f"{SEVENTY}?layers=40",
+            *SHARED,
+            "--device-memory",
+            "24GiB",
+            "--trace",
+            f"{TRACES}-resident-drafts.trace.json",
+        ),
         judge=judge_hot_passes,
         limit_seconds=150,
     ),
@@ -356,8 +370,8 @@ class PartError(Exception):
 def figures_of(command: tuple[str, ...], limit_seconds: float, folder: Path) -> Figures:
     """Run a command; the JSON of its last line. Raises PartError, subprocess.TimeoutExpired."""
     with tempfile.TemporaryDirectory() as scratch:
-        places = {"{scratch}": f"{scratch}/result.json", TRACE: TRACE.format(folder=folder.resolve())}
-        words = [places.get(word, word) for word in command]
+        places = {"{scratch}": f"{scratch}/result.json", "{folder}": str(folder.resolve())}
+        words = [reduce(lambda text, place: text.replace(*place), places.items(), word) for word in command]
         ran = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False, timeout=limit_seconds)
     lines = ran.stdout.strip().splitlines()
     # With exit status 1 a script may have measured all, and say of its figures that they do not hold.

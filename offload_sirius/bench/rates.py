@@ -3,6 +3,7 @@ layers of random weights, the link's own copier, plain reads of the disk. About 
 
 A layer's time is taken apart by its size: what the smallest layers take is overhead, what a large one takes beyond is its bytes
 (one token) or its arithmetic (many). Quantised layers are measured in the same way, their overhead being that of plain ones.
+A GPU takes less for a layer than the host takes to launch it: there bytes and arithmetic are those of products that are queued.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from offload_sirius import machine
 from offload_sirius.config import SamplingConfig
@@ -60,6 +62,9 @@ SMALLEST_SHARE = 0.05
 
 STEPS_AT_ONCE = 20
 """Steps of the smallest layers that are timed together: one takes a millisecond, too little to be timed alone."""
+
+PRODUCT_ROWS, PRODUCTS_AT_ONCE = 1 << 16, 8
+"""Of matrices that no cache of a GPU holds, half a gigabyte each in bfloat16, and products with them that are queued together."""
 
 LARGE = ModelSpec(
     name="large",
@@ -188,8 +193,24 @@ def _compute_rates(dtype: torch.dtype, device: torch.device) -> dict[str, float]
         "step_overhead_seconds": per_step,
     }
     if device.type == "cuda":
-        return rates
+        return rates | product_rates(dtype, device)
     return rates | {"compute_share_beside_readers": _share_beside_readers(large, step_seconds, device)}
+
+
+def product_rates(dtype: torch.dtype, device: torch.device, rows: int = PRODUCT_ROWS) -> dict[str, float]:
+    """Of products alone, many of them queued: a step of one layer takes a fast GPU less than the host takes to launch it."""
+    matrices = [torch.full((rows, LARGE.width), 0.01, dtype=dtype, device=device) for _ in range(2)]
+
+    def product_seconds(num_tokens: int) -> float:
+        x = torch.ones(num_tokens, LARGE.width, dtype=dtype, device=device)
+        turns = matrices * (PRODUCTS_AT_ONCE // 2)
+        return seconds_of(lambda: [functional.linear(x, matrix) for matrix in turns], device) / len(turns)
+
+    numel = matrices[0].numel()
+    return {
+        "device_bytes_per_second": numel * dtype.itemsize / product_seconds(1),
+        "device_flops_per_second": 2 * PROMPT_TOKENS * numel / product_seconds(PROMPT_TOKENS),
+    }
 
 
 def _beyond(overhead: float, seconds: float) -> float:

@@ -42,6 +42,9 @@ class Sampler:
         logits: float32 [V], on any device. token_ids: all before `position`, prompt and answer, for the repetition penalty.
         Raises WeightReadError where the logits hold NaN or plus infinity, or nothing above minus infinity.
         """
+        if self.is_argmax:  # a distribution in float64 over all tokens would say the same
+            [[largest, token_id]] = likeliest(logits[None]).tolist()
+            return checked_id(largest, token_id, position)
         return self.draw(self.distribution(logits, token_ids), position)
 
     def distribution(self, logits: Tensor, token_ids: Sequence[int]) -> Tensor:

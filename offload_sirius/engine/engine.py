@@ -250,9 +250,11 @@ class Engine:
         One core is left to the readers while layers come from disk: a matmul's threads wait for the one that shares its core.
         Not during the prompt, whose matmuls are worth more than the reading they slow down.
         """
-        cores = machine.physical_cores()
+        cores = self._placement.planned.hardware.num_cores
         default = max(cores - 1, 1) if self.plan.disk_layers and not prompt else cores
-        torch.set_num_threads(self.config.threads or default)
+        wanted = self.config.threads or default
+        if torch.get_num_threads() != wanted:
+            torch.set_num_threads(wanted)
 
     def close(self) -> None:
         """End threads, give memory back."""

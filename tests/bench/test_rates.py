@@ -45,3 +45,9 @@ def test_every_rate_is_measured_on_a_cpu(dtype: torch.dtype, tmp_path: Path) -> 
     for each in found.quantized.values():
         assert each.source == "measured today"
         assert all(math.isfinite(getattr(each, name)) and getattr(each, name) > 0 for name in QUANTIZED_NAMES)
+
+
+def test_products_alone_give_a_device_s_rates() -> None:
+    found = bench.product_rates(torch.float32, torch.device("cpu"), rows=64)
+    assert set(found) == {"device_bytes_per_second", "device_flops_per_second"}
+    assert all(math.isfinite(rate) and rate > 0 for rate in found.values())
