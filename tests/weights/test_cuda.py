@@ -13,10 +13,12 @@ import torch
 
 import offload_sirius
 from offload_sirius.engine import NoProgress
+from offload_sirius.machine import physical_cores
 from offload_sirius.weights.buffers import LayerBuffer
 from offload_sirius.weights.cuda import CudaClock, CudaGraphs, CudaUplink, numa_node_at
 from offload_sirius.weights.host import HostStore
 from offload_sirius.weights.layout import PAGE_NBYTES, align, layer_layout
+from offload_sirius.weights.pieces import reading_cost
 from offload_sirius.weights.plan import MIN_READERS
 from offload_sirius.weights.streamer import WeightStreamer
 from offload_sirius.weights.uploads import ChunkRoute, Chunks, PinnedRoute, Route, UplinkCopier
@@ -118,7 +120,7 @@ def test_answers_are_those_of_a_resident_model_by_every_route(
         expected = engine.generate([1, 2, 3], max_new_tokens=20, ignore_eos=True).token_ids
     fixed = plan.device_nbytes - plan.device_bill["resident_layers"] - plan.device_bill["slots"]
     staging = plan.host_bill["staging"]
-    reading = MIN_READERS * plan.host_bill["readers"] // plan.num_readers + plan.host_bill["embedding"]
+    reading = reading_cost(open_checkpoint(model), physical_cores()).nbytes(MIN_READERS) + plan.host_bill["embedding"]
     num_host = {"host": 8, "host and disk": 4, "disk": 0}[where]
     with offload_sirius.load(
         model,
