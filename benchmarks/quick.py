@@ -76,7 +76,7 @@ AAL, NUM_WINDOWS = Fraction("15.2"), 3
 """As the paper's, of drafts that keep half of the neurons; whole windows that are timed."""
 
 DISK_SHAPE = "synthetic:tinyllama-1.1b?layers=8&vocab=2048"
-DISK_PASSES, READERS_MEMORY = 5, "290MiB"
+DISK_PASSES, READERS_MEMORY = 5, "200MiB"
 
 SMOLLM2 = "smollm2-135m"
 HOT_LINK_GBPS, HOT_TOKENS, HOT_FULL_TOKENS = 0.14, 32, 6

@@ -48,7 +48,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--passes", type=int, default=5, help="passes that count, default %(default)s")
     parser.add_argument("--only", choices=("link", "disk"), help="one of the two")
     parser.add_argument("--device-memory", help="default: head, cache and the slots, no resident layers")
-    parser.add_argument("--disk-host-memory", default="290MiB", help="what the readers may take, default %(default)s")
+    parser.add_argument("--disk-host-memory", default="200MiB", help="what the readers may take, default %(default)s")
     parser.add_argument("--out", type=Path, help="result file, default benchmarks/results/stream-DATE.json")
     return parser.parse_args()
 

@@ -216,8 +216,8 @@ def test_full_passes_keep_the_copy_row_of_an_emulated_link_busy(
 
 def smallest_host_memory() -> str:
     """Room for two readers and nothing else."""
-    plan = place(open_checkpoint(MODEL), EngineConfig(model=MODEL, decoding=DecodingConfig(mode="full"), **STREAMED)).plan
-    return str(MIN_READERS * plan.host_bill["readers"] // plan.num_readers)
+    placement = place(open_checkpoint(MODEL), EngineConfig(model=MODEL, decoding=DecodingConfig(mode="full"), **STREAMED))
+    return str(placement.planned.demand.reading.nbytes(MIN_READERS))
 
 
 def test_the_copy_row_has_the_neurons_of_a_draft_that_is_on_the_device(

@@ -36,7 +36,8 @@ from offload_sirius.config import DecodingConfig, EngineConfig
 from offload_sirius.engine import Engine, Model, open_model
 from offload_sirius.engine.placement import place
 from offload_sirius.errors import USER_ERRORS, PromptError
-from offload_sirius.weights.pieces import reader_nbytes
+from offload_sirius.machine import physical_cores
+from offload_sirius.weights.pieces import reading_cost
 from offload_sirius.weights.plan import MIN_READERS
 
 EQUAL, DIFFERENT, WRONG_INPUT = 0, 1, 2
@@ -219,7 +220,7 @@ def part_of_layers(config: EngineConfig, share: float = 1 / 3) -> str:
 
 def smallest_host(path: Path) -> str:
     """A host budget that is spent on reading and leaves no room for layers."""
-    return f"{MIN_READERS * reader_nbytes(open_model(str(path)).checkpoint)}B"
+    return f"{reading_cost(open_model(str(path)).checkpoint, physical_cores()).nbytes(MIN_READERS)}B"
 
 
 def run_row(row: Row, answers: Sequence[Answer], max_new_tokens: int) -> RowResult:

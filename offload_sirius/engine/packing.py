@@ -23,6 +23,7 @@ from offload_sirius.engine.planning import as_held, dtype_of, field_places, free
 from offload_sirius.engine.progress import Progress
 from offload_sirius.errors import BudgetError, CheckpointError, ConfigError
 from offload_sirius.kernels.packed import QuantizedRows
+from offload_sirius.machine import physical_cores
 from offload_sirius.quantization import WeightFormat
 from offload_sirius.units import format_size
 from offload_sirius.weights.buffers import LayerBuffer
@@ -37,10 +38,10 @@ from offload_sirius.weights.pieces import (
     head_role,
     quantising_nbytes,
     read_nbytes,
-    reader_nbytes,
+    reading_cost,
     stored_part_nbytes,
 )
-from offload_sirius.weights.plan import MAX_READERS, MIN_READERS, ROWS_QUANTISING_NBYTES
+from offload_sirius.weights.plan import MIN_READERS, ROWS_QUANTISING_NBYTES
 from offload_sirius.weights.quant import QuantizationError, quantization_error
 from offload_sirius_loaders import open_checkpoint
 from offload_sirius_loaders.checkpoint import Checkpoint
@@ -261,20 +262,20 @@ class _Packer:
     def _num_readers(self) -> int:
         """As many as there is room for. Raises BudgetError where it is too little for the least.
 
-        needed = readers * (one read buffer + one decoded piece) + a layer + what is read before it is quantised
+        needed = what reading takes + a layer + what is read before it is quantised
         """
-        each_nbytes, free_nbytes = reader_nbytes(self._checkpoint), free_host_nbytes()
+        reading, free_nbytes = reading_cost(self._checkpoint, physical_cores()), free_host_nbytes()
         quantising = quantising_nbytes(self._checkpoint.spec, self._dtype.itemsize) if self._layout.format else 0
         head = 0 if self._head_format is None else ROWS_QUANTISING_NBYTES
         fixed_nbytes = max(self._layout.nbytes, PIECE_NBYTES) + quantising + head
-        needed_nbytes = MIN_READERS * each_nbytes + fixed_nbytes
+        needed_nbytes = reading.nbytes(MIN_READERS) + fixed_nbytes
         if free_nbytes < needed_nbytes:
             raise BudgetError(
                 f"host memory: packing {self._checkpoint.spec.name} takes {format_size(needed_nbytes)}, "
                 f"{format_size(free_nbytes)} are free; free some"
             )
         room_nbytes = min(free_nbytes - fixed_nbytes, free_nbytes // READERS_SHARE)
-        return max(MIN_READERS, min(MAX_READERS, room_nbytes // each_nbytes))
+        return reading.num_readers(room_nbytes)
 
 
 def _chunks(batches: Iterator[tuple[int, Tensor]]) -> Iterator[memoryview]:

@@ -53,7 +53,7 @@ from offload_sirius.weights.pieces import (
     head_role,
     load_nbytes,
     quantising_nbytes,
-    reader_nbytes,
+    reading_cost,
     stored_part_nbytes,
 )
 from offload_sirius.weights.plan import (
@@ -63,6 +63,7 @@ from offload_sirius.weights.plan import (
     Demand,
     HeadFormat,
     Plan,
+    ReadingCost,
     as_flag,
     least_device_nbytes,
     make_plan,
@@ -377,14 +378,14 @@ def plan_model(checkpoint: Checkpoint, config: EngineConfig, hardware: Hardware,
             "quantised once more; use --draft-quantize none, or --no-keep-blocks"
         )
     # Looks at every tensor of the checkpoint, so only once.
-    readers = reader_nbytes(checkpoint)
-    demand_of = partial(_demand, checkpoint, config, hardware, layout, reader_nbytes=readers)
+    reading = reading_cost(checkpoint, hardware.num_cores)
+    demand_of = partial(_demand, checkpoint, config, hardware, layout, reading=reading)
     demand = demand_of(context)
     try:
         budgets = _budgets(spec, layout, demand, config, hardware)
         plan = plan_for(spec, layout, demand, budgets)
     except BudgetError as error:
-        device_nbytes = _device_budget(readers, config, hardware)
+        device_nbytes = _device_budget(reading, config, hardware)
         least = partial(_least_device_nbytes, spec, layout)
         # The longer the context the more it takes: as many fit as there are in front of the first that takes too much.
         fitting = bisect_right(range(1, context), device_nbytes, key=lambda shorter: least(demand_of(shorter)))
@@ -413,7 +414,7 @@ def _demand(
     layout: LayerLayout,
     context: int,
     *,
-    reader_nbytes: int,
+    reading: ReadingCost,
 ) -> Demand:
     """What a plan has to make room for, with so many positions of each sequence."""
     spec, decoding, element_nbytes = checkpoint.spec, config.decoding, layout.element_nbytes
@@ -428,7 +429,7 @@ def _demand(
         position_tables_nbytes=position_tables_nbytes(spec, context, element_nbytes, config.parallel),
         activation_nbytes=computing_nbytes(config, spec, context, element_nbytes, unpacks=unpacks)
         + (recorded_nbytes(config, spec, context, element_nbytes) if recorded else 0),
-        reader_nbytes=reader_nbytes,
+        reading=reading,
         embedding_on_device=spec.tied_head and config.head_format is None,
         rows_quantising_nbytes=ROWS_QUANTISING_NBYTES if copied or _quantises_head(config, checkpoint) else 0,
         head_format=head_format_of(checkpoint, config),
@@ -762,7 +763,7 @@ def _window_figures(speed: WindowSpeed) -> dict[str, Any]:
 def _budgets(spec: ModelSpec, layout: LayerLayout, demand: Demand, config: EngineConfig, hardware: Hardware) -> Budgets:
     """Without a GPU the device's budget and the host's are parts of one memory: the host's share is of what the device leaves,
     and the device's of what the readers leave, since a disk read by too few of them costs more than a few residents save."""
-    device_nbytes, free_host = _device_budget(demand.reader_nbytes, config, hardware), hardware.free_host_nbytes
+    device_nbytes, free_host = _device_budget(demand.reading, config, hardware), hardware.free_host_nbytes
     if free_host is None:
         host_nbytes = _absolute("host-memory", config.host_memory, config.host_size)
         return Budgets(device_nbytes=device_nbytes, host_nbytes=host_nbytes)
@@ -772,23 +773,22 @@ def _budgets(spec: ModelSpec, layout: LayerLayout, demand: Demand, config: Engin
     # Where layers stay on disk there are no caches of neurons, and resident layers may take more than those would have.
     demands = (demand, replace(demand, num_cached_neurons=0))
     most_nbytes = max(plan_for(spec, layout, each, unlimited).device_nbytes for each in demands)
-    _require(("device",), most_nbytes, free_host - _for_readers(demand.reader_nbytes, free_host))
+    _require(("device",), most_nbytes, free_host - _for_readers(demand.reading, free_host))
     return Budgets(device_nbytes=device_nbytes, host_nbytes=config.host_size.resolve(free_host - most_nbytes))
 
 
-def _device_budget(reader_nbytes: int, config: EngineConfig, hardware: Hardware) -> int:
-    """reader_nbytes: of one of them."""
+def _device_budget(reading: ReadingCost, config: EngineConfig, hardware: Hardware) -> int:
     free_host, free_device = hardware.free_host_nbytes, hardware.free_device_nbytes
     if free_host is None:
         return _absolute("device-memory", config.device_memory, config.device_size)
     if free_device is None:
-        free_device = free_host - _for_readers(reader_nbytes, free_host)
+        free_device = free_host - _for_readers(reading, free_host)
     return config.device_size.resolve(free_device)
 
 
-def _for_readers(reader_nbytes: int, free_host_nbytes: int) -> int:
+def _for_readers(reading: ReadingCost, free_host_nbytes: int) -> int:
     """Host memory that a device which computes in it leaves to the readers."""
-    return min(MAX_READERS * reader_nbytes, free_host_nbytes // 4)
+    return min(reading.nbytes(MAX_READERS), free_host_nbytes // 4)
 
 
 def _absolute(flag: str, text: str, size: Size) -> int:

@@ -9,7 +9,7 @@ from typing import get_args
 from offload_sirius.blocks import BLOCK_FORMATS, BlockFormat
 from offload_sirius.weights.layout import PARTS, Part, align, part_of
 from offload_sirius.weights.mapping import HUGE_PAGE_NBYTES
-from offload_sirius.weights.plan import NUM_QUANTISING, Plan
+from offload_sirius.weights.plan import NUM_QUANTISING, Plan, ReadingCost
 from offload_sirius_loaders.checkpoint import ByteRange, Checkpoint, Decoded, PackedLayers, TensorInfo
 from offload_sirius_loaders.spec import ModelSpec, Role
 
@@ -17,7 +17,7 @@ BLOCK_NBYTES = 4096
 """O_DIRECT wants offset, length and address as multiples of the logical block size, which is at most this."""
 
 PIECE_NBYTES = 2 * HUGE_PAGE_NBYTES - 2 * BLOCK_NBYTES
-"""One read, and also the most bytes a piece may have once decoded: bounds what a reader thread holds. With the blocks at both
+"""One read, and also the most bytes a piece may have once decoded: bounds what is held of one. With the blocks at both
 ends that O_DIRECT reads along, it fills its huge pages."""
 
 LINE_ROWS = 32
@@ -70,11 +70,14 @@ def _element_nbytes(info: TensorInfo) -> int:
     return _ELEMENT_NBYTES[info.element]
 
 
-def reader_nbytes(checkpoint: Checkpoint) -> int:
-    """Host memory for one reader at most: its buffer, and for one who puts pieces in place (there are no more of them than
-    readers) room to turn a piece, and a decoded piece with what decoding needs beside it."""
-    buffer = align(buffer_nbytes(checkpoint), HUGE_PAGE_NBYTES)
-    return buffer + PIECE_NBYTES + max(decoding_nbytes(info) for info in checkpoint.infos)
+def reading_cost(checkpoint: Checkpoint, num_cores: int) -> ReadingCost:
+    """Host memory for readers at most: a buffer for each, and for each who puts pieces in place room to turn one, and a decoded
+    piece with what decoding needs beside it."""
+    return ReadingCost(
+        reader_nbytes=align(buffer_nbytes(checkpoint), HUGE_PAGE_NBYTES),
+        placer_nbytes=PIECE_NBYTES + max(decoding_nbytes(info) for info in checkpoint.infos),
+        num_cores=num_cores,
+    )
 
 
 def decoding_nbytes(info: TensorInfo) -> int:

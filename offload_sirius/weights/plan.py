@@ -66,6 +66,27 @@ HeadFormat = WeightFormat | BlockFormat | None
 
 
 @dataclass(frozen=True, kw_only=True)
+class ReadingCost:
+    """Host memory that reading from disk takes."""
+
+    reader_nbytes: int
+    """Of each reader: its buffer."""
+    placer_nbytes: int
+    """Of each of those who put in place what readers have read."""
+    num_cores: int
+    """There are as many of those as cores, and no more than readers."""
+
+    def nbytes(self, num_readers: int) -> int:
+        """What so many readers take, and those behind them."""
+        return num_readers * self.reader_nbytes + min(num_readers, self.num_cores) * self.placer_nbytes
+
+    def num_readers(self, room_nbytes: int) -> int:
+        """As many readers as there is room for, from MIN_READERS to MAX_READERS."""
+        fitting = (count for count in range(MIN_READERS, MAX_READERS + 1) if self.nbytes(count) <= room_nbytes)
+        return max(fitting, default=MIN_READERS)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Demand:
     """What the plan must make room for, computed by those who know."""
 
@@ -73,8 +94,7 @@ class Demand:
     position_tables_nbytes: int
     """Cosines and sines of all positions."""
     activation_nbytes: int
-    reader_nbytes: int
-    """Host memory of one reader thread."""
+    reading: ReadingCost
     embedding_on_device: bool
     """The head is the embedding table, so that its rows can be taken from there."""
     staged: bool
@@ -360,7 +380,7 @@ class HostPlacement:
 def place_on_host(spec: ModelSpec, layout: LayerLayout, demand: Demand, budgets: Budgets, num_streamed: int) -> HostPlacement:
     """Readers first, as nothing loads without them (three quarters at most); then the embedding table; then layers.
 
-    readers   = readers * (one read buffer + one decoded piece)
+    readers   = readers * one read buffer + cores * (room to turn a piece + one decoded piece)
     staging   = what `_staging_nbytes` says, on a device with its own memory
     quantising = matrices that are read before they are quantised, and rows of the head or for a copy
     embedding = V * D * element, or V rows of blocks, unless the device has it or its rows are read from disk
@@ -369,15 +389,16 @@ def place_on_host(spec: ModelSpec, layout: LayerLayout, demand: Demand, budgets:
     """
     quantising_nbytes = demand.quantising_nbytes + demand.rows_quantising_nbytes
     most_staging_nbytes = quantising_nbytes + (_staging_nbytes(layout, 0) if demand.staged else 0)
-    needed = MIN_READERS * demand.reader_nbytes + most_staging_nbytes
+    needed = demand.reading.nbytes(MIN_READERS) + most_staging_nbytes
     if budgets.host_nbytes < needed:
         raise BudgetError(
             f"host budget {format_size(budgets.host_nbytes)} is too small: reading weights takes {format_size(needed)}; "
             f"give at least --host-memory {as_flag(needed)}"
         )
     readers_room = min(budgets.host_nbytes * 3 // 4, budgets.host_nbytes - most_staging_nbytes)
-    num_readers = max(MIN_READERS, min(MAX_READERS, readers_room // demand.reader_nbytes))
-    room = budgets.host_nbytes - num_readers * demand.reader_nbytes
+    num_readers = demand.reading.num_readers(readers_room)
+    reading_nbytes = demand.reading.nbytes(num_readers)
+    room = budgets.host_nbytes - reading_nbytes
     embedding_nbytes = table_nbytes(spec, layout.element_nbytes, demand.embedding_format)
     fits = embedding_nbytes <= room - most_staging_nbytes
     place: EmbeddingPlace = "device" if demand.embedding_on_device else "host" if fits else "disk"
@@ -392,7 +413,7 @@ def place_on_host(spec: ModelSpec, layout: LayerLayout, demand: Demand, budgets:
         num_readers=num_readers,
         embedding_place=place,
         bill={
-            "readers": num_readers * demand.reader_nbytes,
+            "readers": reading_nbytes,
             "staging": host.staging_nbytes,
             "quantising": quantising_nbytes,
             "embedding": embedding_nbytes,

@@ -78,8 +78,8 @@ def test_a_pass_over_an_emulated_link_is_held_against_its_rate() -> None:
 
 
 def test_each_tier_has_a_ceiling_and_the_slower_one_bounds_a_pass(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = place(OPENED.checkpoint, config_for()).plan
-    readers = MIN_READERS * whole.host_bill["readers"] // whole.num_readers
+    placement = place(OPENED.checkpoint, config_for())
+    whole, readers = placement.plan, placement.planned.demand.reading.nbytes(MIN_READERS)
     host_memory = str(readers + whole.host_bill["embedding"] + 3 * align(whole.layer_nbytes, PAGE_NBYTES))
     monkeypatch.setattr(stream, "read_seconds", lambda files, nbytes, *queue: nbytes / 1000)
     report = report_of(config_for(host_memory=host_memory))

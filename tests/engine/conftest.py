@@ -48,7 +48,7 @@ def budgets_for(where: str, dtype: str = "float32", decoding: DecodingConfig = F
     room = {"resident": 4, "one resident, rest on the host": 3}.get(where, 2)
     num_host = {"host and disk": 2, "disk": 0, "disk with the embedding": 0}.get(where, 4)
     embedding = 0 if where == "disk with the embedding" else plan.host_bill["embedding"]
-    readers = 2 * plan.host_bill["readers"] // plan.num_readers
+    readers = placement.planned.demand.reading.nbytes(2)
     num_kept = 4 if extra == "kept" else 2 if where == "host and disk" else 0
     caches = 4 * neuron_cache_nbytes(layout, decoding.num_kept(checkpoint.spec.ffn_width)) if extra == "caches" else 0
     host_layers = num_host * align(plan.layer_nbytes, PAGE_NBYTES)
@@ -81,7 +81,7 @@ def hot_budgets(
     slot_nbytes = layout.records_nbytes if num_hot_layers is None else layout.nbytes
     layer_nbytes = layout.attention_nbytes + num_hot * neuron_nbytes
     layers = (spec.num_layers if num_hot_layers is None else num_hot_layers) * layer_nbytes
-    readers = 2 * plan.host_bill["readers"] // plan.num_readers
+    readers = placement.planned.demand.reading.nbytes(2)
     host_layers = spec.num_layers * align(plan.layer_nbytes, PAGE_NBYTES)
     return {
         "device_memory": str(fixed + layers + num_slots * slot_nbytes),

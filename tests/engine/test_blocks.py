@@ -183,8 +183,8 @@ def test_layers_in_blocks_may_stay_on_disk(
         pack(EngineConfig(model=model, dtype="float32"), tmp_path / "packed", NoProgress())
         model = str(tmp_path / "packed")
     settings = streaming(model, mode="full")
-    plan = placed(model, mode="full").plan
-    host_nbytes = 2 * plan.host_bill["readers"] // plan.num_readers + plan.host_bill["embedding"]
+    placement = placed(model, mode="full")
+    host_nbytes = placement.planned.demand.reading.nbytes(2) + placement.plan.host_bill["embedding"]
     engine = load(**settings | {"host_memory": str(host_nbytes)}, dtype="float32")
     assert len(engine.plan.disk_layers) == LAYERS - len(engine.plan.resident_layers) >= 3
     for _ in range(3):
@@ -201,9 +201,9 @@ def test_kept_neurons_of_layers_on_disk_find_their_own_table(packed: bool, load:
         pack(EngineConfig(model=model, dtype="float32"), tmp_path / "packed", NoProgress())
         model = str(tmp_path / "packed")
     decoding: dict[str, Any] = {"mode": "sparse", "draft": "streamed", "keep": 0.4}
-    plan, layout = placed(model, **decoding).plan, placed(model, **decoding).layout
-    readers = 2 * plan.host_bill["readers"] // plan.num_readers
-    host_nbytes = readers + plan.host_bill["embedding"] + LAYERS * layout.kept_host_nbytes
+    placement = placed(model, **decoding)
+    readers, embedding = placement.planned.demand.reading.nbytes(2), placement.plan.host_bill["embedding"]
+    host_nbytes = readers + embedding + LAYERS * placement.layout.kept_host_nbytes
     engine = load(**streaming(model, **decoding) | {"host_memory": str(host_nbytes)}, dtype="float32")
     assert engine.plan.disk_layers
     assert len(engine.plan.kept_layers) == (LAYERS if packed else 0)
@@ -251,8 +251,9 @@ def test_a_packed_copy_keeps_the_blocks_and_answers_as_the_file_does(
     resident = load(copy)
     assert resident.plan == plain.plan
     assert torch.equal(logits_of(resident), logits_of(plain))
-    readers, host = 2 * resident.plan.host_bill["readers"] // resident.plan.num_readers, placed(copy).plan.host_bill["embedding"]
-    from_disk = load(**streaming(copy, mode="full") | {"host_memory": str(readers + host)})
+    placement = placed(copy)
+    host_nbytes = placement.planned.demand.reading.nbytes(2) + placement.plan.host_bill["embedding"]
+    from_disk = load(**streaming(copy, mode="full") | {"host_memory": str(host_nbytes)})
     assert len(from_disk.plan.disk_layers) >= 2
     assert torch.equal(logits_of(from_disk), logits_of(plain))
 

@@ -20,12 +20,13 @@ from offload_sirius.engine.placement import DTYPES, place
 from offload_sirius.engine.planning import ELEMENT_NBYTES, as_packed, dtype_of
 from offload_sirius.errors import BudgetError, CheckpointError, ConfigError
 from offload_sirius.kernels.packed import QuantizedRows
+from offload_sirius.machine import physical_cores
 from offload_sirius.quantization import WeightFormat
 from offload_sirius.weights.buffers import LayerBuffer
 from offload_sirius.weights.disk import ReaderPool
 from offload_sirius.weights.layout import LayerLayout, layer_layout
 from offload_sirius.weights.load import Loader
-from offload_sirius.weights.pieces import PIECE_NBYTES, reader_nbytes
+from offload_sirius.weights.pieces import PIECE_NBYTES, reading_cost
 from offload_sirius.weights.quant import quantise_rows, quantization_error
 from offload_sirius_loaders import open_checkpoint
 from offload_sirius_loaders.checkpoint import PACKED_ROW_NBYTES
@@ -117,9 +118,10 @@ def layers_of(model: str, kind: dict[str, Any]) -> list[bytes]:
 def budgets(where: str, model: str, **decoding: Any) -> dict[str, str]:
     """Budgets, to the byte, that put the layers of a packed model there; two have room on the device unless all are resident."""
     config = EngineConfig(model=model, device="cpu", max_context=CONTEXT, decoding=DecodingConfig(**decoding))
-    plan = place(open_checkpoint(model), config).plan
+    placement = place(open_checkpoint(model), config)
+    plan = placement.plan
     fixed = sum(nbytes for what, nbytes in plan.device_bill.items() if what not in ("resident_layers", "slots", "neuron_cache"))
-    readers = 2 * plan.host_bill["readers"] // plan.num_readers
+    readers = placement.planned.demand.reading.nbytes(2)
     num_host = {"host and disk": 2, "disk": 0}.get(where, 4)
     layer_nbytes = -(-plan.layer_nbytes // 4096) * 4096
     return {
@@ -394,7 +396,7 @@ def test_what_is_not_packed_cannot_be_verified_nor_reported_on(ask: Any) -> None
 
 
 def test_too_little_memory_is_refused_with_what_it_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    needed = 2 * reader_nbytes(open_checkpoint(TINY)) + PIECE_NBYTES
+    needed = reading_cost(open_checkpoint(TINY), physical_cores()).nbytes(2) + PIECE_NBYTES
     monkeypatch.setattr("offload_sirius.engine.packing.free_host_nbytes", lambda: needed - 1)
     with pytest.raises(BudgetError, match=r"packing synthetic:tiny\S+ takes [\d.]+ MiB, [\d.]+ MiB are free; free some"):
         packed_as({}, tmp_path / "m")

@@ -39,10 +39,11 @@ def with_tokenizer(folder: Path) -> str:
 def from_disk(model: str, decoding: DecodingConfig = FULL) -> dict[str, str]:
     """Budgets, to the byte, with which all layers are streamed from disk."""
     config = EngineConfig(model=model, device="cpu", max_context=CONTEXT, dtype="float32", decoding=decoding)
-    plan = place(open_checkpoint(model), config).plan
+    placement = place(open_checkpoint(model), config)
+    plan = placement.plan
     return {
         "device_memory": str(plan.device_nbytes - plan.device_bill["resident_layers"] + 2 * plan.layer_nbytes),
-        "host_memory": str(2 * plan.host_bill["readers"] // plan.num_readers + plan.host_bill["embedding"]),
+        "host_memory": str(placement.planned.demand.reading.nbytes(2) + plan.host_bill["embedding"]),
     }
 
 

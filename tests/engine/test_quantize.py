@@ -188,8 +188,8 @@ def test_memory_stays_within_the_plan_and_the_plan_within_the_budgets(
 
 def test_layers_that_would_stay_on_disk_are_refused_and_what_is_said_to_do_does(kind: dict[str, Any], load: Load) -> None:
     settings = streaming(kind, mode="full")
-    plan = placed(kind, mode="full").plan
-    readers = 2 * plan.host_bill["readers"] // plan.num_readers
+    placement = placed(kind, mode="full")
+    plan, readers = placement.plan, placement.planned.demand.reading.nbytes(2)
     beside = plan.host_bill["quantising"] + plan.host_bill["embedding"]
     with pytest.raises(BudgetError, match=r"too small for --quantize, which needs all streamed layers in host memory") as caught:
         load(**settings | {"host_memory": str(readers + beside + plan.layer_nbytes)})

@@ -72,7 +72,7 @@ def places(folder: Path, decoding: DecodingConfig) -> Iterator[dict[str, Any]]:
     placement = place(open_model(str(folder)).checkpoint, config)
     plan = placement.plan
     two_slots = str(plan.device_nbytes - plan.device_bill["resident_layers"] + 2 * plan.layer_nbytes)
-    reading = MIN_READERS * plan.host_bill["readers"] // plan.num_readers
+    reading = placement.planned.demand.reading.nbytes(MIN_READERS)
     yield {}
     yield {"device_memory": two_slots, "link_gbps": 2.0}
     yield {"device_memory": two_slots, "host_memory": str(reading)}

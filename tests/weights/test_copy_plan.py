@@ -14,7 +14,7 @@ from offload_sirius.quantization import KINDS, Kind, WeightFormat
 from offload_sirius.units import GIB, MIB, parse_size
 from offload_sirius.weights.copy_plan import copy_layout, make_copy_plan
 from offload_sirius.weights.layout import layer_layout
-from offload_sirius.weights.plan import ROWS_QUANTISING_NBYTES, Budgets, Demand
+from offload_sirius.weights.plan import ROWS_QUANTISING_NBYTES, Budgets, Demand, ReadingCost
 from offload_sirius_loaders import open_checkpoint
 
 SPEC = open_checkpoint("synthetic:llama-3-70b").spec
@@ -27,7 +27,7 @@ DEMAND = Demand(
     kv_cache_nbytes=299 * MIB,
     position_tables_nbytes=MIB,
     activation_nbytes=100 * MIB,
-    reader_nbytes=8 * MIB,
+    reading=ReadingCost(reader_nbytes=8 * MIB, placer_nbytes=0, num_cores=1),
     embedding_on_device=False,
     staged=False,
     rows_quantising_nbytes=ROWS_QUANTISING_NBYTES,

@@ -14,21 +14,25 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from offload_sirius.errors import WeightReadError
 from offload_sirius.weights import pieces
 from offload_sirius.weights.disk import (
     DirectFile,
     Fill,
+    Job,
     ReaderPool,
     read_buffers,
     tensor_jobs,
 )
-from offload_sirius.weights.pieces import BLOCK_NBYTES, pieces_of, read_nbytes
+from offload_sirius.weights.pieces import BLOCK_NBYTES, buffer_nbytes, part_infos, pieces_of, read_nbytes
 from offload_sirius_loaders import by_input
-from offload_sirius_loaders.checkpoint import Checkpoint
+from offload_sirius_loaders.checkpoint import Checkpoint, TensorInfo
 
 from ..loaders.quantised import WAYS, one_layer
 
@@ -145,6 +149,163 @@ def test_closing_twice_is_harmless(tiny: Checkpoint) -> None:
     readers = ReaderPool(tiny, 2)
     readers.close()
     readers.close()
+
+
+class CountedReads:
+    """Stands before the read of a file: how many there are, and a moment at which the first of them waits."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.num, self.began, self.may_go_on = 0, threading.Event(), threading.Event()
+        real = DirectFile.read
+
+        def read(file: DirectFile, offset: int, nbytes: int, buffer: memoryview) -> Any:
+            self.num += 1
+            if self.num == 1:
+                self.began.set()
+                assert self.may_go_on.wait(timeout=30)
+            return real(file, offset, nbytes, buffer)
+
+        monkeypatch.setattr(DirectFile, "read", read)
+
+
+def rows_of(path: Path, num_rows: int, row_nbytes: int, offset: int = 0) -> TensorInfo:
+    """A tensor of float32 that lies somewhere in a file."""
+    shape, nbytes = (num_rows, row_nbytes // 4), num_rows * row_nbytes
+    return TensorInfo(name="t", dtype="F32", element="F32", shape=shape, file=path, offset=offset, nbytes=nbytes)
+
+
+def files_of_numbers(tmp_path: Path, num_files: int, nbytes: int) -> dict[Path, npt.NDArray[np.float32]]:
+    files = {tmp_path / f"{number}": np.arange(nbytes // 4, dtype=np.float32) + number for number in range(num_files)}
+    for path, numbers in files.items():
+        path.write_bytes(numbers.tobytes())
+    return files
+
+
+def behind(pool: ReaderPool, blocker: TensorInfo, reads: CountedReads) -> Fill:
+    """Keep the only reader of a pool busy until reads.may_go_on, so that what is asked for in between is queued."""
+    fill = pool.submit(tensor_jobs(blocker, torch.empty(blocker.shape)))
+    assert reads.began.wait(timeout=30)
+    return fill
+
+
+@pytest.fixture
+def alone(tiny: Checkpoint) -> Iterator[ReaderPool]:
+    """A pool of one reader."""
+    readers = ReaderPool(tiny, 1)
+    yield readers
+    readers.close()
+
+
+def room_of(tiny: Checkpoint) -> int:
+    return len(read_buffers(1, buffer_nbytes(tiny))[0]) - 2 * BLOCK_NBYTES
+
+
+def test_a_layer_takes_as_few_reads_as_its_bytes_need(
+    tiny: Checkpoint, alone: ReaderPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reads = CountedReads(monkeypatch)
+    jobs = [job for info in part_infos(tiny, 1, "attention") for job in tensor_jobs(info, torch.empty(info.shape))]
+    first = behind(alone, tiny.tensors[None, "final_norm"], reads)
+    layer = alone.submit(reversed(jobs))
+    reads.may_go_on.set()
+    first.wait()
+    layer.wait()
+    nbytes = sum(job.piece.nbytes for job in jobs)
+    assert reads.num - 1 == -(-nbytes // room_of(tiny)) < len(jobs)
+    assert alone.nbytes_read == nbytes + tiny.tensors[None, "final_norm"].nbytes
+
+
+@given(st.data())
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_whatever_is_asked_for_together_all_bytes_are_right(tiny: Checkpoint, tmp_path: Path, data: st.DataObject) -> None:
+    files = files_of_numbers(tmp_path, 2, 300_000)
+    pool = ReaderPool(tiny, data.draw(st.integers(1, 3)))
+    wanted: list[tuple[Fill, torch.Tensor, npt.NDArray[np.float32]]] = []
+    try:
+        for _ in range(data.draw(st.integers(1, 6))):
+            jobs: list[Job] = []
+            places: list[tuple[torch.Tensor, npt.NDArray[np.float32]]] = []
+            path = data.draw(st.sampled_from(sorted(files)))
+            end = 0
+            for _ in range(data.draw(st.integers(1, 8))):
+                width, count = data.draw(st.integers(1, 200)), data.draw(st.integers(1, 20))
+                start = end + data.draw(st.sampled_from([0, 0, 0, 8, 4096, 9000, -min(end, 400)]))
+                end = start + 4 * width * count
+                if end > 300_000:
+                    break
+                place = torch.full((count, width), torch.nan)
+                jobs += tensor_jobs(rows_of(path, count, 4 * width, start), place)
+                places.append((place, files[path][start // 4 : end // 4].reshape(count, width)))
+            fill = pool.submit(data.draw(st.permutations(jobs)), urgent=data.draw(st.booleans()))
+            wanted += [(fill, *each) for each in places]
+        for fill, place, expected in wanted:
+            fill.wait()
+            assert np.array_equal(place.numpy(), expected)
+        assert pool.nbytes_read == sum(place.nbytes for _, place, _ in wanted)
+    finally:
+        pool.close()
+
+
+def test_urgent_rows_are_not_read_along_with_what_is_not(
+    tiny: Checkpoint, alone: ReaderPool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (path,) = files_of_numbers(tmp_path, 1, 40_000)
+    reads = CountedReads(monkeypatch)
+    behind(alone, tiny.tensors[None, "final_norm"], reads)
+    rest, row = rows_of(path, 2, 4000, 4000), rows_of(path, 1, 4000)
+    order: list[str] = []
+    fills = [
+        alone.submit(tensor_jobs(rest, torch.empty(rest.shape)), lambda _: order.append("rest")),
+        alone.submit(tensor_jobs(row, torch.empty(row.shape)), lambda _: order.append("row"), urgent=True),
+    ]
+    reads.may_go_on.set()
+    for fill in fills:
+        fill.wait()
+    assert (reads.num - 1, order) == (2, ["row", "rest"])
+
+
+def test_a_read_for_several_fills_that_fails_reaches_all_of_them_and_its_buffer_is_used_again(
+    tiny: Checkpoint, alone: ReaderPool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (path,) = files_of_numbers(tmp_path, 1, 40_000)
+    reads = CountedReads(monkeypatch)
+    behind(alone, tiny.tensors[None, "final_norm"], reads)
+    with monkeypatch.context() as broken:
+        infos = [rows_of(path, 2, 4000, 8000 * number) for number in range(3)]
+        fills = [alone.submit(tensor_jobs(info, torch.empty(info.shape))) for info in infos]
+        real = os.preadv
+
+        def fail(descriptor: int, buffers: list[memoryview], offset: int) -> int:
+            if os.readlink(f"/proc/self/fd/{descriptor}") == str(path):
+                raise OSError(errno.EIO, "Input/output error")
+            return real(descriptor, buffers, offset)
+
+        broken.setattr(os, "preadv", fail)
+        reads.may_go_on.set()
+        for fill in fills:
+            with pytest.raises(WeightReadError, match="Input/output error"):
+                fill.wait()
+    assert reads.num == 2
+    place = torch.empty(infos[0].shape)
+    alone.submit(tensor_jobs(infos[0], place)).wait()
+    assert place.flatten().tolist() == list(range(2000))
+
+
+def test_a_piece_that_cannot_be_put_in_place_fails_alone(
+    tiny: Checkpoint, alone: ReaderPool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (path,) = files_of_numbers(tmp_path, 1, 40_000)
+    reads = CountedReads(monkeypatch)
+    behind(alone, tiny.tensors[None, "final_norm"], reads)
+    infos = [rows_of(path, 2, 4000, 8000 * number) for number in range(2)]
+    too_small, place = torch.empty(1, 10), torch.empty(infos[1].shape)
+    bad, good = (alone.submit(tensor_jobs(info, each)) for info, each in zip(infos, (too_small, place), strict=True))
+    reads.may_go_on.set()
+    with pytest.raises((AssertionError, RuntimeError)):
+        bad.wait()
+    good.wait()
+    assert place.flatten().tolist() == list(range(2000, 4000))
+    alone.submit(tensor_jobs(infos[0], torch.empty(infos[0].shape))).wait()
 
 
 def written(tmp_path: Path, nbytes: int) -> tuple[Path, bytes]:

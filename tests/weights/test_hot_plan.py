@@ -15,7 +15,7 @@ from offload_sirius.errors import BudgetError
 from offload_sirius.units import GIB, MIB, parse_size
 from offload_sirius.weights.hot_plan import LEAST_HOT_LAYERS, LEAST_HOT_SHARE, hot_layouts, make_hot_plan
 from offload_sirius.weights.layout import LayerLayout, layer_layout, model_layout
-from offload_sirius.weights.plan import MIN_SLOTS, Budgets, Demand, Plan, fixed_device_bill
+from offload_sirius.weights.plan import MIN_SLOTS, Budgets, Demand, Plan, ReadingCost, fixed_device_bill
 from offload_sirius_loaders import open_checkpoint
 from offload_sirius_loaders.spec import ModelSpec, Role
 
@@ -33,7 +33,7 @@ DEMAND = Demand(
     kv_cache_nbytes=299 * MIB,
     position_tables_nbytes=MIB,
     activation_nbytes=100 * MIB,
-    reader_nbytes=READER,
+    reading=ReadingCost(reader_nbytes=READER, placer_nbytes=0, num_cores=1),
     embedding_on_device=False,
     staged=False,
     sparsity_nbytes=LAYERS * F * 12,

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from offload_sirius.errors import BudgetError
 from offload_sirius.units import GIB, MIB, parse_size
 from offload_sirius.weights.layout import layer_layout
-from offload_sirius.weights.plan import Budgets, Demand, Plan, make_plan, spread
+from offload_sirius.weights.plan import MAX_READERS, MIN_READERS, Budgets, Demand, Plan, ReadingCost, make_plan, spread
 from offload_sirius_loaders import open_checkpoint
 
 SPEC = open_checkpoint("synthetic:llama-3-70b").spec
@@ -23,13 +23,26 @@ HEAD = 2 * 1_050_673_152
 FIXED = HEAD + 2 * 8192 + 300 * MIB + 100 * MIB
 READER = 8 * MIB
 
+READING = ReadingCost(reader_nbytes=4 * MIB, placer_nbytes=3 * MIB, num_cores=4)
+
+
+@pytest.mark.parametrize(("num_readers", "nbytes"), [(2, 2 * 7 * MIB), (4, 4 * 7 * MIB), (32, 140 * MIB)])
+def test_as_many_readers_as_there_is_room_for_and_behind_them_one_a_core(num_readers: int, nbytes: int) -> None:
+    assert READING.nbytes(num_readers) == nbytes
+    assert READING.num_readers(nbytes) == num_readers
+    assert READING.num_readers(nbytes - 1) == max(num_readers - 1, MIN_READERS)
+
+
+def test_there_are_never_more_readers_than_32() -> None:
+    assert READING.num_readers(10 * GIB) == MAX_READERS
+
 
 def demand(*, tied: bool = False, staged: bool = False) -> Demand:
     return Demand(
         kv_cache_nbytes=299 * MIB,
         position_tables_nbytes=MIB,
         activation_nbytes=100 * MIB,
-        reader_nbytes=READER,
+        reading=ReadingCost(reader_nbytes=READER, placer_nbytes=0, num_cores=1),
         embedding_on_device=tied,
         staged=staged,
     )

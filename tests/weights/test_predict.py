@@ -16,7 +16,7 @@ from offload_sirius.units import GIB, MIB
 from offload_sirius.weights.copy_plan import make_copy_plan
 from offload_sirius.weights.hot_plan import make_hot_plan
 from offload_sirius.weights.layout import LayerLayout, layer_layout
-from offload_sirius.weights.plan import Budgets, Demand, Plan, make_plan
+from offload_sirius.weights.plan import Budgets, Demand, Plan, ReadingCost, make_plan
 from offload_sirius.weights.predict import (
     COUNTED_PASSES,
     Setting,
@@ -65,7 +65,7 @@ def plan(
         kv_cache_nbytes=1280 * MIB,
         position_tables_nbytes=MIB,
         activation_nbytes=200 * MIB,
-        reader_nbytes=8 * MIB,
+        reading=ReadingCost(reader_nbytes=8 * MIB, placer_nbytes=0, num_cores=1),
         embedding_on_device=False,
         staged=staged,
         num_cached_neurons=num_cached_neurons,
@@ -435,7 +435,7 @@ def hot(device_gib: float, rates: Rates = RATES, *, own_memory: bool = True, **c
         kv_cache_nbytes=1280 * MIB,
         position_tables_nbytes=MIB,
         activation_nbytes=200 * MIB,
-        reader_nbytes=8 * MIB,
+        reading=ReadingCost(reader_nbytes=8 * MIB, placer_nbytes=0, num_cores=1),
         embedding_on_device=False,
         staged=own_memory,
         num_hot=NUM_KEPT,
@@ -528,7 +528,7 @@ def copied(device_gib: float, **changes: Any) -> Setting:
         kv_cache_nbytes=1280 * MIB,
         position_tables_nbytes=MIB,
         activation_nbytes=200 * MIB,
-        reader_nbytes=8 * MIB,
+        reading=ReadingCost(reader_nbytes=8 * MIB, placer_nbytes=0, num_cores=1),
         embedding_on_device=False,
         staged=True,
         num_hot=SPEC.ffn_width,
