@@ -18,7 +18,7 @@ from offload_sirius.units import MIB, format_size
 from offload_sirius.weights.disk import DirectFile, read_buffers
 from offload_sirius.weights.pieces import BLOCK_NBYTES
 
-QUEUES = ((2, 8 * MIB), (3, 4 * MIB), (8, 8 * MIB), (16, 16 * MIB), (32, 4 * MIB))
+QUEUES = ((2, 8 * MIB), (3, 4 * MIB), (4, 2 * MIB), (8, 8 * MIB), (16, 16 * MIB), (32, 4 * MIB))
 """(reads at a time, bytes each)"""
 
 SAMPLE_NBYTES = 512 * MIB

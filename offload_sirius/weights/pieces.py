@@ -16,9 +16,10 @@ from offload_sirius_loaders.spec import ModelSpec, Role
 BLOCK_NBYTES = 4096
 """O_DIRECT wants offset, length and address as multiples of the logical block size, which is at most this."""
 
-PIECE_NBYTES = 2 * HUGE_PAGE_NBYTES - 2 * BLOCK_NBYTES
-"""One read, and also the most bytes a piece may have once decoded: bounds what is held of one. With the blocks at both
-ends that O_DIRECT reads along, it fills its huge pages."""
+PIECE_NBYTES = HUGE_PAGE_NBYTES - 2 * BLOCK_NBYTES
+"""The most bytes of a piece, stored and once decoded: bounds what a reader holds. With the blocks at both ends that O_DIRECT
+reads along it fills a huge page. Measured on a virtual disk, passes of a model beside plain reads of 4 MiB: 0.92 of their time
+with this, 1.06 to 1.17 with twice as much, and 1.11 with half of it for twice the work of the cores."""
 
 LINE_ROWS = 32
 """Rows whose numbers of two bytes fill a line of the cache: turned, a piece of so many writes whole lines."""

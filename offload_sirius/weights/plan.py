@@ -35,7 +35,8 @@ LINK_SHARE_OF_DEVICE_RATE = 0.25
 the link carries while the device computes the head, which no layer's computing overlaps."""
 
 DISK_AHEAD_NBYTES = 256 << 20
-"""Twice what a disk's readers have under way: slots that hold as much keep its queue full across the border of two layers."""
+"""A few times what a disk's readers have under way: slots that hold as much keep its queue full across the border of two
+layers."""
 
 MIN_READERS, MAX_READERS = 2, 32
 
