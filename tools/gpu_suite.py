@@ -334,7 +334,7 @@ def run_tests(has_cuda: bool) -> Outcome:
     if not has_cuda:
         return Outcome(name=TESTS, held=None, found="left out: no CUDA device", seconds=0.0, figures=None)
     began = time.perf_counter()
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", *GPU_TESTS]
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", *GPU_TESTS]
     try:
         ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=180)
         last, held = (ran.stdout.strip().splitlines() or ["nothing printed"])[-1], ran.returncode == 0

@@ -109,6 +109,12 @@ class _Copy:
     nbytes: int
 
 
+def sent(rows: Tensor, device: torch.device) -> Tensor:
+    """A few rows in host memory -> on a device, for its current stream. The host does not wait: behind layers on their way the copy
+    has its turn late."""
+    return rows.pin_memory().to(device, non_blocking=True)
+
+
 class CudaUplink:
     """Host memory to one device, on a copy stream of its own. See uploads.Uplink."""
 
@@ -150,8 +156,7 @@ class CudaUplink:
         rows, place = records.flatten(1), destination.flatten(1)  # [F, R], [N, R]
 
         def copy() -> None:
-            # On the copy stream too, and out of pinned memory, so that the host waits for nothing.
-            gather(rows, neuron_ids.pin_memory().to(self._device, non_blocking=True), place)
+            gather(rows, sent(neuron_ids, self._device), place)  # both on the copy stream
 
         return self._queue(copy, destination.nbytes, last_use, name)
 

@@ -38,8 +38,17 @@ class TableEmbedding:
     def rows(self, token_ids: Tensor) -> Tensor:
         """See Embedding."""
         if isinstance(self._table, BlockRows):
-            return gathered(self._table, token_ids, self._dtype).to(self._device)
-        return self._table[token_ids.to(self._table.device)].to(self._device)
+            return _sent(gathered(self._table, token_ids, self._dtype), self._device)
+        return _sent(self._table[token_ids.to(self._table.device)], self._device)
+
+
+def _sent(rows: Tensor, device: torch.device) -> Tensor:
+    """Rows on the device that computes."""
+    if device.type != "cuda" or rows.device.type == "cuda":
+        return rows.to(device)
+    from offload_sirius.weights.cuda import sent
+
+    return sent(rows, device)
 
 
 def gathered(table: BlockRows, token_ids: Tensor, dtype: torch.dtype) -> Tensor:
@@ -76,5 +85,5 @@ class DiskEmbedding:
         self._readers.submit(jobs, urgent=True).wait()
         if self._form is not None:
             width = rows.shape[1] // self._form.block_nbytes * self._form.block
-            return gathered(BlockRows(rows, width, self._form), inverse, self._dtype).to(self._device)
-        return rows[inverse].to(self._device)
+            return _sent(gathered(BlockRows(rows, width, self._form), inverse, self._dtype), self._device)
+        return _sent(rows[inverse], self._device)

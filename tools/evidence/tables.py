@@ -291,6 +291,18 @@ def scale() -> list[str]:
     return [*table(head, map(cells, result["fits"])), "", *held, *result.source]
 
 
+def gpu() -> list[str]:
+    """What the suite for machines with a GPU found: tools/gpu_suite.py."""
+    result = newest("gpu-suite")
+
+    def cells(part: dict[str, Any]) -> list[str]:
+        found = "" if part["name"] == "tests" else part["found"]  # dots
+        return [part["name"], "holds" if part["held"] else "falls short", found]
+
+    parts = [part for part in result["parts"] if part["held"] is not None]
+    return [*table(["Part", "", "Found"], map(cells, parts)), *result.source]
+
+
 TABLES: dict[str, Callable[[], list[str]]] = {
     "answers": answers,
     "decode": decode,
@@ -302,5 +314,6 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "paper": paper,
     "ablations": ablations,
     "scale": scale,
+    "gpu": gpu,
 }
 """By the name that a document gives."""
