@@ -31,6 +31,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -484,7 +485,7 @@ def flat_in_nodes(points: Sequence[Point]) -> Held | None:
 
 
 def as_planned(points: Sequence[Point]) -> Held:
-    worst = max(points, key=lambda point: abs(point.error))
+    worst = max(points, key=lambda point: abs(math.log1p(point.error)))  # half is as wrong as twice
     return Held(
         what=f"predictions within {TOLERANCE:.0%}",
         value=worst.error,

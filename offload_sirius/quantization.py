@@ -51,7 +51,8 @@ ZERO_STEPS = 16
 
 FEW_TOKENS = 128
 """Up to so many, products read rows as they are. More make good use of plain ones, so that some rows at a time are dequantised
-first. The border is above all windows and most trees: a token then gives the same in a correction as in a step of its own."""
+first. The border is above all windows and most trees: on a CPU a token then gives the same in a correction as in a step of its
+own; on a GPU one token has kernels of its own, which differ by rounding."""
 
 UNPACKED_ROWS = 1024
 """Rows that are dequantised at once."""

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import typer
@@ -185,6 +186,31 @@ def test_growth_the_paper_s_table_and_quality_hold_as_their_figures_say(suite: M
     assert suite.judge_quality({"rows": rows})[0]
     assert not suite.judge_quality({"rows": [*rows, {"accept": "exact", "identical": {"value": 0.9}}]})[0]
     assert not suite.judge_quality({"rows": rows[:1]})[0]
+
+
+def test_a_part_that_is_run_again_leaves_the_others_of_the_same_gpu_in_the_file(
+    suite: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = {"graphs": True, "link": True}
+
+    def run_part(part: Any, *_: Any) -> Any:
+        return suite.Outcome(name=part.name, held=held[part.name], found="", seconds=1.0, figures=None)
+
+    def verdicts(*names: str, gpu: str | None = None) -> dict[str, bool | None]:
+        facts = {"date": "2026-11-26", "machine": {"gpu": gpu}, "versions": {"commit": "abc"}}
+        monkeypatch.setattr(suite, "machine_facts", lambda: facts)
+        monkeypatch.setattr(sys, "argv", ["gpu_suite.py", "--out", str(tmp_path), "--only", *names])
+        suite.main()
+        [file] = tmp_path.iterdir()
+        return {part["name"]: part["held"] for part in json.loads(file.read_text())["parts"]}
+
+    monkeypatch.setattr(suite, "run_part", run_part)
+    assert verdicts("graphs", "link") == {"link": True, "graphs": True}
+    held["link"] = False
+    assert verdicts("link") == {"link": False, "graphs": True}
+    held["link"] = None
+    assert verdicts("link") == {"link": False, "graphs": True}, "what is left out says nothing new"
+    assert verdicts("link", gpu="another") == {"link": None}
 
 
 def test_without_a_gpu_its_parts_are_left_out_and_the_others_run(tmp_path: Path) -> None:

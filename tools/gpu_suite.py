@@ -287,27 +287,26 @@ def main() -> int:
     began, has_cuda = time.perf_counter(), torch.cuda.is_available()
     facts = machine_facts()
     path = options.out / f"gpu-suite-{facts['date']}.json"
-    wanted = options.only or NAMES
-    outcomes = {name: outcome for name, outcome in kept_in(path).items() if name not in wanted}
-    seconds_before = sum(outcome.seconds for outcome in outcomes.values())
+    wanted, num_short = options.only or NAMES, 0
+    outcomes = kept_in(path, facts["machine"]["gpu"])
     for name in wanted:
-        spent = time.perf_counter() - began
-        outcome = (
-            run_tests(has_cuda) if name == TESTS else run_part(part_named(name), has_cuda, TOTAL_SECONDS - spent, options.out)
-        )
-        outcomes[name] = replace(outcome, commit=facts["versions"].get("commit"))
+        seconds_left = TOTAL_SECONDS - (time.perf_counter() - began)
+        outcome = run_tests(has_cuda) if name == TESTS else run_part(part_named(name), has_cuda, seconds_left, options.out)
+        num_short += outcome.held is False
+        if outcome.held is not None or name not in outcomes:
+            outcomes[name] = replace(outcome, commit=facts["versions"]["commit"])
         print(line(outcome), flush=True)
-        write(path, outcomes, facts | {"seconds": seconds_before + time.perf_counter() - began})
-    short = [name for name in wanted if outcomes[name].held is False]
-    print(f"{path}: {len(short)} of {len(wanted)} parts did not hold")
-    return int(bool(short))
+        write(path, outcomes, facts)
+    print(f"{path}: {num_short} of {len(wanted)} parts did not hold")
+    return int(num_short > 0)
 
 
-def kept_in(path: Path) -> dict[str, Outcome]:
-    """What a result file has of parts that there are."""
-    if not path.exists():
+def kept_in(path: Path, gpu: str | None) -> dict[str, Outcome]:
+    """What a result file has of parts that there are, where it is of the same GPU."""
+    result = json.loads(path.read_text()) if path.exists() else None
+    if result is None or result["machine"]["gpu"] != gpu:
         return {}
-    found = (Outcome(**part) for part in json.loads(path.read_text())["parts"])
+    found = (Outcome(**part) for part in result["parts"])
     return {outcome.name: outcome for outcome in found if outcome.name in NAMES}
 
 
@@ -315,7 +314,7 @@ def write(path: Path, outcomes: dict[str, Outcome], facts: dict[str, Any]) -> No
     """Keep what there is so far, so that nothing is lost when the time is over."""
     path.parent.mkdir(parents=True, exist_ok=True)
     parts = [asdict(outcomes[name]) for name in NAMES if name in outcomes]
-    path.write_text(json.dumps({"parts": parts, **facts}, indent=1) + "\n")
+    path.write_text(json.dumps({"parts": parts, "seconds": sum(part["seconds"] for part in parts), **facts}, indent=1) + "\n")
 
 
 def part_named(name: str) -> Part:

@@ -14,7 +14,7 @@ from offload_sirius.cache import cache_folder, safe_name
 from offload_sirius.config import EngineConfig
 from offload_sirius.engine.captured import CapturedStep, ResidentLayers, recorder_on
 from offload_sirius.engine.engine import Engine
-from offload_sirius.engine.link import Arenas, Origins, make_arenas, make_link, uplink_to
+from offload_sirius.engine.link import Arenas, Origins, make_arenas, make_link, sender_to, uplink_to
 from offload_sirius.engine.opened import Model
 from offload_sirius.engine.placement import Placement, is_of_device_memory, memory_errors, place, release_device_memory
 from offload_sirius.engine.planning import as_packed
@@ -75,6 +75,8 @@ def build(model: Model, config: EngineConfig, progress: Progress, tracer: Tracer
 def _built(
     model: Model, config: EngineConfig, placement: Placement, progress: Progress, tracer: Tracer | None, began: float
 ) -> Engine:
+    # Before the threads that put pieces in place ask for one each, which torch takes for what the next thread wants.
+    torch.set_num_threads(config.threads or placement.planned.hardware.num_cores)
     checkpoint = placement.planned.checkpoint
     if placement.plan.disk_layers:
         checkpoint = _on_disk(checkpoint, progress)
@@ -284,13 +286,13 @@ def _decoded(
 
 def _embedding(placement: Placement, loader: Loader, readers: ReaderPool, device: AnyDeviceStore) -> Embedding:
     where = placement.plan.embedding_place
-    form = placement.planned.demand.embedding_format
+    form, send = placement.planned.demand.embedding_format, sender_to(placement.device)
     if where == "device":
         assert isinstance(device.head, torch.Tensor | BlockRows)
-        return TableEmbedding(device.head, placement.dtype, placement.device)
+        return TableEmbedding(device.head, placement.dtype, send)
     if where == "host":
-        return TableEmbedding(loader.load_embedding(placement.dtype, form), placement.dtype, placement.device)
-    return DiskEmbedding(loader.info(None, "embedding"), readers, placement.dtype, placement.device, form)
+        return TableEmbedding(loader.load_embedding(placement.dtype, form), placement.dtype, send)
+    return DiskEmbedding(loader.info(None, "embedding"), readers, placement.dtype, send, form)
 
 
 def _on_disk(checkpoint: Checkpoint, progress: Progress) -> Checkpoint:

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 
 import torch
+from torch import Tensor
 
 from offload_sirius import machine
 from offload_sirius.engine.placement import Placement
@@ -19,6 +21,7 @@ from offload_sirius.units import format_size
 from offload_sirius.weights.buffers import LayerBuffer
 from offload_sirius.weights.copiers import Copier, DiskCopier, HostCopier, PacedCopier, TieredCopier
 from offload_sirius.weights.disk import ReaderPool
+from offload_sirius.weights.embedding import Send
 from offload_sirius.weights.host import HostStore
 from offload_sirius.weights.kept import KeptStore
 from offload_sirius.weights.pinning import PinReport
@@ -178,6 +181,15 @@ def uplink_to(device: torch.device) -> Uplink | None:
     from offload_sirius.weights.cuda import CudaUplink
 
     return CudaUplink(device)
+
+
+def sender_to(device: torch.device) -> Send:
+    """The way of a few rows to the device that computes."""
+    if device.type != "cuda":
+        return partial(Tensor.to, device=device)
+    from offload_sirius.weights.cuda import sent
+
+    return partial(sent, device=device)
 
 
 def numa_node_near(device: torch.device) -> int | None:

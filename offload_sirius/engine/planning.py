@@ -116,8 +116,8 @@ class Hardware:
         return f"{self.model}, {dtype}"
 
 
-DESCRIBED = Hardware(device="described", model="", own_memory=True, free_device_nbytes=None, free_host_nbytes=None, num_cores=1)
-"""A device with memory of its own that need not be here: sizes and rates are those given, or assumed."""
+DESCRIBED = Hardware(device="described", model="", own_memory=True, free_device_nbytes=None, free_host_nbytes=None, num_cores=16)
+"""A device with memory of its own that need not be here, in a PC: sizes and rates are those given, or assumed."""
 
 
 def host_hardware() -> Hardware:

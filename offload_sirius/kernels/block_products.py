@@ -10,18 +10,16 @@ tokens. Knows no layers.
 
 from __future__ import annotations
 
-from typing import TypeVar
+from functools import partial
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from offload_sirius.kernels import blocks_cpu
 from offload_sirius.kernels.blocks import BlockRows, NeuronRows, regroup_reference, write_headers
 from offload_sirius.kernels.gather import has_triton
+from offload_sirius.kernels.in_parts import down_in_parts, linear_in_parts
 from offload_sirius.quantization import UNPACKED_ROWS
-
-RowsT = TypeVar("RowsT", BlockRows, NeuronRows)
 
 REFERENCE_ROWS = 256
 """Rows that the reference holds in float32 at once."""
@@ -33,8 +31,7 @@ def block_linear(x: Tensor, rows: BlockRows) -> Tensor:
         return blocks_cpu.linear(x, rows)
     if not _on_gpu(x.device):
         return linear_reference(x, rows)
-    parts = [functional.linear(x, block_weights(part, x.dtype)) for part in _parts(rows, UNPACKED_ROWS)]
-    return torch.cat(parts, dim=1).float() if parts else x.new_empty(x.shape[0], 0, dtype=torch.float32)
+    return linear_in_parts(x, rows, UNPACKED_ROWS, partial(block_weights, dtype=x.dtype)).float()
 
 
 def block_down(z: Tensor, rows: NeuronRows) -> Tensor:
@@ -43,10 +40,7 @@ def block_down(z: Tensor, rows: NeuronRows) -> Tensor:
         return blocks_cpu.down(z, rows)
     if not _on_gpu(z.device):
         return down_reference(z, rows)
-    y = z.new_zeros(z.shape[0], rows.width, dtype=torch.float32)
-    for part, values in zip(_parts(rows, UNPACKED_ROWS), z.split(UNPACKED_ROWS, dim=1), strict=False):
-        y += values @ block_weights(part, z.dtype)
-    return y
+    return down_in_parts(z, rows, UNPACKED_ROWS, partial(block_weights, dtype=z.dtype))
 
 
 def block_weights(rows: BlockRows | NeuronRows, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -72,20 +66,12 @@ def write_outputs(place: NeuronRows, first: int, stored: Tensor) -> None:
 
 def linear_reference(x: Tensor, rows: BlockRows) -> Tensor:
     """block_linear in torch."""
-    parts = [functional.linear(x.float(), part.dequantised()) for part in _parts(rows, REFERENCE_ROWS)]
-    return torch.cat(parts, dim=1) if parts else x.new_empty(x.shape[0], 0, dtype=torch.float32)
+    return linear_in_parts(x.float(), rows, REFERENCE_ROWS, BlockRows.dequantised)
 
 
 def down_reference(z: Tensor, rows: NeuronRows) -> Tensor:
     """block_down in torch."""
-    y = z.new_zeros(z.shape[0], rows.width, dtype=torch.float32)
-    for part, values in zip(_parts(rows, REFERENCE_ROWS), z.float().split(REFERENCE_ROWS, dim=1), strict=False):
-        y += values @ part.dequantised()
-    return y
-
-
-def _parts(rows: RowsT, count: int) -> list[RowsT]:
-    return [rows[start : start + count] for start in range(0, len(rows), count)]
+    return down_in_parts(z.float(), rows, REFERENCE_ROWS, NeuronRows.dequantised)
 
 
 def _on_gpu(device: torch.device) -> bool:

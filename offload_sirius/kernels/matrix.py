@@ -1,10 +1,12 @@
-"""A matrix by its rows, as a layer multiplies with it: plain numbers, or quantised rows and blocks, which are not
-unpacked to memory.
+"""A matrix by its rows, as a layer multiplies with it: plain numbers, or quantised rows and blocks, of which no more than some
+rows are ever unpacked to memory.
 
 Whoever computes with a matrix need not know which it is; whoever moves rows moves their bytes.
 """
 
 from __future__ import annotations
+
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -14,6 +16,7 @@ from offload_sirius.kernels import cpu
 from offload_sirius.kernels.block_products import block_down, block_linear, block_weights
 from offload_sirius.kernels.blocks import BlockRows, NeuronRows
 from offload_sirius.kernels.cpu import Activation
+from offload_sirius.kernels.in_parts import down_in_parts, linear_in_parts
 from offload_sirius.kernels.packed import QuantizedRows
 from offload_sirius.kernels.quantized import quantized_down, quantized_gate_up, quantized_linear, quantized_weights
 from offload_sirius.quantization import FEW_TOKENS, UNPACKED_ROWS
@@ -39,7 +42,7 @@ def project(x: Tensor, matrix: Stack, bias: Tensor | None = None) -> Tensor:
     elif x.shape[0] <= FEW_TOKENS or len(matrix) == 0:
         y = _few_projected(x, matrix)
     else:
-        y = torch.cat([functional.linear(x, _weights(rows, x.dtype)) for rows in _parts(matrix)], dim=1)
+        y = linear_in_parts(x, matrix, UNPACKED_ROWS, partial(_weights, dtype=x.dtype))
     return y if bias is None else y.add_(bias)
 
 
@@ -62,10 +65,7 @@ def combine(z: Tensor, matrix: Matrix) -> Tensor:
         return cpu.down(z, matrix).to(z.dtype) if _by_tiles(z, matrix) else z @ matrix
     if z.shape[0] <= FEW_TOKENS or len(matrix) == 0:
         return _few_combined(z, matrix).to(z.dtype)
-    y = torch.zeros(len(z), matrix.width, dtype=torch.float32, device=z.device)
-    for rows, values in zip(_parts(matrix), z.split(UNPACKED_ROWS, dim=1), strict=True):
-        y += values @ _weights(rows, z.dtype)
-    return y.to(z.dtype)
+    return down_in_parts(z, matrix, UNPACKED_ROWS, partial(_weights, dtype=z.dtype)).to(z.dtype)
 
 
 def _few_projected(x: Tensor, matrix: Coded) -> Tensor:
@@ -97,7 +97,3 @@ def _by_tiles(x: Tensor, matrix: Tensor) -> bool:
         and matrix.stride(1) == 1
         and cpu.tiles() is not None
     )
-
-
-def _parts(matrix: Coded) -> list[Coded]:
-    return [matrix[start : start + UNPACKED_ROWS] for start in range(0, len(matrix), UNPACKED_ROWS)]

@@ -10,7 +10,6 @@ no layers.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import get_args
 
 import torch
@@ -20,6 +19,7 @@ from torch.nn import functional
 from offload_sirius.kernels import cpu
 from offload_sirius.kernels.cpu import Activation
 from offload_sirius.kernels.gather import has_triton
+from offload_sirius.kernels.in_parts import down_in_parts, linear_in_parts
 from offload_sirius.kernels.packed import QuantizedRows
 from offload_sirius.quantization import UNPACKED_ROWS
 
@@ -72,7 +72,7 @@ def quantized_down(z: Tensor, rows: QuantizedRows) -> Tensor:
 
         if z.shape[0] == 1:
             return quantized_gpu.down_of_one(_contiguous(z), rows)
-        return _down_in_parts(z, rows, UNPACKED_ROWS, lambda part: quantized_gpu.weights(part, z.dtype))
+        return down_in_parts(z, rows, UNPACKED_ROWS, lambda part: quantized_gpu.weights(part, z.dtype))
     return cpu.down(z, rows) if _by_library(z) else down_reference(z, rows)
 
 
@@ -87,8 +87,7 @@ def quantized_weights(rows: QuantizedRows, dtype: torch.dtype) -> Tensor:
 
 def linear_reference(x: Tensor, rows: QuantizedRows) -> Tensor:
     """quantized_linear in torch."""
-    parts = [functional.linear(x.float(), part.dequantised()) for part in _parts(rows, REFERENCE_ROWS)]
-    return torch.cat(parts, dim=1) if parts else x.new_empty(x.shape[0], 0, dtype=torch.float32)
+    return linear_in_parts(x.float(), rows, REFERENCE_ROWS, QuantizedRows.dequantised)
 
 
 def gate_up_reference(x: Tensor, gate: QuantizedRows, up: QuantizedRows, activation: Activation) -> Tensor:
@@ -98,15 +97,7 @@ def gate_up_reference(x: Tensor, gate: QuantizedRows, up: QuantizedRows, activat
 
 def down_reference(z: Tensor, rows: QuantizedRows) -> Tensor:
     """quantized_down in torch."""
-    return _down_in_parts(z.float(), rows, REFERENCE_ROWS, QuantizedRows.dequantised)
-
-
-def _down_in_parts(z: Tensor, rows: QuantizedRows, most_rows: int, weights: Callable[[QuantizedRows], Tensor]) -> Tensor:
-    """Weights of some rows at a time, in the type of z."""
-    y = z.new_zeros(z.shape[0], rows.width, dtype=torch.float32)
-    for part, values in zip(_parts(rows, most_rows), z.split(most_rows, dim=1), strict=False):
-        y += values @ weights(part)
-    return y
+    return down_in_parts(z.float(), rows, REFERENCE_ROWS, QuantizedRows.dequantised)
 
 
 def activated(gates: Tensor, activation: Activation) -> Tensor:
@@ -127,7 +118,3 @@ def _by_library(x: Tensor) -> bool:
 def _contiguous(x: Tensor) -> Tensor:
     """Each row contiguous."""
     return x if x.stride(1) == 1 else x.contiguous()
-
-
-def _parts(rows: QuantizedRows, most_rows: int) -> list[QuantizedRows]:
-    return [rows[start : start + most_rows] for start in range(0, len(rows), most_rows)]

@@ -23,6 +23,10 @@ NUM_GRAPH_WARMUPS = 3
 """As torch's documentation of graphs has it."""
 
 
+MOST_PINNED_NBYTES = 2 << 20
+"""Of a copy that goes through pinned memory of torch's: a window's rows. A prompt's would take, and keep, as much as they are."""
+
+
 @dataclass(frozen=True)
 class CudaEvent:
     """A moment in the work of one device. See uploads.Event."""
@@ -109,10 +113,12 @@ class _Copy:
     nbytes: int
 
 
-def sent(rows: Tensor, device: torch.device) -> Tensor:
-    """A few rows in host memory -> on a device, for its current stream. The host does not wait: behind layers on their way the copy
-    has its turn late."""
-    return rows.pin_memory().to(device, non_blocking=True)
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor in host memory, or there already, on a device for its current stream. For a small one the host does not wait:
+    behind layers on their way the copy has its turn late."""
+    if tensor.is_cuda or tensor.nbytes > MOST_PINNED_NBYTES:
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 class CudaUplink:
@@ -154,9 +160,10 @@ class CudaUplink:
             gathered = records.index_select(0, neuron_ids)
             return self.upload(gathered, destination, last_use=last_use, name=name)
         rows, place = records.flatten(1), destination.flatten(1)  # [F, R], [N, R]
+        pinned_ids = neuron_ids.pin_memory()  # before the copy's time begins
 
         def copy() -> None:
-            gather(rows, sent(neuron_ids, self._device), place)  # both on the copy stream
+            gather(rows, pinned_ids.to(self._device, non_blocking=True), place)
 
         return self._queue(copy, destination.nbytes, last_use, name)
 

@@ -6,7 +6,7 @@ WINDOW_NBYTES = 256 << 20
 """Bytes over which one depth is timed: long enough for a stable rate, a fraction of any model worth streaming."""
 
 
-NOISE = 0.1
+NOISE = 0.05
 """Differences in rate below this share are taken for chance."""
 
 ROUNDS = 3

@@ -14,7 +14,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -368,8 +368,9 @@ class ReaderPool:
                 with self._wake:
                     self._end_read(batch.nbytes)
                     self._free.append(batch.buffer)
-                for each in asked:
-                    each.fill.piece_failed(error)
+                with ExitStack() as all_told:  # whoever is told may fail; the others are told all the same
+                    for each in reversed(asked):
+                        all_told.callback(each.fill.piece_failed, error)
                 with self._wake:
                     batch = self._take()
             else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -18,6 +19,9 @@ from offload_sirius_loaders.checkpoint import TensorInfo
 Table = Tensor | BlockRows
 """[V, D]"""
 
+Send = Callable[[Tensor], Tensor]
+"""A tensor in host memory, or there already -> the same on the device that computes."""
+
 
 class Embedding(Protocol):
     """Rows of the table for token ids."""
@@ -29,26 +33,21 @@ class Embedding(Protocol):
 class TableEmbedding:
     """The table in memory: the host's, or the head's own matrix where the two are tied."""
 
-    def __init__(self, table: Table, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, table: Table, dtype: torch.dtype, send: Send) -> None:
         """table: on the host or on the device. Rows of blocks become numbers of that type as they are gathered."""
         self._table = table
         self._dtype = dtype
-        self._device = device
+        self._send = send
 
     def rows(self, token_ids: Tensor) -> Tensor:
         """See Embedding."""
         if isinstance(self._table, BlockRows):
-            return _sent(gathered(self._table, token_ids, self._dtype), self._device)
-        return _sent(self._table[token_ids.to(self._table.device)], self._device)
-
-
-def _sent(rows: Tensor, device: torch.device) -> Tensor:
-    """Rows on the device that computes."""
-    if device.type != "cuda" or rows.device.type == "cuda":
-        return rows.to(device)
-    from offload_sirius.weights.cuda import sent
-
-    return sent(rows, device)
+            rows = gathered(self._table, token_ids, self._dtype)
+        elif self._table.device == token_ids.device:
+            rows = self._table[token_ids]
+        else:
+            return self._table[self._send(token_ids)]
+        return self._send(rows)
 
 
 def gathered(table: BlockRows, token_ids: Tensor, dtype: torch.dtype) -> Tensor:
@@ -64,14 +63,14 @@ class DiskEmbedding:
     """Rows read from the checkpoint as they are needed, for host budgets that the table would exceed."""
 
     def __init__(
-        self, info: TensorInfo, readers: ReaderPool, dtype: torch.dtype, device: torch.device, form: BlockFormat | None = None
+        self, info: TensorInfo, readers: ReaderPool, dtype: torch.dtype, send: Send, form: BlockFormat | None = None
     ) -> None:
         """form: of rows that are blocks."""
         self._info = info
         self._form = form
         self._readers = readers
         self._dtype = dtype
-        self._device = device
+        self._send = send
 
     def rows(self, token_ids: Tensor) -> Tensor:
         """See Embedding. Each distinct row is read once. Raises WeightReadError."""
@@ -85,5 +84,5 @@ class DiskEmbedding:
         self._readers.submit(jobs, urgent=True).wait()
         if self._form is not None:
             width = rows.shape[1] // self._form.block_nbytes * self._form.block
-            return _sent(gathered(BlockRows(rows, width, self._form), inverse, self._dtype), self._device)
-        return _sent(rows[inverse], self._device)
+            return self._send(gathered(BlockRows(rows, width, self._form), inverse, self._dtype))
+        return self._send(rows[inverse])

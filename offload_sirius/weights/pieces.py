@@ -21,10 +21,10 @@ PIECE_NBYTES = HUGE_PAGE_NBYTES - 2 * BLOCK_NBYTES
 reads along it fills a huge page. Measured on a virtual disk, passes of a model beside plain reads of 4 MiB: 0.92 of their time
 with this, 1.06 to 1.17 with twice as much, and 1.11 with half of it for twice the work of the cores."""
 
-LINE_ROWS = 32
-"""Rows whose numbers of two bytes fill a line of the cache: turned, a piece of so many writes whole lines."""
+LINE_NBYTES = 64
+"""Of a line of the cache: turned, a piece of as many rows as its numbers fill it with writes whole lines."""
 
-LEAST_SHARE = 0.75
+LEAST_SHARE = 0.5
 """Of the largest piece, what one of whole lines has to be."""
 
 
@@ -57,7 +57,7 @@ def pieces_of(info: TensorInfo) -> list[Piece]:
     """Cut a tensor into pieces of at most PIECE_NBYTES, stored (companions apart) and decoded, where its rows allow it."""
     per_row = max(info.stored_shape[-1] * _element_nbytes(info), info.row_nbytes, 1)
     most = PIECE_NBYTES // per_row
-    whole_lines = lcm(info.row_multiple, LINE_ROWS)
+    whole_lines = lcm(info.row_multiple, LINE_NBYTES // _element_nbytes(info))
     # Reads that are much smaller would cost more than turning lines in parts does.
     multiple = whole_lines if most // whole_lines * whole_lines >= LEAST_SHARE * most > 0 else info.row_multiple
     step = max(most // multiple, 1) * multiple

@@ -41,6 +41,9 @@ BETA = 3.0
 CHUNK_WEIGHTS = 1 << 16
 """Weights that a core works on at once: some copies of them stay in its cache."""
 
+MOST_CORES = 8
+"""For which there are as many weights: the copies are some 30 MB then."""
+
 DEVICE_CHUNK_WEIGHTS = 1 << 20
 """The same of a GPU, for which fewer would be launches and little else; the copies are some 60 MB."""
 
@@ -78,7 +81,8 @@ def quantise_rows(weights: Tensor, form: WeightFormat, out: Tensor | None = None
 
 
 def _rows_at_once(device: torch.device, width: int) -> int:
-    num_weights = DEVICE_CHUNK_WEIGHTS if device.type == "cuda" else CHUNK_WEIGHTS * torch.get_num_threads()
+    cores = min(torch.get_num_threads(), MOST_CORES)
+    num_weights = DEVICE_CHUNK_WEIGHTS if device.type == "cuda" else CHUNK_WEIGHTS * cores
     return max(1, num_weights // width)
 
 
@@ -107,7 +111,7 @@ def quantise_chunk(weights: Tensor, rows: QuantizedRows) -> None:
     if not (in_c and quantise_int4(left, rows)):
         quantise_reference(left, rows)
     rows.outlier_places.copy_(places)
-    # In 8 bits the integer at that place is 0. In 4 bits no integer need stand for 0.
+    # In 8 bits what is stored there is 0. In 4 bits no integer need stand for 0.
     rows.outlier_rests.copy_(weights.gather(1, places) - rows.without_outliers_at(places))
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from offload_sirius.kernels.native import Native
 from offload_sirius.rates import Rates
 from offload_sirius.units import MIB
 from offload_sirius.weights.disk_rate import DiskRate
@@ -55,6 +56,14 @@ def test_json_is_one_object_with_every_finding(run: Run, measured: list[Path], t
     assert found["disk_gbytes_per_second"] == 2.0
     assert found["host_memory_free_bytes"] > 0
     assert measured == [tmp_path]
+
+
+def test_c_kernels_that_could_not_be_compiled_are_said_to_be(
+    run: Run, measured: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    problem = "this CPU takes a few times longer than it has to: no C compiler was found"
+    monkeypatch.setattr("offload_sirius.kernels.native.native", lambda name: Native(library=None, problem=problem))
+    assert f"compiled kernels         {problem}" in run("doctor").out.splitlines()
 
 
 def test_people_get_a_line_for_each_finding_and_advice_below_it(run: Run, measured: list[Path], tmp_path: Path) -> None:

@@ -220,3 +220,19 @@ def test_a_70b_in_four_bits_has_the_bytes_of_its_arithmetic() -> None:
     assert layout.records_nbytes == 3 * 28672 * row
     assert layout.neuron_nbytes == 3 * row
     assert 80 * layout.nbytes == pytest.approx(35.6e9, rel=0.015)
+
+
+def test_weights_are_quantised_by_as_many_threads_as_compute(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = list[int]()
+
+    def counting(*arguments: Any) -> Tensor:
+        found.append(torch.get_num_threads())
+        return quantise_rows(*arguments)
+
+    monkeypatch.setattr("offload_sirius.weights.load.quantise_rows", counting)
+    before = torch.get_num_threads()
+    try:
+        with offload_sirius.load(TINY, mode="full", device="cpu", threads=3, max_context=CONTEXT, quantize="int4"):
+            assert set(found) == {3}
+    finally:
+        torch.set_num_threads(before)

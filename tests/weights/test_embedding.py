@@ -13,7 +13,10 @@ from offload_sirius.weights.disk import ReaderPool
 from offload_sirius.weights.embedding import DiskEmbedding, Embedding, TableEmbedding
 from offload_sirius_loaders.checkpoint import Checkpoint
 
-CPU = torch.device("cpu")
+
+def stay(rows: torch.Tensor) -> torch.Tensor:
+    """What computes is the host."""
+    return rows
 
 
 @pytest.fixture
@@ -24,8 +27,8 @@ def table(tiny: Checkpoint) -> torch.Tensor:
 @pytest.fixture(params=["memory", "disk"])
 def embedding(request: pytest.FixtureRequest, tiny: Checkpoint, table: torch.Tensor) -> Iterator[Embedding]:
     readers = ReaderPool(tiny, 3)
-    disk = DiskEmbedding(tiny.tensors[None, "embedding"], readers, torch.float32, CPU)
-    yield TableEmbedding(table, table.dtype, CPU) if request.param == "memory" else disk
+    disk = DiskEmbedding(tiny.tensors[None, "embedding"], readers, torch.float32, stay)
+    yield TableEmbedding(table, table.dtype, stay) if request.param == "memory" else disk
     readers.close()
 
 
@@ -40,5 +43,18 @@ def test_each_token_gets_its_row(embedding: Embedding, table: torch.Tensor, toke
 def test_rows_of_blocks_become_numbers_as_they_are_gathered() -> None:
     form = BLOCK_FORMATS["Q8_0"]
     table = BlockRows(torch.randint(0, 60, (9, form.row_nbytes(64)), dtype=torch.uint8), 64, form)
-    rows = TableEmbedding(table, torch.bfloat16, CPU).rows(torch.tensor([8, 0, 8]))
+    rows = TableEmbedding(table, torch.bfloat16, stay).rows(torch.tensor([8, 0, 8]))
     assert torch.equal(rows, table.dequantised()[[8, 0, 8]].bfloat16())
+
+
+def test_numbers_of_tokens_go_to_a_table_that_is_not_on_the_host() -> None:
+    """A table on a device without bytes stands for one: what it is asked with must have been sent."""
+    table, sent = torch.empty(9, 4, device="meta"), list[torch.Tensor]()
+
+    def send(tensor: torch.Tensor) -> torch.Tensor:
+        sent.append(tensor)
+        return tensor.to("meta")
+
+    rows = TableEmbedding(table, table.dtype, send).rows(torch.tensor([1, 8]))
+    assert [tensor.tolist() for tensor in sent] == [[1, 8]]
+    assert (rows.device.type, rows.shape) == ("meta", (2, 4))

@@ -11,10 +11,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from offload_sirius.weights.pieces import LINE_ROWS, PIECE_NBYTES, decoding_nbytes, pieces_of, read_nbytes
+from offload_sirius.weights.pieces import LINE_NBYTES, PIECE_NBYTES, decoding_nbytes, pieces_of, read_nbytes
 from offload_sirius_loaders.checkpoint import Companion, TensorInfo, read_rows
 
 from ..loaders.quantised import WAYS, one_layer
+
+
+LINE_ROWS = LINE_NBYTES // 4
+"""Of float32."""
 
 
 def info(rows: int, columns: int, row_multiple: int = 1) -> TensorInfo:
@@ -53,8 +57,16 @@ def companion(name: str, num_rows: int, row_nbytes: int, span: int) -> Companion
 
 def test_pieces_begin_at_whole_lines_of_a_turned_matrix_where_so_many_rows_fit() -> None:
     assert all(piece.first_row % LINE_ROWS == 0 for piece in pieces_of(info(5000, 4096)))
-    wide = PIECE_NBYTES // 4 // (2 * LINE_ROWS - 1)
-    assert pieces_of(info(200, wide))[0].num_rows == 2 * LINE_ROWS - 1, "whole lines would halve the reads"
+    wide = PIECE_NBYTES // 4 // (LINE_ROWS - 1)
+    assert pieces_of(info(200, wide))[0].num_rows == LINE_ROWS - 1, "a line is more than a piece"
+
+
+@pytest.mark.parametrize(
+    ("ffn_width", "num_rows"), [(5632, 160), (14336, 64), (18944, 32), (28672, 32), (53248, 19)], ids=lambda size: str(size)
+)
+def test_pieces_of_a_down_projection_in_bfloat16_have_whole_lines_up_to_70b(ffn_width: int, num_rows: int) -> None:
+    down = replace(info(4096, ffn_width), dtype="BF16", element="BF16", nbytes=4096 * ffn_width * 2)
+    assert pieces_of(down)[0].num_rows == num_rows
 
 
 def test_each_piece_brings_the_rows_of_companions_that_it_needs() -> None:
