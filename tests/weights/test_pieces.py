@@ -16,7 +16,6 @@ from offload_sirius_loaders.checkpoint import Companion, TensorInfo, read_rows
 
 from ..loaders.quantised import WAYS, one_layer
 
-
 LINE_ROWS = LINE_NBYTES // 4
 """Of float32."""
 
