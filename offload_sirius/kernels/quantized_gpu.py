@@ -341,8 +341,8 @@ def _one_token_rows(  # type: ignore[no-untyped-def]
     UNROLL: tl.constexpr,
 ):
     # row, inside: [N]. -> float32 [N]
-    HALF: tl.constexpr = GROUP // 2 if INT4 else GROUP
-    sums = tl.zeros((BLOCK_ROWS, HALF), dtype=tl.float32)
+    COLUMNS: tl.constexpr = GROUP // 2 if INT4 else GROUP
+    sums = tl.zeros((BLOCK_ROWS, COLUMNS), dtype=tl.float32)
     num_groups = tl.cdiv(width, GROUP)
     rows_inside = inside[:, None]
     for first in range(0, num_groups, UNROLL):
