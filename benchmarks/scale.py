@@ -6,7 +6,8 @@
 
 Shapes of random weights, bfloat16. In the setting `link` every layer crosses a link at each pass, and the ceiling of a pass is
 its bytes, as counted, over the link's rate; in the setting `resident` nothing does, and computing is all there is. On a CPU the
-link is emulated, so slow that it bounds every pass; on a GPU it is its own, and shapes are wider.
+link is emulated, so slow that it bounds every pass; on a GPU it is its own, and shapes are wider. What is resident is larger than
+the device's caches, as models are that people run.
 
 layers, width   A token of the real decode loop. Bytes are layers times those of one, and grow with the square of the width, the
                 number of heads being the same; so does the time.
@@ -62,6 +63,9 @@ EMULATED_GBPS = 0.25
 WIDTHS = {"cpu": 1024, "cuda": 4096}
 """Of the sweeps in which it is the same, by kind of device: one whose passes are long beside what a step takes besides."""
 
+RESIDENT_SHAPES = {"cpu": (2, 8), "cuda": (1, 4)}
+"""Width of the resident model beside that of others, and its layers: 0.8 GB, more than caches of processors, and 1.6 GB."""
+
 NUM_LAYERS, NUM_HEADS, NUM_KV_HEADS, VOCAB = 4, 16, 4, 2048
 LAYERS = (4, 8, 16, 32)
 WIDTH_SHARES = (0.5, 0.75, 1.0, 1.5, 2.0)
@@ -74,8 +78,8 @@ KEEPS = (0.125, 0.25, 0.5, 0.75)
 BRANCHES = 2
 """Of each node of a tree."""
 
-STEPS_AT_ONCE = 20
-"""Resident steps that are timed together: one takes a few milliseconds."""
+STEPS_AT_ONCE = 4
+"""Resident steps that are timed together: one takes a few milliseconds, on a CPU some ten."""
 
 FULL = DecodingConfig(mode="full")
 DRAFTING = DecodingConfig(draft="streamed", lookup=False, prior=False)
@@ -156,10 +160,14 @@ class Scale:
             yield self._token("width", width, self._shape(width=width))
 
     def contexts(self) -> Iterator[Point]:
-        model = self._shape(kv_heads=NUM_HEADS)
-        settings: tuple[tuple[Setting, Sequence[int], int], ...]
-        settings = (("resident", CONTEXTS, STEPS_AT_ONCE), ("link", LINK_CONTEXTS, 1))
-        for setting, contexts, each in settings:
+        times, num_layers = RESIDENT_SHAPES[self.kind]
+        resident = self._shape(width=times * self.width, layers=num_layers, kv_heads=NUM_HEADS)
+        settings: tuple[tuple[Setting, str, Sequence[int], int], ...]
+        settings = (
+            ("resident", resident, CONTEXTS, STEPS_AT_ONCE),
+            ("link", self._shape(kv_heads=NUM_HEADS), LINK_CONTEXTS, 1),
+        )
+        for setting, model, contexts, each in settings:
             for positions in self._some(contexts):
                 with self._loaded(model, setting, positions + 1, FULL) as (engine, planned):
                     passes = SinglePasses(engine, positions)

@@ -104,7 +104,7 @@ def test_small_shapes_are_measured_and_kept(
     monkeypatch.setattr(scale, "measured_rates", lambda *_, **__: assumed_cpu_rates(2))
     out = tmp_path / "scale.json"
     sizes = ["--width", "128", "--passes", "1", "--quick", "--link-gbps", "2"]
-    only = ["layers", "window", "nodes", "batch"]
+    only = ["context", "layers", "window", "nodes", "batch"]
     monkeypatch.setattr(sys, "argv", ["scale.py", "--device", "cpu", "--out", str(out), *sizes, "--only", *only])
     assert scale.main() in (0, 1), "what must hold may not, of so small shapes"
     result = json.loads(out.read_text())

@@ -1,13 +1,14 @@
 """The rates of this machine that predictions rest on, measured with the parts that will run: the model's own forward pass over
 layers of random weights, the link's own copier, plain reads of the disk. About a minute a type of weights.
 
-A layer's time is taken apart by its size: what the smallest layers take is overhead, what a large one takes beyond is its bytes
-(one token) or its arithmetic (many). Quantised layers are measured in the same way, their overhead being that of plain ones.
+A layer's time is taken apart by its size: what the smallest layers take is overhead, what large ones take beyond is their bytes
+(one token) or their arithmetic (many). Quantised layers are measured in the same way, their overhead being that of plain ones.
 A GPU takes less for a layer than the host takes to launch it: there bytes and arithmetic are those of products that are queued.
 """
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections import deque
@@ -81,7 +82,11 @@ LARGE = ModelSpec(
     rope=RopeSpec(),
     layer_windows=(None,),
 )
-"""A layer of 218 million parameters: more than any cache holds, little enough for any machine."""
+"""A layer of 218 million parameters: so wide that products take nearly all of its time, little enough for any machine."""
+
+LARGE_NBYTES = 800 * 10**6
+"""Of the layers that a step goes through, at least: more than the caches of nearly all processors hold. Servers have some hundred
+megabytes of them, out of which one layer was seen to come a tenth faster than two."""
 
 RING = replace(LARGE, name="ring", num_layers=4, width=2048, ffn_width=8192, layer_windows=(None,) * 4)
 """Layers that are copied while others are computed on, as a ring of slots does it: each of another place, one at each second
@@ -134,7 +139,7 @@ def measure_rates(
 ) -> Rates:
     """Measure everything. assumed: for what cannot be; source: what is written beside the rest, `measured DATE`.
 
-    disk: a file or folder on the disk to measure. rounds: of which medians count. Takes 1.8 GB of memory in bfloat16, twice that
+    disk: a file or folder on the disk to measure. rounds: of which medians count. Takes 2 GB of memory in bfloat16, twice that
     in float32. Raises BudgetError, ConfigError.
     """
     torch.set_num_threads(machine.physical_cores())
@@ -155,19 +160,42 @@ def measure_quantized(
 
 
 def _quantized_rates(form: WeightFormat, dtype: torch.dtype, device: torch.device, plain: Rates) -> dict[str, float]:
-    model = _model_of(LARGE, RandomWeights(LARGE, dtype, device, form), dtype, device)
-    nbytes = layer_layout(LARGE, dtype.itemsize, 0, form).nbytes
-    flops = 2 * nbytes / (form.bits_per_weight / 8)
-    overhead = plain.step_overhead_seconds + plain.layer_overhead_seconds
-    step_seconds = seconds_of(partial(_step, model), device)
-    few_seconds = seconds_of(partial(_step, model, FEW_TOKENS), device)
-    prompt_seconds = seconds_of(partial(_prefill, model), device, PROMPT_REPEATS)
+    large = LargeLayers(dtype, device, form)
+    flops = 2 * large.layer_nbytes / (form.bits_per_weight / 8)
+    step_seconds, few_seconds = large.step_seconds(), large.step_seconds(FEW_TOKENS)
     products_seconds = PROMPT_TOKENS * flops / plain.device_flops_per_second
+    per_step, per_layer = plain.step_overhead_seconds, plain.layer_overhead_seconds
+    overhead = per_step + per_layer
     return {
-        "bytes_per_second": nbytes / _beyond(overhead, step_seconds),
-        "flops_per_second": (FEW_TOKENS - 1) * flops / _left(few_seconds, step_seconds),
-        "unpacking_bytes_per_second": nbytes / _left(prompt_seconds, overhead + products_seconds),
+        "bytes_per_second": large.nbytes / _beyond(per_step + large.num_layers * per_layer, step_seconds),
+        "flops_per_second": (FEW_TOKENS - 1) * large.num_layers * flops / _left(few_seconds, step_seconds),
+        "unpacking_bytes_per_second": large.layer_nbytes / _left(large.prompt_seconds(), overhead + products_seconds),
     }
+
+
+class LargeLayers:
+    """Random layers of which a pass reads more than caches hold, as a step goes through them; a prompt goes through the first."""
+
+    def __init__(self, dtype: torch.dtype, device: torch.device, form: WeightFormat | None = None) -> None:
+        self.layer_nbytes = layer_layout(LARGE, dtype.itemsize, 0, form).nbytes
+        self.num_layers = math.ceil(LARGE_NBYTES / self.layer_nbytes)
+        spec = _with_layers(LARGE, self.num_layers)
+        weights = RandomWeights(spec, dtype, device, form)
+        self._layers, self._first = (_model_of(each, weights, dtype, device) for each in (spec, LARGE))
+        self._device = device
+
+    @property
+    def nbytes(self) -> int:
+        """Of all layers."""
+        return self.num_layers * self.layer_nbytes
+
+    def step_seconds(self, num_tokens: int = 1) -> float:
+        """Of a step, through all layers."""
+        return seconds_of(partial(_step, self._layers, num_tokens), self._device)
+
+    def prompt_seconds(self) -> float:
+        """Of a prompt, through one layer: arithmetic takes so long that it matters little where weights come from."""
+        return seconds_of(partial(_prefill, self._first), self._device, PROMPT_REPEATS)
 
 
 def _left(seconds: float, rest: float) -> float:
@@ -181,20 +209,18 @@ def _medians(rounds: list[dict[str, float]]) -> dict[str, float]:
 
 def _compute_rates(dtype: torch.dtype, device: torch.device) -> dict[str, float]:
     per_step, per_layer = _overheads(dtype, device)
-    overhead = per_step + per_layer
-    large = _model(LARGE, dtype, device)
-    nbytes = layer_layout(LARGE, dtype.itemsize).nbytes
-    step_seconds = seconds_of(partial(_step, large), device)
-    prompt_seconds = seconds_of(partial(_prefill, large), device, PROMPT_REPEATS)
+    large = LargeLayers(dtype, device)
+    step_seconds, prompt_seconds = large.step_seconds(), large.prompt_seconds()
+    flops = 2 * PROMPT_TOKENS * (large.layer_nbytes // dtype.itemsize)
     rates = {
-        "device_bytes_per_second": nbytes / _beyond(overhead, step_seconds),
-        "device_flops_per_second": 2 * PROMPT_TOKENS * (nbytes // dtype.itemsize) / _beyond(overhead, prompt_seconds),
+        "device_bytes_per_second": large.nbytes / _beyond(per_step + large.num_layers * per_layer, step_seconds),
+        "device_flops_per_second": flops / _beyond(per_step + per_layer, prompt_seconds),
         "layer_overhead_seconds": per_layer,
         "step_overhead_seconds": per_step,
     }
     if device.type == "cuda":
         return rates | product_rates(dtype, device)
-    return rates | {"compute_share_beside_readers": _share_beside_readers(large, step_seconds, device)}
+    return rates | {"compute_share_beside_readers": _share_beside_readers(large, step_seconds)}
 
 
 def product_rates(dtype: torch.dtype, device: torch.device, rows: int = PRODUCT_ROWS) -> dict[str, float]:
@@ -273,12 +299,12 @@ def _prefill(model: Transformer) -> None:
     model.prefill(torch.arange(PROMPT_TOKENS) % LARGE.vocab_size)
 
 
-def _share_beside_readers(model: Transformer, alone_seconds: float, device: torch.device) -> float:
+def _share_beside_readers(large: LargeLayers, alone_seconds: float) -> float:
     """Speed on one core less than all, as decoding goes while layers come from disk."""
     cores = machine.physical_cores()
     torch.set_num_threads(max(cores - 1, 1))
     try:
-        return min(alone_seconds / seconds_of(partial(_step, model), device), 1.0)
+        return min(alone_seconds / large.step_seconds(), 1.0)
     finally:
         torch.set_num_threads(cores)
 

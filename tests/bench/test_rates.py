@@ -23,6 +23,7 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     narrow = {"width": 256, "num_heads": 8, "num_kv_heads": 2, "head_dim": 32, "ffn_width": 512}
     for name in ("LARGE", "RING"):
         monkeypatch.setattr(bench, name, replace(getattr(bench, name), **narrow))
+    monkeypatch.setattr(bench, "LARGE_NBYTES", 2 * 10**6)  # a few layers
     for name in ("STEP_REPEATS", "PROMPT_REPEATS", "STEPS_AT_ONCE", "STEPS_BESIDE_COPIES"):
         monkeypatch.setattr(bench, name, 2)
     monkeypatch.setattr(
