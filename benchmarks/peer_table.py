@@ -28,6 +28,10 @@ FLOOR = "raw reads"
 MOST_OF_FLOOR = 1.15
 """What a token of mode full may take."""
 
+CLOSE = 1.15
+"""Ways of reading that took more than this of the best one's time are not tried in the rounds that count: a disk that allows so
+many bytes a while becomes slower with each of them, and they lie between mode full and what it is compared with."""
+
 PROMPT_IDS = list(range(300, 316))
 SENTENCE = "The capital of France is Paris, and that of Spain is"
 
@@ -63,20 +67,31 @@ class Measured:
 class Floors:
     """Plain reads of what mode full reads for a token."""
 
+    queues: Sequence[tuple[int, int]] = QUEUES
+    """Ways of reading: how many reads at a time, bytes of each."""
     nbytes: int = 0
     seconds: list[float] = field(default_factory=list)
     """Of each round: the mean of those before and behind its run of mode full."""
 
+    def choose(self, files: list[Path], answer: Answer) -> None:
+        """Read in all ways in the round that does not count, and keep the fast ones."""
+        self.nbytes = int(answer.read_nbytes_per_token)
+        if self.nbytes:
+            turns = [[read_seconds(files, self.nbytes, *queue) for queue in self.queues] for _ in range(2)]
+            seconds = {queue: min(each) for queue, *each in zip(self.queues, *turns, strict=True)}
+            self.queues = [queue for queue in self.queues if seconds[queue] <= CLOSE * min(seconds.values())]
+
     @contextmanager
-    def around(self, files: list[Path], full: Measured) -> Iterator[None]:
+    def around(self, files: list[Path]) -> Iterator[None]:
         """Read before and behind a run. Nothing where nothing is read from the disk."""
-        assert full.warm_up is not None
-        assert full.warm_up.answer is not None
-        self.nbytes = int(full.warm_up.answer.read_nbytes_per_token)
-        before = best_read_seconds(files, self.nbytes)
+        before = self._best(files)
         yield
         if self.nbytes:
-            self.seconds.append(statistics.mean((before, best_read_seconds(files, self.nbytes))))
+            self.seconds.append(statistics.mean((before, self._best(files))))
+
+    def _best(self, files: list[Path]) -> float:
+        """Seconds of the way of reading that takes the least; 0 where nothing is read."""
+        return min(read_seconds(files, self.nbytes, *queue) for queue in self.queues) if self.nbytes else 0.0
 
 
 def memory_table(options: argparse.Namespace, keep: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
@@ -108,8 +123,10 @@ def memory_table(options: argparse.Namespace, keep: Callable[[dict[str, Any]], N
                 continue
             if round_ == 0:
                 ways[index] = choose(ways[index], one, options, limit_nbytes)
+                if one is measured[0] and one.warm_up is not None and one.warm_up.answer is not None:
+                    floors.choose(files, one.warm_up.answer)
             else:
-                with floors.around(files, measured[0]) if one is measured[0] else nullcontext():
+                with floors.around(files) if one is measured[0] else nullcontext():
                     one.runs.append(run_way(ways[index], 0, options, limit_nbytes))
                 one.error = one.runs[-1].child.error
             print(run_text(one, round_), flush=True)
@@ -169,11 +186,6 @@ def run_way(way: Way, index: int, options: argparse.Namespace, limit_nbytes: int
     return Run(child=child, answer=None if child.figures is None else way.read(child.figures))
 
 
-def best_read_seconds(files: list[Path], nbytes: int) -> float:
-    """The same bytes read and nothing done with them, at the queue depth that takes the least time; 0 where there are none."""
-    return min(read_seconds(files, nbytes, *queue) for queue in QUEUES) if nbytes else 0.0
-
-
 # Rows, and what they must show
 
 
@@ -191,6 +203,7 @@ def floor_row(floors: Floors) -> dict[str, Any]:
         "seconds_per_token": statistics.median(floors.seconds),
         "all_seconds_per_token": floors.seconds,
         "read_bytes_per_token": floors.nbytes,
+        "queues": [list(queue) for queue in floors.queues],
     }
 
 
