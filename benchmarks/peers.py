@@ -6,8 +6,8 @@
 
 memory: 1.1 billion random weights of the shape of TinyLlama, 2.2 GB in bfloat16, in a memory cgroup of 1.5 GB (root makes one),
 the page cache dropped before each run. What a system keeps of its files in the cache of its group is its own to use. The floor
-is the best plain O_DIRECT read of the bytes that mode full reads for a token, taken before and after each of its runs. A round is
-one run of each; the first does not count, and finds out which ways of reading are fast here, and how much of the weights
+is a plain O_DIRECT read of as many bytes as mode full reads behind the first token, before and after each of its runs. A round is
+one run of each; the first does not count, and finds out which way of reading is the fastest here, and how much of the weights
 accelerate may keep in memory without being killed. A packed copy is what `offload-sirius pack` writes. Seconds a token are
 those behind the first token; those of the first are counted from where loading begins, without imports. Random weights agree with
 no draft: what mode sirius costs at worst is seen here, not what it gains. All compute in bfloat16.

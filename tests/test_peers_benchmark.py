@@ -141,24 +141,27 @@ def test_a_table_has_a_row_of_each_system_the_floor_and_why_one_is_missing(
     scripts["peer_table"].table_text(table["rows"])
 
 
-def test_ways_of_reading_that_are_slow_here_are_tried_once(
+def test_the_floor_reads_as_many_bytes_as_mode_full_in_the_way_that_is_usually_fastest(
     scripts: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     table, asked = scripts["peer_table"], list[tuple[int, int]]()
-    seconds = {(2, 8): iter([9.0, 4.0, 4.0, 3.0]), (4, 2): iter([4.0, 4.1, 3.5, 5.0]), (32, 4): iter([4.7, 4.8])}
+    seconds = {(2, 8): iter([9.0, 1.0, 9.0]), (4, 2): iter([4.0, 5.0, 4.0, 3.0, 5.0, 3.0, 7.0]), (32, 4): iter([4.5, 4.5, 4.5])}
 
     def read_seconds(files: list[Path], nbytes: int, *queue: int) -> float:
+        assert nbytes == 7
         asked.append((queue[0], queue[1]))
         return next(seconds[queue[0], queue[1]])
 
     monkeypatch.setattr(table, "read_seconds", read_seconds)
-    floors = table.Floors(queues=list(seconds))
-    answer = scripts["peer_ways"].Answer(ids=[], first_token_seconds=1.0, seconds_per_token=2.0, read_nbytes_per_token=7.0)
+    monkeypatch.setattr(table, "QUEUES", tuple(seconds))
+    floors = table.Floors()
+    answer = scripts["peer_ways"].Answer(ids=[1, 2, 3], first_token_seconds=1.0, seconds_per_token=2.0, read_nbytes_per_token=7.0)
     floors.choose([], answer)
-    assert floors.queues == [(2, 8), (4, 2)], "one slow read says nothing, two do"
+    assert floors.queue == (4, 2)
+    del asked[:]
     with floors.around([]):
-        assert len(asked) == 8
-    assert (floors.nbytes, floors.seconds) == (7, [3.25])
+        assert asked == [(4, 2)] * 2, "a token less than there are: those behind the first"
+    assert (asked, floors.seconds) == ([(4, 2)] * 4, [4.5])
 
 
 def test_a_system_that_fails_later_keeps_what_it_had_and_is_not_asked_again(scripts: dict[str, ModuleType]) -> None:
