@@ -21,8 +21,8 @@ class DepthTuner:
     is as fast as any but for the noise: fewer buffers go round then, which stay in the caches. Some virtual disks like very few:
     one was seen to read 4 MiB at a time 1.2 times as fast by 3 readers as by 20.
 
-    Reads that were asked for at the depth before do not count: where 32 end while 16 are timed,
-    16 look a third faster than they are.
+    Reads that were asked for at the depth before do not count: where 32 end while 16 are
+    timed, 16 look a third faster than they are.
     """
 
     def __init__(self, num_readers: int, window_nbytes: int = WINDOW_NBYTES) -> None:
