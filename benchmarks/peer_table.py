@@ -5,8 +5,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -27,6 +26,9 @@ from offload_sirius_loaders import open_checkpoint
 FLOOR = "raw reads"
 MOST_OF_FLOOR = 1.15
 """What a token of mode full may take."""
+
+STEADY, MOST_ATTEMPTS = 1.1, 4
+"""Mode full is measured again where its floor before and behind differ by more: the disk did something else then."""
 
 CHOOSING_TURNS = 3
 """Reads in each way, in turn, of which the one with the lowest median is the floor's."""
@@ -75,8 +77,15 @@ class Floors:
     """In one go."""
     queue: tuple[int, int] = QUEUES[0]
     """Reads at a time, bytes of each."""
-    seconds: list[float] = field(default_factory=list)
-    """For a token, of each round: the mean of those before and behind its run of mode full."""
+    around: list[tuple[float, float]] = field(default_factory=list)
+    """For a token, before and behind mode full's run of each round."""
+    num_disturbed: int = 0
+    """Measurements that were given up."""
+
+    @property
+    def seconds(self) -> list[float]:
+        """For a token, of each round."""
+        return [statistics.mean(each) for each in self.around]
 
     def choose(self, files: list[Path], answer: Answer) -> None:
         """Find the fastest way of reading, in the round that does not count."""
@@ -86,18 +95,25 @@ class Floors:
             seconds = [statistics.median(each) for each in zip(*turns, strict=True)]
             self.queue = QUEUES[seconds.index(min(seconds))]
 
-    @contextmanager
-    def around(self, files: list[Path]) -> Iterator[None]:
-        """Read before and behind a run. Nothing where nothing is read from the disk."""
-        before = self._read(files)
-        yield
-        if self.nbytes:
-            self.seconds.append(statistics.mean((before, self._read(files))))
+    def measured(self, files: list[Path], run: Callable[[], Run]) -> Run:
+        """A run, and reads before and behind it, of a few the first during which the disk stayed as it was, or the last."""
+        if not self.nbytes:
+            return run()
+        behind = self._read(files)
+        for left in reversed(range(MOST_ATTEMPTS)):
+            found = run()
+            if found.answer is None:
+                return found
+            before, behind = behind, self._read(files)
+            if max(before, behind) <= STEADY * min(before, behind) or not left:
+                break
+            self.num_disturbed += 1
+        self.around.append((before, behind))
+        return found
 
     def _read(self, files: list[Path]) -> float:
-        """Seconds for a token; 0 where nothing is read."""
-        turns = self.num_tokens if self.nbytes else 0
-        return sum(read_seconds(files, self.nbytes, *self.queue) for _ in range(turns)) / self.num_tokens
+        """Seconds for a token."""
+        return sum(read_seconds(files, self.nbytes, *self.queue) for _ in range(self.num_tokens)) / self.num_tokens
 
 
 def memory_table(options: argparse.Namespace, keep: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
@@ -132,8 +148,8 @@ def memory_table(options: argparse.Namespace, keep: Callable[[dict[str, Any]], N
                 if one is measured[0] and one.warm_up is not None and one.warm_up.answer is not None:
                     floors.choose(files, one.warm_up.answer)
             else:
-                with floors.around(files) if one is measured[0] else nullcontext():
-                    one.runs.append(run_way(ways[index], 0, options, limit_nbytes))
+                run = partial(run_way, ways[index], 0, options, limit_nbytes)
+                one.runs.append(floors.measured(files, run) if one is measured[0] else run())
                 one.error = one.runs[-1].child.error
             print(run_text(one, round_), flush=True)
         rows = rows_of([*measured, *failed], floors)
@@ -209,6 +225,8 @@ def floor_row(floors: Floors) -> dict[str, Any]:
         "seconds_per_token": statistics.median(floors.seconds),
         "all_seconds_per_token": floors.seconds,
         "read_bytes_per_token": floors.nbytes,
+        "all_before_and_behind": floors.around,
+        "num_disturbed": floors.num_disturbed,
         "tokens_at_once": floors.num_tokens,
         "queue": list(floors.queue),
     }
