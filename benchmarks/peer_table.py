@@ -66,10 +66,7 @@ class Measured:
 
 @dataclass(kw_only=True)
 class Floors:
-    """Plain reads of what mode full reads: as many bytes in one go, as disks that others share allow so many a while.
-
-    (One was seen to read 1.5 GB at 3 GB/s at any time, and 10 GB at 3, 2.5 or 1.5 GB/s.)
-    """
+    """Plain reads of what mode full reads: as many bytes in one go, as disks that others share allow so many a while."""
 
     nbytes: int = 0
     """For a token."""

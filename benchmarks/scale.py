@@ -359,7 +359,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--link-gbps", type=float, help=f"emulate a link of that rate; default: {EMULATED_GBPS} on a CPU, a GPU's own"
     )
-    parser.add_argument("--width", type=int, help=f"of a model; default: {WIDTHS['cpu']} on a CPU, {WIDTHS['cuda']} on a GPU")
+    parser.add_argument(
+        "--width",
+        type=int,
+        help=f"of a model (a resident one on a CPU: twice it); default: {WIDTHS['cpu']} on a CPU, {WIDTHS['cuda']} on a GPU",
+    )
     parser.add_argument("--passes", type=int, default=7, help="measurements of each point, default %(default)s")
     parser.add_argument("--quick", action="store_true", help="three sizes of each sweep: to see that it works")
     parser.add_argument("--disk", type=Path, help="file or folder whose disk is measured, default a temporary one")
